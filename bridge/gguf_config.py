@@ -1,0 +1,256 @@
+"""GGUF metadata -> the config.json a Hugging Face folder of the same model would have.
+
+Keys as llama.cpp's converter writes them; rope_parameters as transformers 5 spells them.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from bridge.gguf_header import GGUF
+
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+NEEDED = (
+    *("block_count", "context_length", "embedding_length", "feed_forward_length"),
+    *("attention.head_count", "attention.layer_norm_rms_epsilon"),
+)
+READ = {
+    *NEEDED,
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.sliding_window",
+    "attention.value_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scale_linear",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+    "vocab_size",
+}
+# Keys that change nothing at the value given here; None: whatever the value.
+NEUTRAL = {
+    "attention.causal": True,
+    "attention.clamp_kqv": 0,
+    "attention.max_alibi_bias": 0,
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "rope.scaling.attn_factor": 1,
+    "rope.scaling.finetuned": None,
+    "rope.scaling.yarn_ext_factor": 1,
+    "tensor_data_layout": "Meta AI original pth",
+}
+YARN_NAMES = {
+    "rope.scaling.yarn_attn_factor": "attention_factor",
+    "rope.scaling.yarn_beta_fast": "beta_fast",
+    "rope.scaling.yarn_beta_slow": "beta_slow",
+}
+# Llama 3's constants; only original / low and original / high matter, so low stays 1.
+LOW, HIGH = 1.0, 4.0
+ORIGINAL_CONTEXTS = (8192, *(2**power for power in range(4, 21) if power != 13))
+
+
+def architecture(file: GGUF) -> str:
+    """The file's architecture. Raises ValueError where it is not one of ARCHITECTURES."""
+    name = file.metadata.get("general.architecture")
+    if name not in ARCHITECTURES:
+        raise ValueError(f"{file.path}: GGUF architecture {name!r}; known: {list(ARCHITECTURES)}")
+    return name
+
+
+def hyperparameters(file: GGUF) -> dict[str, Any]:
+    """The architecture's keys without their prefix; per-layer lists must repeat one value.
+
+    Raises ValueError naming a missing key, an unknown one, or one whose value is not honoured.
+    """
+    prefix = architecture(file) + "."
+    found = {
+        key.removeprefix(prefix): _uniform(file, key, value)
+        for key, value in file.metadata.items()
+        if key.startswith(prefix)
+    }
+    unknown = sorted(set(found) - READ - set(NEUTRAL))
+    if unknown:
+        raise ValueError(f"{file.path}: metadata not understood: {unknown} of {arch!r}")
+    _numbers(file, found)
+    for key, neutral in NEUTRAL.items():
+        if neutral is not None and found.get(key, neutral) != neutral:
+            raise ValueError(
+                f"{file.path}: {prefix}{key} is {found[key]!r}; only {neutral!r} is supported"
+            )
+    missing = [prefix + key for key in NEEDED if key not in found]
+    if missing:
+        raise ValueError(f"{file.path}: metadata keys are missing: {missing}")
+    return found
+
+
+def config(
+    file: GGUF,
+    values: dict[str, Any],
+    names: set[str],
+    *,
+    vocabulary: int,
+    dtype: str,
+    rope_factors: np.ndarray | None,
+) -> dict[str, Any]:
+    """config.json of the model with these `hyperparameters` and weights `names` of `dtype`.
+
+    Raises ValueError naming a value that is not honoured.
+    """
+    arch = architecture(file)
+    family = "mistral" if arch == "llama" and "attention.sliding_window" in values else arch
+    heads, width = values["attention.head_count"], values["embedding_length"]
+    head_dim = values.get("attention.key_length", width // heads)
+    _consistent(file, values, head_dim, vocabulary)
+    made = {
+        "architectures": [CLASSES[family]],
+        "model_type": family,
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": values["feed_forward_length"],
+        "num_hidden_layers": values["block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": values.get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": values["context_length"],
+        "rms_norm_eps": decimal(values["attention.layer_norm_rms_epsilon"]),
+        "rope_parameters": _rope(file, values, head_dim, rope_factors),
+        "tie_word_embeddings": "lm_head.weight" not in names,
+        "dtype": dtype,
+    }
+    return made | _family_fields(family, values, names) | _token_ids(file.metadata)
+
+
+def decimal(value: float) -> float:
+    """The shortest decimal that is `value` in float32: 1e-05 for 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _uniform(file: GGUF, key: str, value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    if len(set(value)) != 1:
+        raise ValueError(f"{file.path}: {key} differs by layer ({value}); one value is supported")
+    return value[0]
+
+
+def _numbers(file: GGUF, values: dict[str, Any]) -> None:
+    """Raises ValueError where a key that sizes or scales the model is no positive number."""
+    for key in READ - {"rope.scaling.type"}:
+        value = values.get(key, 1)
+        if not isinstance(value, int | float) or value <= 0:
+            raise ValueError(f"{file.path}: corrupt: {key} is {value!r}, not a positive number")
+    if values.get("block_count", 0) > len(file.tensors):
+        raise ValueError(
+            f"{file.path}: corrupt: {values['block_count']} layers, {len(file.tensors)} tensors"
+        )
+
+
+def _consistent(file: GGUF, values: dict[str, Any], head_dim: int, vocabulary: int) -> None:
+    expected = {
+        "attention.value_length": head_dim,
+        "rope.dimension_count": head_dim,
+        "vocab_size": vocabulary,
+    }
+    for key, wanted in expected.items():
+        if values.get(key, wanted) != wanted:
+            raise ValueError(
+                f"{file.path}: {key} is {values[key]}, the model has {wanted} (head_dim is "
+                f"{head_dim}, token_embd.weight has {vocabulary} rows); nothing else is supported"
+            )
+
+
+def _family_fields(family: str, values: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    layer = "model.layers.0."
+    attention_bias = layer + "self_attn.q_proj.bias" in names
+    if family == "llama":
+        mlp_bias = layer + "mlp.gate_proj.bias" in names
+        return {"attention_bias": attention_bias, "mlp_bias": mlp_bias}
+    if family == "mistral":
+        return {"sliding_window": values["attention.sliding_window"]}
+    window = values.get("attention.sliding_window")
+    windows = {"use_sliding_window": window is not None}
+    if window is not None:
+        windows |= {"sliding_window": window, "max_window_layers": 0}
+    return windows | ({"attention_bias": attention_bias} if family == "qwen3" else {})
+
+
+def _token_ids(metadata: dict[str, Any]) -> dict[str, Any]:
+    """bos, eos and pad ids; end-of-turn and end-of-message tokens end an answer like eos."""
+    get = lambda name: metadata.get(f"tokenizer.ggml.{name}_token_id")
+    ends = list(dict.fromkeys(get(name) for name in ("eos", "eot", "eom") if get(name) is not None))
+    ids = {"bos_token_id": get("bos"), "pad_token_id": get("padding")}
+    ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
+    return {key: value for key, value in ids.items() if value is not None}
+
+
+def _rope(
+    file: GGUF, values: dict[str, Any], head_dim: int, factors: np.ndarray | None
+) -> dict[str, Any]:
+    theta = decimal(values.get("rope.freq_base", 10000.0))
+    factor = decimal(values.get("rope.scaling.factor", values.get("rope.scale_linear", 1.0)))
+    # llama.cpp takes a bare factor as linear.
+    kind = values.get("rope.scaling.type", "linear")
+    if kind not in ("none", "linear", "yarn"):
+        raise ValueError(f"{file.path}: rope scaling {kind!r}; known: none, linear, yarn")
+    if kind == "none" or factor == 1.0:
+        kind = "default"
+    rope = {"rope_type": kind, "rope_theta": theta}
+    if factors is not None and not np.all(factors == 1):
+        if kind != "default":
+            raise ValueError(f"{file.path}: rope_freqs.weight beside rope scaling {kind!r}")
+        return rope | {"rope_type": "llama3"} | _llama3(file, theta, head_dim, factors)
+    if kind == "default":
+        return rope
+    return rope | {"factor": factor} | (_yarn(file, values) if kind == "yarn" else {})
+
+
+def _yarn(file: GGUF, values: dict[str, Any]) -> dict[str, Any]:
+    original = values.get("rope.scaling.original_context_length")
+    if original is None:
+        raise ValueError(f"{file.path}: yarn without rope.scaling.original_context_length")
+    extras = {name: decimal(values[key]) for key, name in YARN_NAMES.items() if key in values}
+    return {"original_max_position_embeddings": original} | extras
+
+
+def _llama3(file: GGUF, theta: float, head_dim: int, factors: np.ndarray) -> dict[str, Any]:
+    """Llama 3.1's parameters that give exactly `factors` [head_dim / 2].
+
+    Raises ValueError where none of ORIGINAL_CONTEXTS does.
+    """
+    if factors.shape != (head_dim // 2,):
+        raise ValueError(
+            f"{file.path}: rope_freqs.weight has shape {factors.shape}, head_dim is {head_dim}"
+        )
+    factor = decimal(factors.max())
+    for original in ORIGINAL_CONTEXTS:
+        if np.allclose(llama3_factors(theta, head_dim, factor, original), factors, 1e-5, 0):
+            return {
+                "factor": factor,
+                "low_freq_factor": LOW,
+                "high_freq_factor": HIGH,
+                "original_max_position_embeddings": original,
+            }
+    raise ValueError(
+        f"{file.path}: rope_freqs.weight is not Llama 3's scaling by {factor} for any original "
+        f"context of {sorted(ORIGINAL_CONTEXTS)} with low_freq_factor {LOW}, high {HIGH}"
+    )
+
+
+def llama3_factors(theta: float, head_dim: int, factor: float, original: int) -> np.ndarray:
+    """What Llama 3.1 divides each of the head_dim / 2 rope frequencies by."""
+    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    turns = original * frequencies / (2 * np.pi)
+    smooth = np.clip((turns - LOW) / (HIGH - LOW), 0, 1)
+    return 1 / ((1 - smooth) / factor + smooth)

@@ -1,0 +1,204 @@
+"""A Hugging Face byte-level BPE tokenizer folder -> the tokenizer keys of a GGUF file.
+
+Keys and values are those of llama.cpp's converter, without running the tokenizer or torch.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+from gguf import TokenType
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class PreTokenizer(NamedTuple):
+    """What llama.cpp does under a name: how it splits text, and two defaults of its own."""
+
+    steps: tuple[str, ...]  # as `_steps` spells tokenizer.json's pre_tokenizer
+    ignores_merges: bool = False  # a word of the vocabulary is taken whole
+    adds_bos: bool = False
+
+
+# By `tokenizer.ggml.pre` (llama.cpp, src/llama-vocab.cpp).
+PRE_TOKENIZERS = {
+    "gpt-2": PreTokenizer(("bytes of words",)),
+    "smollm": PreTokenizer(("digits", "bytes of words")),
+    "qwen2": PreTokenizer((_WORDS + _REST, "bytes")),
+    "llama-bpe": PreTokenizer((_WORDS + "{1,3}" + _REST, "bytes"), True, True),
+    "tekken": PreTokenizer((_TEKKEN, "bytes"), True, True),
+}
+GRANITE_VOCABULARY = 49152  # the converter turns the first token off for llama models of this size
+SPACE_IN_MERGES = "\u2581"
+
+
+class Tokens(NamedTuple):
+    """A vocabulary as GGUF has it: one text and one type for each row of the embedding."""
+
+    texts: list[str]
+    types: list[TokenType]
+    pre: str
+    special: gguf.SpecialVocab  # merges, ids of special tokens, chat template
+    add_prefix_space: bool | None
+    notes: list[str]
+
+
+def read(folder: str | Path, rows: int) -> Tokens:
+    """The tokenizer in `folder`, padded to the `rows` of the embedding.
+
+    Raises ValueError for SentencePiece, an unknown pre-tokenizer, more tokens than rows.
+    """
+    folder = Path(folder)
+    spec = _tokenizer_json(folder)
+    settings = _json(folder / "tokenizer_config.json")
+    pre = pre_tokenizer(spec)
+    texts, types = _vocabulary(spec, settings, rows)
+    special = gguf.SpecialVocab(folder, load_merges=True)
+    special.chat_template = _template(folder, special.chat_template)
+    outside = {k: i for k, i in special.special_token_ids.items() if i >= rows}
+    if outside:
+        raise ValueError(f"special tokens outside the embedding's {rows} rows: {outside}")
+    return Tokens(texts, types, pre, special, settings.get("add_prefix_space"), _notes(spec))
+
+
+def write(out: gguf.GGUFWriter, tokens: Tokens) -> None:
+    """Adds the tokenizer's keys to `out`, in the converter's order."""
+    if out.arch == "llama" and tokens.add_prefix_space is not None:
+        out.add_add_space_prefix(tokens.add_prefix_space)
+    out.add_tokenizer_model("gpt2")
+    out.add_tokenizer_pre(tokens.pre)
+    out.add_token_list(tokens.texts)
+    out.add_token_types(tokens.types)
+    tokens.special.add_to_gguf(out, quiet=True)
+    granite = out.arch == "llama" and len(tokens.texts) == GRANITE_VOCABULARY
+    default = PRE_TOKENIZERS[tokens.pre].adds_bos
+    # llama.cpp's own default must not add a token that this tokenizer doesn't.
+    if (granite or default) and "bos" not in tokens.special.add_special_token:
+        out.add_add_bos_token(False)
+
+
+def pre_tokenizer(spec: dict[str, Any]) -> str:
+    """llama.cpp's name for what tokenizer.json does before BPE; ValueError where it has none."""
+    steps = _steps(spec.get("pre_tokenizer"))
+    ignores = bool(spec["model"].get("ignore_merges"))
+    for name, known in PRE_TOKENIZERS.items():
+        if known.steps == steps and known.ignores_merges == ignores:
+            return name
+    raise ValueError(
+        f"llama.cpp has no known name for this pre-tokenizer: {spec.get('pre_tokenizer')} with "
+        f"ignore_merges={ignores}; known: "
+        + "; ".join(f"{n}: {k.steps}, ignore_merges={k.ignores_merges}" for n, k in PRE_TOKENIZERS.items())
+    )
+
+
+def _steps(spec: dict[str, Any] | None) -> tuple[str, ...]:
+    """A pre_tokenizer in few words; what has no word here is spelled out and matches nothing."""
+    spec = spec or {}
+    kind = spec.get("type")
+    if kind == "Sequence":
+        return tuple(step for part in spec["pretokenizers"] for step in _steps(part))
+    if kind == "ByteLevel" and not spec.get("add_prefix_space", True):
+        return ("bytes of words" if spec.get("use_regex", True) else "bytes",)
+    if kind == "Digits" and spec.get("individual_digits"):
+        return ("digits",)
+    isolated = spec.get("behavior") == "Isolated" and not spec.get("invert")
+    if kind == "Split" and isolated and "Regex" in spec["pattern"]:
+        return (spec["pattern"]["Regex"],)
+    return (json.dumps(spec),)
+
+
+def _tokenizer_json(folder: Path) -> dict[str, Any]:
+    """tokenizer.json, once it is known to be byte-level BPE without parts that GGUF lacks."""
+    if not (folder / "tokenizer.json").is_file():
+        if (folder / "tokenizer.model").is_file():
+            raise ValueError(_sentencepiece(folder))
+        raise FileNotFoundError(f"{folder} has no tokenizer.json")
+    spec = _json(folder / "tokenizer.json")
+    model = spec["model"]
+    if model.get("byte_fallback") or model["type"] == "Unigram":
+        raise ValueError(_sentencepiece(folder))
+    if model["type"] != "BPE":
+        raise ValueError(f"{folder}: tokenizer model {model['type']!r} can't go into GGUF; known: BPE")
+    extras = {k: model[k] for k in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(k)}
+    if extras:
+        raise ValueError(f"{folder}: llama.cpp's BPE has no {extras}")
+    if _normalizers(spec) not in ([], ["NFC"]):
+        raise ValueError(f"{folder}: llama.cpp has no normalizer {spec['normalizer']}; known: none, NFC")
+    return spec
+
+
+def _sentencepiece(folder: Path) -> str:
+    return (
+        f"{folder} has a SentencePiece tokenizer (Llama 2, TinyLlama, Yi, Mistral), which can't be "
+        "written to GGUF yet; byte-level BPE can. The model can be saved as safetensors."
+    )
+
+
+def _normalizers(spec: dict[str, Any]) -> list[str]:
+    parts = spec.get("normalizer") or {"type": "Sequence", "normalizers": []}
+    return [p["type"] for p in parts.get("normalizers", [parts])]
+
+
+def _vocabulary(
+    spec: dict[str, Any], settings: dict[str, Any], rows: int
+) -> tuple[list[str], list[TokenType]]:
+    """Text and type of every id below `rows`; raises ValueError for ids that don't fit."""
+    added = {int(i): t for i, t in settings.get("added_tokens_decoder", {}).items()}
+    added |= {t["id"]: t for t in spec.get("added_tokens", [])}
+    by_id = {i: text for text, i in spec["model"]["vocab"].items()}
+    by_id |= {i: t["content"] for i, t in added.items()}
+    if max(by_id) >= rows:
+        raise ValueError(
+            f"the tokenizer has ids up to {max(by_id)}, the embedding has {rows} rows; the first "
+            f"token without a row is {by_id[min(i for i in by_id if i >= rows)]!r}"
+        )
+    texts, types = [], []
+    for i in range(rows):
+        text, kind = by_id.get(i, f"[PAD{i}]"), TokenType.NORMAL
+        if i not in by_id:
+            kind = TokenType.UNUSED
+        elif i in added:
+            control = added[i].get("special") or _looks_special(text)
+            kind = TokenType.CONTROL if control else TokenType.USER_DEFINED
+            text = text if control else text.replace(SPACE_IN_MERGES, " ")
+        texts.append(text)
+        types.append(kind)
+    return texts, types
+
+
+def _looks_special(text: str) -> bool:
+    """Tokens that the converter holds for control tokens, whatever the tokenizer says."""
+    pairs = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
+    named = text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+    return named or any(text.startswith(a) and text.endswith(b) for a, b in pairs)
+
+
+def _template(folder: Path, found: Any) -> Any:
+    """The chat template; transformers lets chat_template.jinja win over tokenizer_config.json."""
+    file = folder / "chat_template.jinja"
+    return file.read_text() if file.is_file() and not isinstance(found, list) else found
+
+
+def _notes(spec: dict[str, Any]) -> list[str]:
+    notes = []
+    if _normalizers(spec):
+        notes.append("llama.cpp does not apply the tokenizer's NFC: decomposed text gets other ids")
+    sticky = [
+        t["content"]
+        for t in spec.get("added_tokens", [])
+        if t.get("lstrip") or t.get("rstrip") or t.get("single_word")
+    ]
+    if sticky:
+        notes.append(f"llama.cpp does not strip or bound these tokens as the tokenizer does: {sticky}")
+    return notes
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,0 +1,121 @@
+"""Checkpoints -> parameter trees. Names and orientation are the same on both sides."""
+
+import re
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bridge.source import Header, Source
+from unsloth_jax import tree
+from unsloth_jax.dims import Params
+from unsloth_jax.leaves import Stacks
+from unsloth_jax.models import family
+from unsloth_jax.quant import FORMATS
+
+# Buffers that old checkpoints carry and the config alone decides.
+BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
+
+
+def names(path: str, layers: int) -> list[str]:
+    """ "model.layers.*.mlp.up_proj.weight" -> its full name in every layer."""
+    return [path.replace("*", str(i), 1) for i in range(layers)] if ".*." in path else [path]
+
+
+def check(model: ModuleType, c: Any, headers: dict[str, Header], where: str) -> None:
+    """Raises one ValueError with every missing, unexpected and misshapen weight."""
+    wrong, used = [], set()
+    for path, (shape, _) in model.weights(c).items():
+        for name in names(path, c.layers):
+            used.add(name)
+            if name not in headers:
+                wrong.append(f"missing {name} {shape}")
+            elif headers[name].shape != shape:
+                wrong.append(f"{name} has shape {headers[name].shape}, the config says {shape}")
+            elif not headers[name].dtype.startswith(("float", "bfloat")):
+                wrong.append(f"{name} has dtype {headers[name].dtype}, expected a float or 4-bit NF4 blocks")
+    tied = {"lm_head.weight"} if c.tied else set()
+    surplus = set(headers) - used - tied
+    wrong += [f"unexpected {name}" for name in sorted(surplus) if not BUFFERS.fullmatch(name)]
+    if wrong:
+        more = f"\n  and {len(wrong) - 30} more" if len(wrong) > 30 else ""
+        raise ValueError(f"{where} does not fit its config:\n  " + "\n  ".join(wrong[:30]) + more)
+
+
+def is_linear(path: str) -> bool:
+    """Whether bitsandbytes would quantize this weight: a matrix inside a layer."""
+    return ".*." in path and path.endswith("_proj.weight")
+
+
+def load(
+    source: Source,
+    dtype: Any = None,
+    quantize: str | None = None,
+    where: Callable[[str], bool] = is_linear,
+) -> tuple[ModuleType, Any, Params]:
+    """(family, config, parameters) of a checkpoint, read weight by weight into stacks in place.
+
+    `dtype` None keeps each weight's own. `quantize="nf4"` packs the weights that `where` names,
+    unless the checkpoint is already quantized: then its blocks are taken as they are. With
+    `quantize=None` quantized weights are dequantized. Raises ValueError as `check` does.
+    """
+    model = family(source.config["model_type"])
+    c = model.config(source.config)
+    headers = source.headers()
+    check(model, c, headers, str(getattr(source, "path", getattr(source, "folder", "the checkpoint"))))
+    stored = any(h.format for h in headers.values())
+    flat = {}
+    for path in model.weights(c):
+        pack = quantize if not stored and where(path) else None
+        flat[path] = _stack(source, headers, names(path, c.layers), ".*." in path, dtype, quantize, pack)
+    return model, c, tree.unflatten(flat)
+
+
+def _stack(source, headers, wanted: list[str], stacked: bool, dtype, keep: str | None, pack: str | None):
+    """The leaf of one path: a single weight, a stack, or `Stacks` where layers differ in kind."""
+
+    def read(name: str) -> Any:
+        header = headers[name]
+        if header.format is not None and keep is not None:
+            return jax.tree.map(jnp.asarray, source.read_nf4(name))
+        value = source.read(name)
+        _finite(name, value)
+        value = value if dtype is None else value.astype(dtype)
+        return FORMATS[pack](jnp.asarray(value)) if pack else value
+
+    kind = lambda h: (h.format if keep else None, h.dtype if dtype is None else None)
+    if not stacked:
+        return jax.tree.map(jnp.asarray, read(wanted[0]))
+    parts: dict[Any, list[int]] = {}
+    for i, name in enumerate(wanted):
+        parts.setdefault(kind(headers[name]), []).append(i)
+    filled = [fill((read(wanted[i]) for i in ids), len(ids)) for ids in parts.values()]
+    if len(filled) == 1:
+        return filled[0]
+    return Stacks(tuple(filled), tuple(tuple(ids) for ids in parts.values()))
+
+
+def _finite(name: str, value: np.ndarray) -> None:
+    if not np.isfinite(value).all():
+        raise ValueError(f"{name} holds values that are not finite")
+
+
+def _put(stack: Any, leaf: Any, i: jax.Array) -> Any:
+    put = lambda s, x: jax.lax.dynamic_update_index_in_dim(s, x, i, 0)
+    return jax.tree.map(put, stack, leaf)
+
+
+_put = jax.jit(_put, donate_argnums=0)
+
+
+def fill(leaves: Iterator[Any], count: int) -> Any:
+    """Leaves of one kind as a stack, each written in its place as it comes."""
+    stack = None
+    for i, leaf in enumerate(leaves):
+        if stack is None:
+            stack = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), leaf)
+        stack = _put(stack, leaf, jnp.int32(i))
+    return stack

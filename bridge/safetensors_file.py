@@ -1,0 +1,178 @@
+"""Safetensors folders: opened for reading tensor by tensor, written in shards as a stream."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from bridge import bnb_nf4
+from bridge.source import Header
+
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F64": np.dtype(np.float64),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+    "BOOL": np.dtype(np.bool_),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class Weight(NamedTuple):
+    """One tensor to be written, computed when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class SafetensorsSource:
+    """A Hugging Face folder with config.json and one or many safetensors files."""
+
+    def __init__(self, folder: Path):
+        """Raises ValueError for a missing, truncated or foreign file, naming it."""
+        self.folder = Path(folder)
+        self.config = read_json(self.folder / "config.json")
+        files = sorted(self.folder.glob("*.safetensors"))
+        index = self.folder / "model.safetensors.index.json"
+        if index.exists():
+            files = [self.folder / f for f in sorted(set(read_json(index)["weight_map"].values()))]
+        files = [f for f in files if not f.name.startswith("adapter_")]
+        if not files:
+            raise ValueError(f"{self.folder} holds no .safetensors file; there is {listing(self.folder)}")
+        self._where = {name: f for file in files for f in [opened(file)] for name in f.keys()}
+
+    def headers(self) -> dict[str, Header]:
+        """Every weight by name; bitsandbytes' companion tensors are folded into their weight."""
+        raw = {name: f.get_slice(name) for name, f in self._where.items()}
+        names = set(raw)
+        out = {}
+        for name, piece in raw.items():
+            if bnb_nf4.is_companion(names, name):
+                continue
+            if bnb_nf4.is_nf4(names, name):
+                shape, dtype = bnb_nf4.described(self.tensor, name)
+                out[name] = Header(shape, dtype, "nf4")
+            else:
+                out[name] = Header(tuple(piece.get_shape()), DTYPES[piece.get_dtype()].name)
+        return out
+
+    def tensor(self, name: str) -> np.ndarray:
+        """One tensor exactly as it lies in the file."""
+        return self._where[name].get_tensor(name)
+
+    def names(self) -> set[str]:
+        return set(self._where)
+
+    def read_nf4(self, name: str) -> Any:
+        """The 4-bit leaf of a weight, its bytes and statistics untouched, on the host."""
+        return bnb_nf4.leaf(self.tensor, self.names(), name)
+
+    def read(self, name: str) -> np.ndarray:
+        """One weight as a dense array in its header's dtype."""
+        if bnb_nf4.is_nf4(self.names(), name):
+            return np.asarray(self.read_nf4(name).dequantize())
+        return self.tensor(name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises ValueError naming the file where it is missing or broken."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing; there is {listing(path.parent)}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())[:20] if folder.is_dir() else []
+
+
+def opened(path: Path):
+    """safetensors' reader; raises ValueError with the file's name for a broken or missing file."""
+    if not path.exists():
+        raise ValueError(f"{path} is named in the index but missing")
+    try:
+        return safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+
+
+def size_in_bytes(text: str | int) -> int:
+    """"5GB" -> 5000000000; raises ValueError for a size that can't be read."""
+    if isinstance(text, int):
+        return text
+    for unit, factor in sorted(UNITS.items(), key=lambda item: -len(item[0])):
+        if text.upper().endswith(unit):
+            return int(float(text[: -len(unit)]) * factor)
+    raise ValueError(f"size {text!r} is not understood; write a number and one of {sorted(UNITS)}")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises OSError before anything is written where the disk can't hold `needed` bytes."""
+    there = folder
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise OSError(f"writing {folder} needs {needed:,} bytes, {free:,} are free on {there}")
+
+
+def shards(weights: Sequence[Weight], limit: int) -> list[list[Weight]]:
+    """Weights in order, cut where a file would pass `limit` bytes."""
+    out: list[list[Weight]] = [[]]
+    for w in weights:
+        if out[-1] and sum(x.nbytes for x in out[-1]) + w.nbytes > limit:
+            out.append([])
+        out[-1].append(w)
+    return out
+
+
+def save(folder: Path, weights: Sequence[Weight], max_shard_size: str | int = "5GB") -> None:
+    """Writes model*.safetensors (and an index where there are several), one tensor at a time."""
+    parts = shards(weights, size_in_bytes(max_shard_size))
+    if len(parts) == 1:
+        write(folder / "model.safetensors", parts[0])
+        return
+    files = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+    for file, part in zip(files, parts, strict=True):
+        write(folder / file, part)
+    index = {
+        "metadata": {"total_size": sum(w.nbytes for w in weights)},
+        "weight_map": {w.name: file for file, part in zip(files, parts, strict=True) for w in part},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def write(path: Path, weights: Sequence[Weight]) -> None:
+    """One safetensors file (format: huggingface/safetensors README), values computed in turn."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for w in weights:
+        header[w.name] = {"dtype": NAMES[w.dtype], "shape": list(w.shape), "data_offsets": [at, at + w.nbytes]}
+        at += w.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for w in weights:
+            value = np.ascontiguousarray(w.read())
+            if value.shape != tuple(w.shape) or value.dtype != w.dtype:
+                raise ValueError(f"{w.name} is {value.dtype}{value.shape}, announced as {w.dtype}{w.shape}")
+            file.write(value.tobytes())

@@ -1,0 +1,27 @@
+"""What the loader asks of a checkpoint, whatever file format it has."""
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+
+class Header(NamedTuple):
+    """A weight as it lies in a file, known without reading its values."""
+
+    shape: tuple[int, ...]  # as Hugging Face has it, [out, in]
+    dtype: str  # "float32", "float16", "bfloat16": what reading (or dequantising) gives
+    format: str | None = None  # "nf4" for bitsandbytes blocks, None for plain numbers
+
+
+class Source(Protocol):
+    """An opened checkpoint; `config` is the content of config.json in Hugging Face's words."""
+
+    config: dict[str, Any]
+
+    def headers(self) -> dict[str, Header]:
+        """Every weight by its full Hugging Face name."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """One weight as a dense host array in its header's dtype."""
+        ...

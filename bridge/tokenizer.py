@@ -1,0 +1,233 @@
+"""Messages to token ids, and which of them a model has to learn; the tokenizer is only read."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+Messages = Sequence[Mapping[str, Any]]
+
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TEMPLATE_FILES = ("chat_template.json", "processor_config.json", "preprocessor_config.json")
+# A private-use character: no template tests for it and no sane message holds it.
+MARK = "\ue0f1"
+
+
+class Text(NamedTuple):
+    """Token ids, and for each the characters [begin, end) of the text that it covers."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+
+def load(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder, chat template included wherever the folder keeps it.
+
+    Raises FileNotFoundError where it has no tokenizer, TypeError where none can give offsets.
+    """
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in FILES):
+        raise FileNotFoundError(f"no tokenizer in {folder}: expected one of {', '.join(FILES)}")
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    _require_offsets(tokenizer)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _processor_template(folder)
+    return tokenizer
+
+
+def _require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.is_fast:
+        raise TypeError(
+            f"{type(tokenizer).__name__} gives no character offsets; "
+            "expected a tokenizer that `tokenizers` runs (a folder with tokenizer.json)"
+        )
+
+
+def _processor_template(folder: Path) -> str | None:
+    paths = [folder / name for name in TEMPLATE_FILES]
+    found = [json.loads(p.read_text(encoding="utf-8")) for p in paths if p.is_file()]
+    return next((f["chat_template"] for f in found if f.get("chat_template")), None)
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    *,
+    add_generation_prompt: bool = False,
+    **template: Any,
+) -> str:
+    """The text that the tokenizer's own chat template makes of messages; `template` reaches it.
+
+    Raises ValueError without a template, and jinja2's TemplateError where the template refuses.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "the tokenizer has no chat template; give it one with "
+            "get_chat_template(tokenizer, 'chatml') or (jinja_text, stop_word)"
+        )
+    return tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **template
+    )
+
+
+def ids(
+    tokenizer: PreTrainedTokenizerBase,
+    what: str | Messages,
+    *,
+    add_generation_prompt: bool = False,
+    **template: Any,
+) -> list[int]:
+    """Token ids of messages, or of text with the tokenizer's own BOS and never a second one.
+
+    Equal to apply_chat_template(tokenize=True), and the same for the text that it renders.
+    """
+    if isinstance(what, str):
+        return encode(tokenizer, what).ids
+    text = render(tokenizer, what, add_generation_prompt=add_generation_prompt, **template)
+    return encode(tokenizer, text, special=False).ids
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> Text:
+    """Ids and character spans; `special` adds what the tokenizer adds, a second BOS excepted."""
+    _require_offsets(tokenizer)
+    bos = tokenizer.bos_token
+    with _settings_kept(tokenizer):
+        got = tokenizer(
+            text,
+            # Text that a template has rendered holds its BOS already.
+            add_special_tokens=special and not (bos and text.startswith(bos)),
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+    return Text(got["input_ids"], _tiled(got["offset_mapping"]))
+
+
+@contextmanager
+def _settings_kept(tokenizer: PreTrainedTokenizerBase):
+    # transformers clears the file's truncation and padding on each call, in its serialisation too.
+    backend = tokenizer.backend_tokenizer
+    truncation, padding = backend.truncation, backend.padding
+    try:
+        yield
+    finally:
+        if truncation:
+            backend.enable_truncation(**truncation)
+        if padding:
+            backend.enable_padding(**padding)
+
+
+def _tiled(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    # Byte-level tokenizers report spans without their leading space: begin where the last ended.
+    ends = [0, *(end for _, end in offsets)]
+    return [(min(begin, last), end) for (begin, end), last in zip(offsets, ends, strict=False)]
+
+
+def conversation_row(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, *, first: int = 0, **template: Any
+) -> tuple[list[int], list[int]]:
+    """Ids of the whole conversation, and 1 for what the assistant says from message `first` on.
+
+    An answer is what rendering it adds to the generation prompt, through its end-of-turn token.
+    Raises ValueError where a template rewrites a turn so that its span can't be proved.
+    """
+    full = render(tokenizer, messages, **template)
+    tokens, spans = encode(tokenizer, full, special=False)
+    turns = [i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant"]
+    answers = [_answer(tokenizer, messages, turn, full, template) for turn in turns]
+    inside = lambda begin, end: any(end > a and begin < z for a, z in answers)
+    return tokens, [int(inside(*span)) for span in spans]
+
+
+def _answer(tokenizer, messages, turn, full, template) -> tuple[int, int]:
+    """Characters [start, end) of one answer in the rendered conversation."""
+    before = render(tokenizer, messages[:turn], add_generation_prompt=True, **template)
+    after = render(tokenizer, messages[: turn + 1], **template)
+    specials = special_texts(tokenizer)
+    if full.startswith(after) and after.startswith(before):
+        kept = after.rstrip()
+        return len(before), len(kept) if kept.endswith(specials) else len(after)
+    edge = lambda place: _edge(tokenizer, messages, turn, full, template, place)
+    start = len(before) if full.startswith(before) else edge(lambda text: MARK + text.lstrip())
+    content_end = edge(lambda text: text.rstrip() + MARK)
+    # An earlier turn may be rendered otherwise than as the last one, but it ends as that one does.
+    stops = [s for s in specials if s in after[len(before) :] and full.find(s, content_end) >= 0]
+    if not stops:
+        raise ValueError(_rewritten(turn, "no end-of-turn token follows its text"))
+    return start, min(full.find(s, content_end) + len(s) for s in stops)
+
+
+def _edge(tokenizer, messages, turn, full, template, place) -> int:
+    """Where one side of a message's text lies in `full`, found by marking that side."""
+    content = messages[turn].get("content")
+    if not isinstance(content, str):
+        raise ValueError(_rewritten(turn, f"its content is {type(content).__name__}, not text"))
+    marked = [*messages]
+    marked[turn] = {**messages[turn], "content": place(content)}
+    text = render(tokenizer, marked, **template)
+    at = text.find(MARK)
+    if at < 0 or text[:at] != full[:at]:
+        raise ValueError(_rewritten(turn, "its text doesn't stand in the rendered conversation"))
+    return at
+
+
+def _rewritten(turn: int, why: str) -> str:
+    return (
+        f"message {turn}: the chat template renders this answer otherwise once more messages "
+        f"follow, and {why}; give one row for each answer, ending with it"
+    )
+
+
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The tokens marked special, as text, in a fixed order."""
+    added = tokenizer.added_tokens_decoder.values()
+    return tuple(sorted({*tokenizer.all_special_tokens, *(t.content for t in added if t.special)}))
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Id of the special token with which the chat template ends an answer, if it has one."""
+    if tokenizer.chat_template is None:
+        return None
+    probe = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    tokens, mask = conversation_row(tokenizer, probe)
+    last = [token for token, on in zip(tokens, mask, strict=True) if on][-1]
+    is_special = tokenizer.convert_ids_to_tokens(last) in special_texts(tokenizer)
+    return last if is_special else None
+
+
+def stop_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_config: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Every id that ends an answer: generation_config.json's, the tokenizer's, the template's."""
+    named = (generation_config or {}).get("eos_token_id")
+    named = named if isinstance(named, list | tuple) else [named]
+    found = {*named, tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None}
+    return sorted(found)
+
+
+def preview_mask(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], mask: Sequence[int]
+) -> str:
+    """The row as text, with [[ ]] around each stretch that the loss predicts."""
+    runs = [(on, [t for t, _ in run]) for on, run in groupby(zip(tokens, mask), lambda p: p[1])]
+    show = lambda on, run: f"[[{tokenizer.decode(run)}]]" if on else tokenizer.decode(run)
+    return "".join(show(on, run) for on, run in runs)
+
+
+def state(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of everything that decides what the tokenizer does: equal before and after, or altered."""
+    parts = {
+        "backend": tokenizer.backend_tokenizer.to_str(),
+        "template": tokenizer.chat_template,
+        "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
+        "padding_side": tokenizer.padding_side,
+        "truncation_side": tokenizer.truncation_side,
+        "max_length": tokenizer.model_max_length,
+        "class": type(tokenizer).__name__,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

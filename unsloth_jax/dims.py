@@ -1,0 +1,34 @@
+"""Axis letters and shared array types.
+
+B batch   T query tokens   S key tokens   D model width   F mlp width   V vocabulary
+H query heads   K key/value heads   h head width   L layers   r LoRA rank   N rows (B*T)
+O, I the two sides of a weight [out, in]   M micro-batches
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Params = dict[str, Any]  # nested dict of leaves: arrays, quantized weights, Lora and Stacks nodes
+
+
+class Batch(NamedTuple):
+    """One device batch. Padding has segment 0; `weights` is 1 where the target counts."""
+
+    tokens: Int[Array, "*M B T"]
+    targets: Int[Array, "*M B T"]
+    weights: Float[Array, "*M B T"]
+    positions: Int[Array, "*M B T"]
+    segments: Int[Array, "*M B T"]
+
+
+class Total(NamedTuple):
+    """A sum that has not been divided yet, so that accumulation over batches stays exact."""
+
+    value: Float[Array, ""]
+    count: Float[Array, ""]
+
+    def mean(self) -> Float[Array, ""]:
+        """value / count, and 0 where nothing was counted."""
+        return self.value / jnp.where(self.count == 0, 1.0, self.count)

@@ -1,0 +1,154 @@
+"""Reading a Hugging Face config.json: every field is used, known to be harmless, or refused."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from unsloth_jax.layers import ACTIVATIONS
+from unsloth_jax.rope import Rope
+
+# Fields that name, initialise, train or sample, and never change a forward pass.
+HARMLESS = frozenset(
+    """_attn_implementation _attn_implementation_autoset _commit_hash _name_or_path add_cross_attention
+    architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id id2label initializer_range is_decoder is_encoder_decoder
+    is_llama_config label2id length_penalty max_length max_sequence_length min_length
+    model_max_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
+    problem_type pruned_heads quantization_config remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
+    transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16
+    use_cache use_mrope""".split()
+)
+# Fields that would change the result: only these values are understood.
+FIXED: dict[str, tuple] = {
+    "attention_dropout": (0, None),
+    "rope_interleaved": (False, None),
+    "partial_rotary_factor": (1, None),
+    "use_mrope": (False, None),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+}
+DENSE = frozenset(
+    """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads head_dim hidden_act max_position_embeddings original_max_position_embeddings
+    rms_norm_eps tie_word_embeddings rope_theta rope_scaling rope_parameters""".split()
+)
+ROPE_KEYS = frozenset(
+    """rope_type type rope_theta factor original_max_position_embeddings attention_factor beta_fast
+    beta_slow low_freq_factor high_freq_factor mscale mscale_all_dim truncate finetuned
+    partial_rotary_factor""".split()
+)
+ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+
+
+def check(hf: Mapping[str, Any], own: Iterable[str] = ()) -> None:
+    """Raises ValueError for a field that this family does not know or a value it can't honour."""
+    unknown = sorted(set(hf) - HARMLESS - DENSE - set(FIXED) - set(own))
+    if unknown:
+        raise ValueError(
+            f"config of {hf.get('model_type')!r} has fields that are not understood: "
+            + ", ".join(f"{k}={hf[k]!r}" for k in unknown)
+            + f"; understood: {sorted(DENSE | set(own))}"
+        )
+    for name, values in FIXED.items():
+        if name in hf and hf[name] not in values:
+            raise ValueError(f"config field {name}={hf[name]!r} is not supported; supported: {values}")
+    activation(hf)
+
+
+def activation(hf: Mapping[str, Any]) -> str:
+    """The name of the gate's activation; raises ValueError for one that is not in the table."""
+    name = hf.get("hidden_act", "silu")
+    if name not in ACTIVATIONS:
+        raise ValueError(f"hidden_act {name!r} is not supported; supported: {sorted(ACTIVATIONS)}")
+    return name
+
+
+def sizes(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that every dense decoder shares, in the core's words."""
+    heads = hf["num_attention_heads"]
+    return dict(
+        vocab=hf["vocab_size"],
+        width=hf["hidden_size"],
+        layers=hf["num_hidden_layers"],
+        heads=heads,
+        kv_heads=hf.get("num_key_value_heads") or heads,
+        head_width=hf.get("head_dim") or hf["hidden_size"] // heads,
+        mlp_width=hf["intermediate_size"],
+        eps=hf.get("rms_norm_eps", 1e-6),
+        activation=activation(hf),
+    )
+
+
+def rope(hf: Mapping[str, Any], width: int) -> Rope:
+    """Rotary settings from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
+
+    Raises ValueError for an unknown type or key, or a missing one. Source: transformers
+    `modeling_rope_utils`.
+    """
+    r = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    kind = r.get("rope_type", r.get("type", "default"))
+    if kind not in ROPE_KINDS:
+        raise ValueError(f"rope type {kind!r} is not supported; supported: {list(ROPE_KINDS)}")
+    unknown = sorted(set(r) - ROPE_KEYS)
+    if unknown:
+        raise ValueError(f"rope keys {unknown} are not understood; understood: {sorted(ROPE_KEYS)}")
+    if r.get("partial_rotary_factor") not in (None, 1):
+        raise ValueError(f"partial_rotary_factor={r['partial_rotary_factor']} is not supported: only 1")
+    theta = r.get("rope_theta") or hf.get("rope_theta") or 10000.0
+    longest = hf.get("max_position_embeddings", 2048)
+    context = hf.get("original_max_position_embeddings") or r.get("original_max_position_embeddings")
+    own = Rope(kind, float(theta), width)
+    needed = {"linear": ["factor"], "dynamic": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
+    missing = [key for key in needed.get(kind, []) if r.get(key) is None]
+    if missing:
+        raise ValueError(f"rope type {kind!r} needs {missing}, got {r}")
+    fill = {
+        "default": lambda: {},
+        "linear": lambda: dict(factor=r["factor"]),
+        "dynamic": lambda: dict(factor=r["factor"], context=longest),
+        "llama3": lambda: dict(
+            factor=r["factor"], low=r["low_freq_factor"], high=r["high_freq_factor"], context=context or longest
+        ),
+        "yarn": lambda: _yarn(r, context or longest, longest),
+    }
+    return Rope(**(vars(own) | fill[kind]()))
+
+
+def _yarn(r: Mapping[str, Any], context: int, longest: int) -> dict[str, Any]:
+    factor = r.get("factor") or longest / context
+    grow = lambda by=1.0: 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
+    attention = r.get("attention_factor")
+    if attention is None:
+        m, all_dim = r.get("mscale"), r.get("mscale_all_dim")
+        attention = grow(m) / grow(all_dim) if m and all_dim else grow()
+    return dict(
+        factor=factor,
+        context=context,
+        attention_factor=attention,
+        beta_fast=r.get("beta_fast") or 32.0,
+        beta_slow=r.get("beta_slow") or 1.0,
+        truncate=r.get("truncate", True),
+    )
+
+
+def windows(hf: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+    """Sliding window of each layer of a Qwen-style config, None for full attention."""
+    window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
+    kinds = hf.get("layer_types")
+    if kinds is None:
+        first = hf.get("max_window_layers", 28)
+        return tuple(window if window is not None and i >= first else None for i in range(layers))
+    known = {"full_attention": None, "sliding_attention": window}
+    wrong = sorted(set(kinds) - set(known))
+    if wrong or len(kinds) != layers:
+        raise ValueError(
+            f"layer_types must be {layers} of {sorted(known)}, got {len(kinds)} with {wrong or 'no unknown'}"
+        )
+    if window is None and "sliding_attention" in kinds:
+        raise ValueError("layer_types has sliding_attention but use_sliding_window or sliding_window is not set")
+    return tuple(known[kind] for kind in kinds)

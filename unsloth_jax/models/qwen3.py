@@ -1,0 +1,61 @@
+"""Qwen3: dense decoder, an RMSNorm on every query and key head (arXiv:2505.09388)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from unsloth_jax import rope
+from unsloth_jax.dims import Params
+from unsloth_jax.layers import Attend, gated_mlp, rms_norm
+from unsloth_jax.leaves import linear, linears
+from unsloth_jax.models import fields, llama, qwen2
+from unsloth_jax.models.llama import LAYERS, Config
+from unsloth_jax.models.llama import angles as angles
+from unsloth_jax.models.llama import embed as embed
+from unsloth_jax.models.llama import head as head
+from unsloth_jax.models.llama import kinds as kinds
+from unsloth_jax.models.llama import norm as norm
+
+GGUF_ARCH = "qwen3"
+
+
+def config(hf: Mapping[str, Any]) -> Config:
+    """Raises ValueError for a field or value that is not understood."""
+    fields.check(hf, own=("attention_bias", *qwen2.OWN))
+    common = fields.sizes({"head_dim": 128} | dict(hf))
+    bias = hf.get("attention_bias", False)
+    return Config(
+        **common,
+        rope=fields.rope({"max_position_embeddings": 32768} | dict(hf), common["head_width"]),
+        tied=hf.get("tie_word_embeddings", False),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=False,
+        windows=fields.windows(hf, common["layers"]),
+    )
+
+
+def weights(c: Config) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Hugging Face name (`*` for the layer) -> (shape, logical axes) of each weight."""
+    norms = {
+        f"{LAYERS}.*.self_attn.{name}.weight": ((c.head_width,), ("head_width",))
+        for name in ("q_norm", "k_norm")
+    }
+    return llama.weights(c) | norms
+
+
+def block(c: Config, window: int | None, w: Params, x: Float[Array, "B T D"], by, attend: Attend):
+    """One layer. `attend` owns masks and caches; its second result is passed through."""
+    a = w["self_attn"]
+    heads = lambda y: y.reshape(*x.shape[:2], -1, c.head_width)
+
+    y = rms_norm(w["input_layernorm"]["weight"], x, c.eps)
+    q, k, v = map(heads, linears((a["q_proj"], a["k_proj"], a["v_proj"]), y))
+    q = rope.rotate(rms_norm(a["q_norm"]["weight"], q, c.eps), by["all"])
+    k = rope.rotate(rms_norm(a["k_norm"]["weight"], k, c.eps), by["all"])
+    y, kept = attend(q, k, v, scale=c.head_width**-0.5, window=window)
+    x = x + linear(a["o_proj"], y)
+
+    y = rms_norm(w["post_attention_layernorm"]["weight"], x, c.eps)
+    return x + gated_mlp(w["mlp"], y, c.activation), kept

@@ -1,0 +1,99 @@
+"""NF4 weights: 4-bit NormalFloat in blocks of 64, as bitsandbytes has them (arXiv:2305.14314)."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pallas_kernels import nf4
+
+DTYPES = ("float32", "bfloat16", "float16")
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@flax.struct.dataclass
+class NF4:
+    """A weight [*stack, O, I]. Fields are Any since trees may hold shapes or specs.
+
+    Plain statistics are float32 `absmax` alone; nested ones are 8-bit codes and the other three.
+    """
+
+    packed: Any  # uint8 [*stack, O, I/2] if 64 divides I, else [*stack, ceil(O I / 2)]
+    absmax: Any  # uint8 codes or float32 [*stack, ceil(O I / block)]
+    nested_absmax: Any = None  # float32 [*stack, ceil(blocks / nested_block)]
+    nested_map: Any = None  # float32 [*stack, 256]
+    offset: Any = None  # float32 [*stack]
+    matrix: tuple[int, int] = flax.struct.field(pytree_node=False, kw_only=True)
+    block: int = flax.struct.field(pytree_node=False, default=nf4.BLOCK)
+    nested_block: int = flax.struct.field(pytree_node=False, default=nf4.NESTED_BLOCK)
+    dtype: str = flax.struct.field(pytree_node=False, default="bfloat16")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.packed.shape[: -1 - in_rows(self.matrix)], *self.matrix)
+
+    @property
+    def layout(self) -> nf4.Layout:
+        return nf4.Layout(self.matrix, self.block, self.nested_block, self.dtype)
+
+    @property
+    def statistics(self) -> nf4.Statistics:
+        return nf4.Statistics(self.absmax, self.nested_absmax, self.nested_map, self.offset)
+
+    def dequantize(self) -> Float[Array, "*stack O I"]:
+        """The weight in `dtype`, bit for bit as bitsandbytes dequantizes it."""
+        one = lambda packed, statistics: nf4.dequantize(self.layout, packed, statistics)
+        for _ in self.shape[:-2]:
+            one = jax.vmap(one)
+        return one(self.packed, self.statistics)
+
+    def matmul(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        """x @ w.T in x's dtype, for a single matrix. Raises on a stack: index it first."""
+        if self.shape != self.matrix:
+            raise ValueError(f"matmul takes one matrix, got a stack of shape {self.shape}")
+        return nf4.matmul(self.layout, x, self.packed, self.statistics)
+
+
+def in_rows(matrix: tuple[int, int]) -> bool:
+    """Whether packed bytes have the weight's rows: the width divides by 64, else they lie flat."""
+    return matrix[1] % 64 == 0
+
+
+def quantize(
+    w: Float[Array, "*stack O I"],
+    dtype: str | np.dtype | type | None = None,
+    double: bool = True,
+    block: int = nf4.BLOCK,
+) -> NF4:
+    """NF4 of float weights, nested statistics if `double`; `dtype` is what dequantizing gives.
+
+    Written for jit. Does not look at values: NaN and infinities must be refused before. Raises on
+    vectors, on dtypes other than float32, bfloat16 and float16, and on unknown block lengths.
+    """
+    name = jnp.dtype(w.dtype if dtype is None else dtype).name
+    if w.ndim < 2 or jnp.dtype(w.dtype).name not in DTYPES:
+        raise ValueError(f"NF4 takes matrices in {DTYPES}, got {w.dtype} of shape {w.shape}")
+    if name not in DTYPES or block not in BLOCKS:
+        raise ValueError(
+            f"NF4 knows dtypes {DTYPES} and blocks of {BLOCKS}, got dtype {name}, block {block}"
+        )
+    *stack, rows, width = w.shape
+    one = lambda matrix: _fields(matrix, double, block)
+    if not stack:
+        fields = one(jnp.asarray(w))
+    else:
+        # One matrix at a time, so that float32 copies don't grow with the stack.
+        fields = jax.lax.map(one, jnp.reshape(w, (-1, rows, width)))
+        fields = jax.tree.map(lambda a: a.reshape(*stack, *a.shape[1:]), fields)
+    packed, statistics = fields
+    return NF4(packed, *statistics, matrix=(rows, width), block=block, dtype=name)
+
+
+def _fields(w, double, block):
+    packed, absmax = nf4.quantize(w, block)
+    if in_rows(w.shape):
+        packed = packed.reshape(w.shape[0], -1)
+    return packed, nf4.nest(absmax) if double else nf4.Statistics(absmax)

@@ -1,0 +1,160 @@
+"""Generation with a key/value cache: prefill, then many tokens a dispatch.
+
+Every knob is an array, so changing a temperature compiles nothing. Filters act in the order of
+transformers: repetition penalty, temperature, top-k, top-p, min-p.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from unsloth_jax import decoder
+from unsloth_jax.dims import Params
+
+OUT = -1e30  # the score of a token that can't be drawn
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn, one value for the whole batch; the defaults change nothing."""
+
+    temperature: Any = 1.0  # 0 takes the likeliest token
+    top_k: Any = 0  # 0 keeps all
+    top_p: Any = 1.0
+    min_p: Any = 0.0
+    repetition_penalty: Any = 1.0
+
+
+@flax.struct.dataclass
+class Draft:
+    """A generation under way: what one dispatch hands to the next."""
+
+    cache: decoder.Cache
+    token: Any  # int32 [B]: drawn, not yet in the cache
+    logprob: Any  # float32 [B]
+    seen: Any  # bool [B, V]: tokens of prompt and answer
+    done: Any  # bool [B]
+    key: Any
+
+
+def penalize(scores: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Any) -> Float[Array, "B V"]:
+    """Divides positive and multiplies negative scores of seen tokens (arXiv:1909.05858)."""
+    worse = jnp.where(scores > 0, scores / penalty, scores * penalty)
+    return jnp.where(seen, worse, scores)
+
+
+def filtered(scores: Float[Array, "B V"], s: Sampling) -> Float[Array, "B V"]:
+    """Tempered scores with the tokens that may not be drawn at -1e30; `temperature` is over 0."""
+    scores = scores / s.temperature
+    order = jnp.sort(scores, axis=-1, descending=True)
+    count = scores.shape[-1]
+    k = jnp.where(s.top_k > 0, jnp.minimum(s.top_k, count), count).astype(jnp.int32)
+    least = jnp.take_along_axis(order, jnp.broadcast_to(k - 1, (scores.shape[0], 1)), axis=-1)
+    scores = jnp.where(scores < least, OUT, scores)
+    order = jnp.where(order < least, OUT, order)
+    chance = jax.nn.softmax(order, axis=-1)
+    kept = jnp.cumsum(chance, axis=-1) - chance < s.top_p
+    least = jnp.min(jnp.where(kept, order, jnp.inf), axis=-1, keepdims=True)
+    scores = jnp.where(scores < least, OUT, scores)
+    chance = jax.nn.softmax(scores, axis=-1)
+    return jnp.where(chance < s.min_p * chance.max(-1, keepdims=True), OUT, scores)
+
+
+def draw(
+    key: jax.Array, scores: Float[Array, "B V"], seen: Bool[Array, "B V"], s: Sampling
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """A token a row and its log-probability under the unfiltered, tempered distribution."""
+    scores = penalize(scores, seen, s.repetition_penalty)
+    greedy = jnp.asarray(s.temperature) == 0
+    s = s._replace(temperature=jnp.where(greedy, 1.0, s.temperature))
+    free = jax.random.categorical(key, filtered(scores, s), axis=-1)
+    token = jnp.where(greedy, jnp.argmax(scores, axis=-1), free).astype(jnp.int32)
+    logps = jax.nn.log_softmax(scores / s.temperature, axis=-1)
+    return token, jnp.take_along_axis(logps, token[:, None], axis=-1)[:, 0]
+
+
+def prefill(
+    family: ModuleType,
+    c: Any,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    slots: int,
+    sampling: Sampling,
+    key: jax.Array,
+    dtype: Any,
+) -> Draft:
+    """Reads the prompts (padded on the right) and draws the first token of each answer."""
+    batch, length = tokens.shape
+    cache = decoder.empty_cache(c, batch, slots, dtype)
+    hidden, cache = decoder.extend(family, c, params, cache, tokens, lengths)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    inside = jnp.arange(length)[None] < lengths[:, None]
+    rows = jnp.broadcast_to(jnp.arange(batch)[:, None], (batch, length))
+    seen = jnp.zeros((batch, c.vocab), bool).at[rows, tokens].max(inside)
+    now, key = jax.random.split(key)
+    token, logprob = draw(now, decoder.logits(family, c, params, last), seen, sampling)
+    return Draft(cache, token, logprob, seen, jnp.zeros((batch,), bool), key)
+
+
+def decode(
+    family: ModuleType,
+    c: Any,
+    params: Params,
+    draft: Draft,
+    stop: Int[Array, " stops"],
+    sampling: Sampling,
+    steps: int,
+) -> tuple[Draft, Int[Array, "B steps"], Float[Array, "B steps"]]:
+    """Up to `steps` tokens a row, ending early when every row has drawn a stop token.
+
+    A row that is done repeats -1 with log-probability 0.
+    """
+    batch = draft.token.shape[0]
+    tokens = jnp.full((batch, steps), -1, jnp.int32)
+    logprobs = jnp.zeros((batch, steps), jnp.float32)
+
+    def going(carry):
+        n, d, _, _ = carry
+        return (n < steps) & ~d.done.all()
+
+    def one(carry):
+        n, d, tokens, logprobs = carry
+        tokens = tokens.at[:, n].set(jnp.where(d.done, -1, d.token))
+        logprobs = logprobs.at[:, n].set(jnp.where(d.done, 0.0, d.logprob))
+        seen = d.seen.at[jnp.arange(batch), d.token].set(True)
+        done = d.done | (d.token[:, None] == stop[None]).any(-1)
+        grow = jnp.where(done, 0, 1).astype(jnp.int32)
+        hidden, cache = decoder.extend(family, c, params, d.cache, d.token[:, None], grow)
+        now, key = jax.random.split(d.key)
+        token, logprob = draw(now, decoder.logits(family, c, params, hidden[:, 0]), seen, sampling)
+        return n + 1, Draft(cache, token, logprob, seen, done, key), tokens, logprobs
+
+    _, draft, tokens, logprobs = jax.lax.while_loop(going, one, (0, draft, tokens, logprobs))
+    return draft, tokens, logprobs
+
+
+class Programs(NamedTuple):
+    """The two jitted halves of a generation for one family and config."""
+
+    prefill: Callable[..., Draft]
+    decode: Callable[..., tuple]
+
+
+def programs(family: ModuleType, c: Any) -> Programs:
+    """Compiled once a shape; `decode` donates the draft it is given."""
+
+    def first(params, tokens, lengths, sampling, key, slots, dtype):
+        return prefill(family, c, params, tokens, lengths, slots, sampling, key, dtype)
+
+    def more(params, draft, stop, sampling, steps):
+        return decode(family, c, params, draft, stop, sampling, steps)
+
+    return Programs(
+        jax.jit(first, static_argnames=("slots", "dtype")),
+        jax.jit(more, static_argnames=("steps",), donate_argnums=1),
+    )

@@ -1,0 +1,46 @@
+"""Parameter trees addressed by dotted path, `*` standing for the layer number."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from unsloth_jax.dims import Params
+
+
+def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": leaf}}` -> `{"a.b": leaf}`. Anything that is not a dict is a leaf."""
+    flat = {}
+    for key, node in tree.items():
+        path = f"{prefix}{key}"
+        flat.update(flatten(node, f"{path}.") if isinstance(node, dict) else {path: node})
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> Params:
+    """Inverse of `flatten`."""
+    tree: Params = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split(".")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree
+
+
+def map_paths(fn: Callable[[str, Any], Any], tree: Params) -> Params:
+    """`fn(path, leaf)` for every leaf, in a tree of the same shape."""
+    return unflatten({path: fn(path, leaf) for path, leaf in flatten(tree).items()})
+
+
+def matcher(targets: tuple[str, ...] | str) -> Callable[[str], bool]:
+    """A test of module paths (`...self_attn.q_proj`) in PEFT's sense.
+
+    A tuple matches modules whose last dotted names equal an entry; a string is a regular
+    expression that must match the whole path. Source: peft `LoraConfig.target_modules`.
+    """
+    if isinstance(targets, str):
+        whole = re.compile(targets)
+        return lambda path: whole.fullmatch(path) is not None
+    ending = re.compile(rf"(^|\.)({'|'.join(map(re.escape, targets))})$")
+    return lambda path: ending.search(path) is not None
