@@ -1,6 +1,6 @@
 """Which type each tensor of a GGUF file gets, and its rows in that type.
 
-The choice is llama-quantize's (llama.cpp, src/llama-quant.cpp); rows are libgguf's, ggml's to the bit.
+The choice is llama-quantize's (llama.cpp, src/llama-quant.cpp); rows by libgguf, equal to ggml's.
 """
 
 from collections.abc import Mapping
@@ -73,6 +73,11 @@ def format_named(name: str) -> Format:
     return FORMATS[name]
 
 
+def is_quantized(fmt: Format) -> bool:
+    """Whether llama-quantize makes such a file, not the converter."""
+    return fmt.base not in PLAIN
+
+
 def choose(fmt: Format, shapes: Mapping[str, tuple[int, ...]], sizes: Sizes) -> dict[str, Choice]:
     """Type of each tensor, by its GGUF name; shapes are NumPy's, rows first."""
     head = "output.weight" if "output.weight" in shapes else "token_embd.weight"
@@ -121,7 +126,7 @@ def overflows(w: np.ndarray) -> bool:
 
 
 def encode(w: np.ndarray, kind: Kind) -> np.ndarray:
-    """The rows of a float32 array as ggml lays them out: float32, float16 or uint8 [rows, bytes]."""
+    """Rows of a float32 array as ggml lays them out: float32, float16 or uint8 [rows, bytes]."""
     return libgguf.quantize_rows(w, int(kind))
 
 

@@ -81,7 +81,7 @@ def hyperparameters(file: GGUF) -> dict[str, Any]:
     }
     unknown = sorted(set(found) - READ - set(NEUTRAL))
     if unknown:
-        raise ValueError(f"{file.path}: metadata not understood: {unknown} of {arch!r}")
+        raise ValueError(f"{file.path}: metadata not understood: {unknown}")
     _numbers(file, found)
     for key, neutral in NEUTRAL.items():
         if neutral is not None and found.get(key, neutral) != neutral:
@@ -204,7 +204,7 @@ def _rope(
     kind = values.get("rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise ValueError(f"{file.path}: rope scaling {kind!r}; known: none, linear, yarn")
-    if kind == "none" or factor == 1.0:
+    if kind == "none" or (kind == "linear" and factor == 1.0):
         kind = "default"
     rope = {"rope_type": kind, "rope_theta": theta}
     if factors is not None and not np.all(factors == 1):
@@ -233,7 +233,7 @@ def _llama3(file: GGUF, theta: float, head_dim: int, factors: np.ndarray) -> dic
         raise ValueError(
             f"{file.path}: rope_freqs.weight has shape {factors.shape}, head_dim is {head_dim}"
         )
-    factor = decimal(factors.max())
+    factor = float(f"{factors.max():.6g}")
     for original in ORIGINAL_CONTEXTS:
         if np.allclose(llama3_factors(theta, head_dim, factor, original), factors, 1e-5, 0):
             return {

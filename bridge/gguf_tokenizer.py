@@ -3,6 +3,7 @@
 Splitting rules after llama.cpp's src/llama-vocab.cpp, so that ids equal llama.cpp's.
 """
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +93,7 @@ def tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         **names,
-        extra_special_tokens=[t for t in specials if t not in names.values()],
+        additional_special_tokens=[t for t in specials if t not in names.values()],
         clean_up_tokenization_spaces=False,
         **({} if context is None else {"model_max_length": context}),
         **_templates(file),
@@ -104,8 +105,16 @@ def save_folder(path: str | Path, folder: str | Path) -> Path:
 
     AutoTokenizer.from_pretrained(folder) gives the same ids and the same template.
     """
-    tokenizer(path).save_pretrained(folder)
-    return Path(folder)
+    made, folder = tokenizer(path), Path(folder)
+    made.save_pretrained(folder)
+    described = folder / "tokenizer_config.json"
+    settings = json.loads(described.read_text())
+    # transformers 4 knows neither the class name nor the list that transformers 5 writes.
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["additional_special_tokens"] = settings.pop("extra_special_tokens", [])
+    settings.pop("backend", None)
+    described.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    return folder
 
 
 def _splitting(file: GGUF) -> Splitting:
@@ -117,9 +126,7 @@ def _splitting(file: GGUF) -> Splitting:
         )
     pre = file.metadata.get("tokenizer.ggml.pre")
     if pre not in SPLITTINGS:
-        raise ValueError(
-            f"{file.path}: tokenizer.ggml.pre is {pre!r}; known: {sorted(SPLITTINGS)}"
-        )
+        raise ValueError(f"{file.path}: tokenizer.ggml.pre is {pre!r}; known: {sorted(SPLITTINGS)}")
     return SPLITTINGS[pre]
 
 

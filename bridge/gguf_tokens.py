@@ -4,11 +4,14 @@ Keys and values are those of llama.cpp's converter, without running the tokenize
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gguf
 from gguf import TokenType
+
+from bridge.gguf_tokenizer import SPLITTINGS
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -36,7 +39,9 @@ PRE_TOKENIZERS = {
     "tekken": PreTokenizer((_TEKKEN, "bytes"), True, True),
 }
 GRANITE_VOCABULARY = 49152  # the converter turns the first token off for llama models of this size
-SPACE_IN_MERGES = "\u2581"
+SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
+SENTENCEPIECE_SPACE = "\u2581"
 
 
 class Tokens(NamedTuple):
@@ -50,18 +55,21 @@ class Tokens(NamedTuple):
     notes: list[str]
 
 
-def read(folder: str | Path, rows: int) -> Tokens:
-    """The tokenizer in `folder`, padded to the `rows` of the embedding.
+def read(folder: str | Path, config: Mapping[str, Any]) -> Tokens:
+    """The tokenizer in `folder`, padded to the embedding's rows; ids it lacks are the config's.
 
     Raises ValueError for SentencePiece, an unknown pre-tokenizer, more tokens than rows.
     """
-    folder = Path(folder)
+    folder, rows = Path(folder), config["vocab_size"]
     spec = _tokenizer_json(folder)
     settings = _json(folder / "tokenizer_config.json")
     pre = pre_tokenizer(spec)
     texts, types = _vocabulary(spec, settings, rows)
     special = gguf.SpecialVocab(folder, load_merges=True)
     special.chat_template = _template(folder, special.chat_template)
+    for kind in SPECIAL:
+        if isinstance(config.get(f"{kind}_token_id"), int):
+            special.special_token_ids.setdefault(kind, config[f"{kind}_token_id"])
     outside = {k: i for k, i in special.special_token_ids.items() if i >= rows}
     if outside:
         raise ValueError(f"special tokens outside the embedding's {rows} rows: {outside}")
@@ -89,12 +97,13 @@ def pre_tokenizer(spec: dict[str, Any]) -> str:
     steps = _steps(spec.get("pre_tokenizer"))
     ignores = bool(spec["model"].get("ignore_merges"))
     for name, known in PRE_TOKENIZERS.items():
-        if known.steps == steps and known.ignores_merges == ignores:
+        read_from_gguf = (*SPLITTINGS[name].patterns, "bytes")
+        if steps in (known.steps, read_from_gguf) and known.ignores_merges == ignores:
             return name
+    known = "; ".join(f"{n}: {k.steps} {k.ignores_merges}" for n, k in PRE_TOKENIZERS.items())
     raise ValueError(
-        f"llama.cpp has no known name for this pre-tokenizer: {spec.get('pre_tokenizer')} with "
-        f"ignore_merges={ignores}; known: "
-        + "; ".join(f"{n}: {k.steps}, ignore_merges={k.ignores_merges}" for n, k in PRE_TOKENIZERS.items())
+        f"llama.cpp has no name for this pre-tokenizer: {spec.get('pre_tokenizer')} with "
+        f"ignore_merges={ignores}; known (name: steps, ignore_merges): {known}"
     )
 
 
@@ -125,12 +134,14 @@ def _tokenizer_json(folder: Path) -> dict[str, Any]:
     if model.get("byte_fallback") or model["type"] == "Unigram":
         raise ValueError(_sentencepiece(folder))
     if model["type"] != "BPE":
-        raise ValueError(f"{folder}: tokenizer model {model['type']!r} can't go into GGUF; known: BPE")
-    extras = {k: model[k] for k in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(k)}
+        raise ValueError(
+            f"{folder}: tokenizer model {model['type']!r} has no GGUF form; known: BPE"
+        )
+    extras = {k: model[k] for k in AFFIXES if model.get(k)}
     if extras:
         raise ValueError(f"{folder}: llama.cpp's BPE has no {extras}")
     if _normalizers(spec) not in ([], ["NFC"]):
-        raise ValueError(f"{folder}: llama.cpp has no normalizer {spec['normalizer']}; known: none, NFC")
+        raise ValueError(f"{folder}: normalizer {spec['normalizer']} has no GGUF form; known: NFC")
     return spec
 
 
@@ -167,7 +178,7 @@ def _vocabulary(
         elif i in added:
             control = added[i].get("special") or _looks_special(text)
             kind = TokenType.CONTROL if control else TokenType.USER_DEFINED
-            text = text if control else text.replace(SPACE_IN_MERGES, " ")
+            text = text if control else text.replace(SENTENCEPIECE_SPACE, " ")
         texts.append(text)
         types.append(kind)
     return texts, types
@@ -183,7 +194,8 @@ def _looks_special(text: str) -> bool:
 def _template(folder: Path, found: Any) -> Any:
     """The chat template; transformers lets chat_template.jinja win over tokenizer_config.json."""
     file = folder / "chat_template.jinja"
-    return file.read_text() if file.is_file() and not isinstance(found, list) else found
+    wins = file.is_file() and not isinstance(found, list)
+    return file.read_text(encoding="utf-8") if wins else found
 
 
 def _notes(spec: dict[str, Any]) -> list[str]:
@@ -196,7 +208,7 @@ def _notes(spec: dict[str, Any]) -> list[str]:
         if t.get("lstrip") or t.get("rstrip") or t.get("single_word")
     ]
     if sticky:
-        notes.append(f"llama.cpp does not strip or bound these tokens as the tokenizer does: {sticky}")
+        notes.append(f"llama.cpp takes no spaces into tokens as the tokenizer does: {sticky}")
     return notes
 
 

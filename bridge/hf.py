@@ -17,7 +17,9 @@ from unsloth_jax.models import family
 from unsloth_jax.quant import FORMATS
 
 # Buffers that old checkpoints carry and the config alone decides.
-BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
+BUFFERS = re.compile(
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq"
+)
 
 
 def names(path: str, layers: int) -> list[str]:
@@ -36,7 +38,9 @@ def check(model: ModuleType, c: Any, headers: dict[str, Header], where: str) -> 
             elif headers[name].shape != shape:
                 wrong.append(f"{name} has shape {headers[name].shape}, the config says {shape}")
             elif not headers[name].dtype.startswith(("float", "bfloat")):
-                wrong.append(f"{name} has dtype {headers[name].dtype}, expected a float or 4-bit NF4 blocks")
+                wrong.append(
+                    f"{name} has dtype {headers[name].dtype}, expected a float or 4-bit NF4 blocks"
+                )
     tied = {"lm_head.weight"} if c.tied else set()
     surplus = set(headers) - used - tied
     wrong += [f"unexpected {name}" for name in sorted(surplus) if not BUFFERS.fullmatch(name)]
@@ -65,16 +69,22 @@ def load(
     model = family(source.config["model_type"])
     c = model.config(source.config)
     headers = source.headers()
-    check(model, c, headers, str(getattr(source, "path", getattr(source, "folder", "the checkpoint"))))
+    check(
+        model, c, headers, str(getattr(source, "path", getattr(source, "folder", "the checkpoint")))
+    )
     stored = any(h.format for h in headers.values())
     flat = {}
     for path in model.weights(c):
         pack = quantize if not stored and where(path) else None
-        flat[path] = _stack(source, headers, names(path, c.layers), ".*." in path, dtype, quantize, pack)
+        flat[path] = _stack(
+            source, headers, names(path, c.layers), ".*." in path, dtype, quantize, pack
+        )
     return model, c, tree.unflatten(flat)
 
 
-def _stack(source, headers, wanted: list[str], stacked: bool, dtype, keep: str | None, pack: str | None):
+def _stack(
+    source, headers, wanted: list[str], stacked: bool, dtype, keep: str | None, pack: str | None
+):
     """The leaf of one path: a single weight, a stack, or `Stacks` where layers differ in kind."""
 
     def read(name: str) -> Any:

@@ -54,40 +54,45 @@ class SafetensorsSource:
             files = [self.folder / f for f in sorted(set(read_json(index)["weight_map"].values()))]
         files = [f for f in files if not f.name.startswith("adapter_")]
         if not files:
-            raise ValueError(f"{self.folder} holds no .safetensors file; there is {listing(self.folder)}")
+            raise ValueError(
+                f"{self.folder} holds no .safetensors file; there is {listing(self.folder)}"
+            )
         self._where = {name: f for file in files for f in [opened(file)] for name in f.keys()}
 
     def headers(self) -> dict[str, Header]:
         """Every weight by name; bitsandbytes' companion tensors are folded into their weight."""
-        raw = {name: f.get_slice(name) for name, f in self._where.items()}
-        names = set(raw)
-        out = {}
-        for name, piece in raw.items():
-            if bnb_nf4.is_companion(names, name):
-                continue
-            if bnb_nf4.is_nf4(names, name):
-                shape, dtype = bnb_nf4.described(self.tensor, name)
-                out[name] = Header(shape, dtype, "nf4")
+        out, companions = {}, set()
+        for name, file in self._where.items():
+            if bnb_nf4.is_nf4(self._where, name):
+                state = bnb_nf4.state(self.tensor, name)
+                companions.update(bnb_nf4.members(self._where, name))
+                out[name] = Header(state.matrix, state.dtype, "nf4")
             else:
-                out[name] = Header(tuple(piece.get_shape()), DTYPES[piece.get_dtype()].name)
-        return out
+                piece = file.get_slice(name)
+                out[name] = Header(tuple(piece.get_shape()), _dtype(name, piece.get_dtype()).name)
+        return {name: header for name, header in out.items() if name not in companions}
 
     def tensor(self, name: str) -> np.ndarray:
         """One tensor exactly as it lies in the file."""
         return self._where[name].get_tensor(name)
 
-    def names(self) -> set[str]:
-        return set(self._where)
-
     def read_nf4(self, name: str) -> Any:
         """The 4-bit leaf of a weight, its bytes and statistics untouched, on the host."""
-        return bnb_nf4.leaf(self.tensor, self.names(), name)
+        return bnb_nf4.parts(self.tensor, name, self._where)
 
     def read(self, name: str) -> np.ndarray:
         """One weight as a dense array in its header's dtype."""
-        if bnb_nf4.is_nf4(self.names(), name):
+        if bnb_nf4.is_nf4(self._where, name):
             return np.asarray(self.read_nf4(name).dequantize())
         return self.tensor(name)
+
+
+def _dtype(name: str, stored: str) -> np.dtype:
+    if stored not in DTYPES:
+        raise ValueError(
+            f"{name} is stored as {stored}, which is not read; known: {sorted(DTYPES)}"
+        )
+    return DTYPES[stored]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -115,7 +120,7 @@ def opened(path: Path):
 
 
 def size_in_bytes(text: str | int) -> int:
-    """"5GB" -> 5000000000; raises ValueError for a size that can't be read."""
+    """ "5GB" -> 5000000000; raises ValueError for a size that can't be read."""
     if isinstance(text, int):
         return text
     for unit, factor in sorted(UNITS.items(), key=lambda item: -len(item[0])):
@@ -157,7 +162,9 @@ def save(folder: Path, weights: Sequence[Weight], max_shard_size: str | int = "5
         "metadata": {"total_size": sum(w.nbytes for w in weights)},
         "weight_map": {w.name: file for file, part in zip(files, parts, strict=True) for w in part},
     }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps(index, indent=2, sort_keys=True) + "\n"
+    )
 
 
 def write(path: Path, weights: Sequence[Weight]) -> None:
@@ -165,7 +172,11 @@ def write(path: Path, weights: Sequence[Weight]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for w in weights:
-        header[w.name] = {"dtype": NAMES[w.dtype], "shape": list(w.shape), "data_offsets": [at, at + w.nbytes]}
+        header[w.name] = {
+            "dtype": NAMES[w.dtype],
+            "shape": list(w.shape),
+            "data_offsets": [at, at + w.nbytes],
+        }
         at += w.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -174,5 +185,7 @@ def write(path: Path, weights: Sequence[Weight]) -> None:
         for w in weights:
             value = np.ascontiguousarray(w.read())
             if value.shape != tuple(w.shape) or value.dtype != w.dtype:
-                raise ValueError(f"{w.name} is {value.dtype}{value.shape}, announced as {w.dtype}{w.shape}")
+                raise ValueError(
+                    f"{w.name} is {value.dtype}{value.shape}, announced as {w.dtype}{w.shape}"
+                )
             file.write(value.tobytes())

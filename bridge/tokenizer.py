@@ -214,13 +214,14 @@ def preview_mask(
     tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], mask: Sequence[int]
 ) -> str:
     """The row as text, with [[ ]] around each stretch that the loss predicts."""
-    runs = [(on, [t for t, _ in run]) for on, run in groupby(zip(tokens, mask), lambda p: p[1])]
+    pairs = zip(tokens, mask, strict=True)
+    runs = [(on, [t for t, _ in run]) for on, run in groupby(pairs, lambda pair: pair[1])]
     show = lambda on, run: f"[[{tokenizer.decode(run)}]]" if on else tokenizer.decode(run)
     return "".join(show(on, run) for on, run in runs)
 
 
 def state(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of everything that decides what the tokenizer does: equal before and after, or altered."""
+    """sha256 of all that decides what the tokenizer does; it changes when anything alters that."""
     parts = {
         "backend": tokenizer.backend_tokenizer.to_str(),
         "template": tokenizer.chat_template,

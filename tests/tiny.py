@@ -1,41 +1,62 @@
 """Tiny random checkpoints of every family, every tensor redrawn so that mistakes show."""
 
+from functools import cache, partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
 
+from unsloth_jax import decoder, tree
+from unsloth_jax.models import family as family_of
+
 SMALL = dict(
-    vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=32, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
-    pad_token_id=0,
+    vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=64,
+    bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
 PLAIN = {k: v for k, v in SMALL.items() if k != "head_dim"}
-LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=32)  # fmt: skip
-YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=32)
-DYNAMIC = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
-LINEAR = dict(rope_type="linear", rope_theta=1e4, factor=2.5)
+# Thetas and epsilons far from the defaults, so that a forgotten one shows.
+DEFAULT = dict(rope_type="default", rope_theta=1e6)
+LINEAR = dict(rope_type="linear", rope_theta=2e4, factor=2.5)
+DYNAMIC = dict(rope_type="dynamic", rope_theta=2e4, factor=2.0)
+LLAMA3 = dict(
+    rope_type="llama3", rope_theta=5e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)  # fmt: skip
+YARN = dict(
+    rope_type="yarn", rope_theta=3e4, factor=2.0, original_max_position_embeddings=32
+)  # fmt: skip
+YARN_TUNED = YARN | dict(
+    beta_fast=2.0, beta_slow=0.5, truncate=False, mscale=1.0, mscale_all_dim=4.0
+)  # fmt: skip
+LAST_TWO_WINDOWED = dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)
+MIDDLE_WINDOWED = dict(
+    use_sliding_window=True, sliding_window=8,
+    layer_types=["full_attention", "sliding_attention", "full_attention"],
+)  # fmt: skip
+BIASED = dict(attention_bias=True, rms_norm_eps=0.02)
+
 TINY: dict[str, tuple[str, dict]] = {
     "llama": ("Llama", SMALL),
-    "llama_tied_biased": ("Llama", SMALL | dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)),
+    "llama_tied_biased": (
+        "Llama", SMALL | BIASED | dict(mlp_bias=True, tie_word_embeddings=True),
+    ),
     "llama3_rope": ("Llama", SMALL | dict(rope_parameters=LLAMA3)),
     "llama_linear": ("Llama", SMALL | dict(rope_parameters=LINEAR)),
     "llama_dynamic": ("Llama", SMALL | dict(rope_parameters=DYNAMIC)),
     "llama_gelu": ("Llama", PLAIN | dict(hidden_act="gelu_pytorch_tanh")),
-    "mistral": ("Mistral", SMALL | dict(sliding_window=8)),
+    "mistral": ("Mistral", SMALL | dict(sliding_window=8, rms_norm_eps=0.02)),
     "mistral_full": ("Mistral", PLAIN | dict(sliding_window=None, tie_word_embeddings=True)),
-    "qwen2": ("Qwen2", PLAIN | dict(tie_word_embeddings=True)),
-    "qwen2_yarn_window": (
-        "Qwen2",
-        PLAIN | dict(rope_parameters=YARN, use_sliding_window=True, sliding_window=8, max_window_layers=1),
-    ),
-    "qwen3": ("Qwen3", SMALL | dict(tie_word_embeddings=True)),
+    "qwen2": ("Qwen2", PLAIN | dict(tie_word_embeddings=True, rms_norm_eps=0.02)),
+    "qwen2_yarn_window": ("Qwen2", PLAIN | LAST_TWO_WINDOWED | dict(rope_parameters=YARN)),
+    "qwen3": ("Qwen3", SMALL | dict(tie_word_embeddings=True, rope_parameters=DEFAULT)),
     "qwen3_biased": (
-        "Qwen3",
-        SMALL | dict(attention_bias=True, rope_parameters=YARN, use_sliding_window=True, sliding_window=8,
-                     layer_types=["full_attention", "sliding_attention", "full_attention"]),
+        "Qwen3", SMALL | BIASED | MIDDLE_WINDOWED | dict(rope_parameters=YARN_TUNED),
     ),
 }  # fmt: skip
 
@@ -45,8 +66,10 @@ def redraw(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.ndim == 1:
-                value = rng.normal(0, 0.5, p.shape) if name.endswith("bias") else rng.uniform(0.5, 1.5, p.shape)
+            if name.endswith("bias"):
+                value = rng.normal(0, 0.5, p.shape)
+            elif p.ndim == 1:
+                value = rng.uniform(0.5, 1.5, p.shape)
             elif "embed_tokens" in name:
                 value = rng.normal(0, 1, p.shape)
             else:
@@ -67,3 +90,49 @@ def save(model: torch.nn.Module, folder: Path, **options) -> Path:
     """The model as a Hugging Face folder."""
     model.save_pretrained(folder, **options)
     return folder
+
+
+class Pair(NamedTuple):
+    """transformers' model and ours of the same weights; `params` are float32."""
+
+    model: torch.nn.Module
+    family: ModuleType
+    config: Any
+    params: dict
+
+
+def ours(model: torch.nn.Module) -> tuple[ModuleType, Any, dict]:
+    """(family, config, parameters) of transformers' model, without going through files."""
+    hf = model.config.to_dict()
+    family = family_of(hf["model_type"])
+    c = family.config(hf)
+    state = {name: p.numpy() for name, p in model.state_dict().items()}
+    stack = lambda path: np.stack([state[path.replace("*", str(i))] for i in range(c.layers)])
+    flat = {p: jnp.asarray(stack(p) if "*" in p else state[p]) for p in family.weights(c)}
+    return family, c, tree.unflatten(flat)
+
+
+@cache
+def pair(name: str) -> Pair:
+    """One entry of TINY in both programs, made once a session: don't change it."""
+    model = reference(name)
+    return Pair(model, *ours(model))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def logits(family, c, params, tokens, positions, segments):
+    """float32 [B, T, V]; compiled once for each config and shape, whichever test asks."""
+    hidden = decoder.forward(family, c, params, tokens, positions, segments)
+    return decoder.logits(family, c, params, hidden)
+
+
+def padded(rows: list, length: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(tokens, positions, segments) int32 [B, length], one document a row, padding at the end."""
+    tokens = jnp.asarray([[*row, *[0] * (length - len(row))] for row in rows], jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens.shape)
+    return tokens, positions, (positions < jnp.asarray([[len(r)] for r in rows])).astype(jnp.int32)
+
+
+def draw(seed: int, length: int, vocab: int = 256) -> list[int]:
+    """Random token ids without the special ones."""
+    return np.random.default_rng(seed).integers(3, vocab, length).tolist()

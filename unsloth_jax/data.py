@@ -30,7 +30,7 @@ def packed(rows: Iterable[Row], length: int, open_bins: int = 32) -> Iterator[li
     bins: list[list[Row]] = []
     for n, row in enumerate(rows):
         if len(row.tokens) > length:
-            raise ValueError(f"row {n} has {len(row.tokens)} tokens, more than the limit of {length}")
+            raise ValueError(f"row {n} has {len(row.tokens)} tokens, the limit is {length}")
         fits = (b for b in bins if sum(len(r.tokens) for r in b) + len(row.tokens) <= length)
         home = next(fits, None)
         if home is None:

@@ -91,7 +91,9 @@ def scan_layers(family: ModuleType, c: Any, params: Params, carry: Any, body: Ca
         node = node[key]
     flat, kinds = tree.flatten(node["*"]), family.kinds(c)
     for g in groups(kinds, flat):
-        rounds = [range(g.start + j, g.start + g.period * g.repeats, g.period) for j in range(g.period)]
+        rounds = [
+            range(g.start + j, g.start + g.period * g.repeats, g.period) for j in range(g.period)
+        ]
         xs, rebuilds = [], []
         for ids in rounds:
             here = {}
@@ -142,10 +144,14 @@ def forward(
         run = lambda x, w: family.block(c, kind, w, x, by, attend)[0]
         return jax.checkpoint(run, prevent_cse=False)(x, w) if remat else run(x, w)
 
-    return family.norm(c, params, scan_layers(family, c, params, family.embed(c, params, tokens), body))
+    return family.norm(
+        c, params, scan_layers(family, c, params, family.embed(c, params, tokens), body)
+    )
 
 
-def logits(family: ModuleType, c: Any, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+def logits(
+    family: ModuleType, c: Any, params: Params, hidden: Float[Array, "*B D"]
+) -> Float[Array, "*B V"]:
     """Scores of every token of the vocabulary, float32."""
     return linear(family.head(c, params), hidden).astype(jnp.float32)
 
@@ -173,7 +179,9 @@ def extend(
     batch, new = tokens.shape
     fresh = jnp.where(cache.used == 0, lengths, cache.context)
     positions = cache.used[:, None] + jnp.arange(new, dtype=jnp.int32)[None]
-    slots = jnp.broadcast_to(jnp.arange(cache.k.shape[2], dtype=jnp.int32)[None], (batch, cache.k.shape[2]))
+    slots = jnp.broadcast_to(
+        jnp.arange(cache.k.shape[2], dtype=jnp.int32)[None], (batch, cache.k.shape[2])
+    )
     rows = jnp.arange(batch)[:, None]
     by = family.angles(c, positions, jnp.broadcast_to(fresh[:, None], (batch, new)))
     one = lambda x: jnp.ones_like(x)

@@ -96,7 +96,11 @@ def layer(leaf: Any, i: int | Int[Array, ""]) -> Any:
 def linear(node: Params, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
     """x @ weight.T + bias for a `{weight, bias}` node, in x's dtype."""
     y = matmul(node["weight"], x)
-    return y + node["bias"].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,)) if "bias" in node else y
+    return (
+        y + node["bias"].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        if "bias" in node
+        else y
+    )
 
 
 def linears(nodes: Sequence[Params], x: Float[Array, "*B I"]) -> list[Array]:

@@ -42,32 +42,55 @@ def scaling(alpha: float, rank: int, rslora: bool = False) -> float:
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
-def modules(params: Params, targets: Sequence[str] | str) -> list[str]:
-    """Paths of the linear modules that `targets` names, in the tree's order.
+def modules(
+    params: Params, targets: Sequence[str] | str, layers: Sequence[int] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Path of each module to adapt -> its layers, () where it isn't stacked, in the tree's order.
 
-    A sequence holds last names, a string is a regular expression over whole paths
-    (`model.layers.*.self_attn.q_proj`, with any layer number for `*`), "all-linear" is every
-    matrix but embedding and head. Raises ValueError for a target that matches nothing.
+    `targets` are last names, a regular expression over full names (`model.layers.0.mlp.up_proj`)
+    or "all-linear": every matrix in a layer. `layers` limits the stacked ones to these layers.
+    Raises ValueError for a target or layer that is not there.
     """
-    paths = [p.removesuffix(".weight") for p, w in tree.flatten(params).items() if _is_matrix(p, w)]
-    inside = [p for p in paths if ".*." in p]
-    if isinstance(targets, str):
-        if targets == ALL_LINEAR:
-            return inside
-        match = tree.matcher(targets)
-        chosen = [p for p in paths if match(p) or match(p.replace(".*.", ".0."))]
-        wanted = [targets] if not chosen else []
+    counts = _matrices(params)
+    if targets == ALL_LINEAR:
+        found = {p: tuple(range(n)) for p, n in counts.items() if n}
     else:
-        chosen = [p for p in paths if tree.matcher(tuple(targets))(p)]
-        wanted = [t for t in targets if not any(tree.matcher((t,))(p) for p in chosen)]
-    if wanted or not chosen:
-        raise ValueError(f"target modules {wanted or targets} match nothing; there are {paths}")
-    return chosen
+        found = _found(counts, targets)
+    if layers is None:
+        return found
+    if isinstance(targets, str) and targets != ALL_LINEAR:
+        raise ValueError(
+            f"layers_to_transform={layers} goes with a list of names, but target_modules is the "
+            f"regular expression {targets!r}: name the layers in it"
+        )
+    wanted = _wanted(layers, max(counts.values()))
+    kept = {p: tuple(i for i in ids if i in wanted) for p, ids in found.items()}
+    return {p: ids for p, ids in kept.items() if ids or not counts[p]}
 
 
-def _is_matrix(path: str, leaf: Any) -> bool:
-    part = leaf.parts[0] if isinstance(leaf, Stacks) else leaf
-    return path.endswith(".weight") and len(part.shape) == 2 + (".*." in path)
+def _matrices(params: Params) -> dict[str, int]:
+    """Path of each module with a matrix -> how many layers it has, 0 where it isn't stacked."""
+    out = {}
+    for path, leaf in tree.flatten(params).items():
+        stacked = ".*." in path
+        if path.endswith(".weight") and len(_shape(leaf)) == 2 + stacked:
+            out[path.removesuffix(".weight")] = sum(map(len, _parts(leaf))) if stacked else 0
+    return out
+
+
+def _found(counts: dict[str, int], targets: Sequence[str] | str) -> dict[str, tuple[int, ...]]:
+    single = [targets] if isinstance(targets, str) else [(t,) for t in targets]
+    tests = {t: tree.matcher(t) for t in single}
+    names = {p: [p.replace("*", str(i), 1) for i in range(n or 1)] for p, n in counts.items()}
+    every = [name for xs in names.values() for name in xs]
+    absent = [t for t, test in tests.items() if not any(map(test, every))]
+    if absent or not tests:
+        raise ValueError(f"target modules {absent or targets} match nothing; there are {[*counts]}")
+    hits = {
+        p: [i for i, name in enumerate(xs) if any(test(name) for test in tests.values())]
+        for p, xs in names.items()
+    }
+    return {p: tuple(ids) if counts[p] else () for p, ids in hits.items() if ids}
 
 
 def init(
@@ -80,7 +103,7 @@ def init(
 ) -> Params:
     """A pair {a [*stack, r, I], b [*stack, O, r]} for every target, float32, `b` zero.
 
-    `layers` limits stacked targets to these layer numbers: no pair exists for the others.
+    A stacked target that only some layers have gets a pair for these: no pair exists for others.
     Raises ValueError for an unknown start, rank, target or layer.
     """
     if start not in STARTS:
@@ -88,26 +111,25 @@ def init(
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"LoRA rank must be a positive integer, got {rank!r}")
     flat, out = tree.flatten(params), {}
-    chosen = modules(params, targets)
-    for at, path in zip(jax.random.split(key, len(chosen)), chosen, strict=True):
-        stacked = ".*." in path
-        count = sum(map(len, _parts(flat[f"{path}.weight"]))) if stacked else 0
-        ids = _wanted(layers, count) if stacked else ()
+    chosen, counts = modules(params, targets, layers), _matrices(params)
+    for at, (path, ids) in zip(jax.random.split(key, len(chosen)), chosen.items(), strict=True):
         *_, height, width = _shape(flat[f"{path}.weight"])
-        lead = (len(ids),) if stacked else ()
+        lead = (len(ids),) if ids else ()
         a = STARTS[start](at, (*lead, rank, width), rank)
         b = jnp.zeros((*lead, height, rank))
-        part = lambda x, ids=ids, all_=len(ids) == count: x if all_ else Stacks((x,), (tuple(ids),))
-        out[f"{path}.a"], out[f"{path}.b"] = (part(a), part(b)) if stacked else (a, b)
+        whole = len(ids) == counts[path]
+        out[f"{path}.a"], out[f"{path}.b"] = (x if whole else Stacks((x,), (ids,)) for x in (a, b))
     return tree.unflatten(out)
 
 
-def _wanted(layers: Sequence[int] | None, count: int) -> tuple[int, ...]:
-    ids = tuple(range(count)) if layers is None else tuple(sorted(set(layers)))
-    outside = [i for i in ids if not 0 <= i < count]
-    if outside or not ids:
-        raise ValueError(f"layers_to_transform={layers} names {outside or 'no layer'}; there are 0 to {count - 1}")
-    return ids
+def _wanted(layers: Sequence[int], count: int) -> tuple[int, ...]:
+    outside = [i for i in layers if not 0 <= i < count]
+    if outside or not layers:
+        raise ValueError(
+            f"layers_to_transform={layers} names {outside or 'no layer'}; "
+            f"there are 0 to {count - 1}"
+        )
+    return tuple(sorted(set(layers)))
 
 
 def _shape(leaf: Any) -> tuple[int, ...]:
@@ -125,7 +147,10 @@ def attach(params: Params, adapters: Params, scale: float) -> Params:
     """
     flat, pairs = tree.flatten(params), tree.flatten(adapters)
     paths = [p.removesuffix(".a") for p in pairs if p.endswith(".a")]
-    new = {f"{p}.weight": _wrap(flat[f"{p}.weight"], pairs[f"{p}.a"], pairs[f"{p}.b"], scale) for p in paths}
+    new = {
+        f"{p}.weight": _wrap(flat[f"{p}.weight"], pairs[f"{p}.a"], pairs[f"{p}.b"], scale)
+        for p in paths
+    }
     return tree.unflatten(flat | new)
 
 

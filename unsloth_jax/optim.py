@@ -13,7 +13,8 @@ def _decay(kind: Callable[[jax.Array], jax.Array]) -> Callable[[float, int, int]
     def make(peak: float, warmup: int, steps: int) -> Schedule:
         def rate(step: jax.Array) -> jax.Array:
             done = (step - warmup) / max(1, steps - warmup)
-            return peak * jnp.where(step < warmup, step / max(1, warmup), kind(jnp.clip(done, 0, 1)))
+            rise = step / max(1, warmup)
+            return peak * jnp.where(step < warmup, rise, kind(jnp.clip(done, 0, 1)))
 
         return rate
 
@@ -23,7 +24,7 @@ def _decay(kind: Callable[[jax.Array], jax.Array]) -> Callable[[float, int, int]
 SCHEDULES: dict[str, Callable[[float, int, int], Schedule]] = {
     "linear": _decay(lambda done: 1 - done),
     "cosine": _decay(lambda done: 0.5 * (1 + jnp.cos(jnp.pi * done))),
-    "constant": lambda peak, warmup, steps: lambda step: jnp.full_like(step, peak, dtype=jnp.float32),
+    "constant": lambda peak, warmup, steps: lambda step: jnp.full(jnp.shape(step), peak),
     "constant_with_warmup": _decay(lambda done: jnp.ones_like(done)),
 }
 # adamw_8bit keeps float32 moments for now: same updates, more memory.
@@ -36,7 +37,9 @@ def schedule(name: str, peak: float, warmup: int, steps: int) -> Schedule:
     `warmup` and `steps` count optimizer steps. Raises ValueError for an unknown name.
     """
     if name not in SCHEDULES:
-        raise ValueError(f"lr_scheduler_type {name!r} is not supported; supported: {sorted(SCHEDULES)}")
+        raise ValueError(
+            f"lr_scheduler_type {name!r} is not supported; supported: {sorted(SCHEDULES)}"
+        )
     return SCHEDULES[name](peak, warmup, steps)
 
 

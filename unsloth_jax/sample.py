@@ -41,7 +41,9 @@ class Draft:
     key: Any
 
 
-def penalize(scores: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Any) -> Float[Array, "B V"]:
+def penalize(
+    scores: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Any
+) -> Float[Array, "B V"]:
     """Divides positive and multiplies negative scores of seen tokens (arXiv:1909.05858)."""
     worse = jnp.where(scores > 0, scores / penalty, scores * penalty)
     return jnp.where(seen, worse, scores)
@@ -71,8 +73,11 @@ def draw(
     scores = penalize(scores, seen, s.repetition_penalty)
     greedy = jnp.asarray(s.temperature) == 0
     s = s._replace(temperature=jnp.where(greedy, 1.0, s.temperature))
-    free = jax.random.categorical(key, filtered(scores, s), axis=-1)
-    token = jnp.where(greedy, jnp.argmax(scores, axis=-1), free).astype(jnp.int32)
+    token = jax.lax.cond(
+        greedy,
+        lambda: jnp.argmax(scores, axis=-1),
+        lambda: jax.random.categorical(key, filtered(scores, s), axis=-1),
+    ).astype(jnp.int32)
     logps = jax.nn.log_softmax(scores / s.temperature, axis=-1)
     return token, jnp.take_along_axis(logps, token[:, None], axis=-1)[:, 0]
 

@@ -26,5 +26,7 @@ FAMILIES: dict[str, ModuleType] = {
 def family(model_type: str) -> ModuleType:
     """The module of a family; raises ValueError naming the supported ones."""
     if model_type not in FAMILIES:
-        raise ValueError(f"model_type {model_type!r} is not supported; supported: {sorted(FAMILIES)}")
+        raise ValueError(
+            f"model_type {model_type!r} is not supported; supported: {sorted(FAMILIES)}"
+        )
     return FAMILIES[model_type]

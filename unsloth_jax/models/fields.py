@@ -47,7 +47,11 @@ ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
 
 def check(hf: Mapping[str, Any], own: Iterable[str] = ()) -> None:
     """Raises ValueError for a field that this family does not know or a value it can't honour."""
-    unknown = sorted(set(hf) - HARMLESS - DENSE - set(FIXED) - set(own))
+    known = HARMLESS | DENSE | set(FIXED) | set(own)
+    # Private names and token ids say how a file came about and what a sampler does.
+    unknown = [
+        k for k in sorted(set(hf) - known) if not (k.startswith("_") or k.endswith("_token_id"))
+    ]
     if unknown:
         raise ValueError(
             f"config of {hf.get('model_type')!r} has fields that are not understood: "
@@ -56,7 +60,9 @@ def check(hf: Mapping[str, Any], own: Iterable[str] = ()) -> None:
         )
     for name, values in FIXED.items():
         if name in hf and hf[name] not in values:
-            raise ValueError(f"config field {name}={hf[name]!r} is not supported; supported: {values}")
+            raise ValueError(
+                f"config field {name}={hf[name]!r} is not supported; supported: {values}"
+            )
     activation(hf)
 
 
@@ -98,12 +104,20 @@ def rope(hf: Mapping[str, Any], width: int) -> Rope:
     if unknown:
         raise ValueError(f"rope keys {unknown} are not understood; understood: {sorted(ROPE_KEYS)}")
     if r.get("partial_rotary_factor") not in (None, 1):
-        raise ValueError(f"partial_rotary_factor={r['partial_rotary_factor']} is not supported: only 1")
+        raise ValueError(
+            f"partial_rotary_factor={r['partial_rotary_factor']} is not supported: only 1"
+        )
     theta = r.get("rope_theta") or hf.get("rope_theta") or 10000.0
     longest = hf.get("max_position_embeddings", 2048)
-    context = hf.get("original_max_position_embeddings") or r.get("original_max_position_embeddings")
+    context = hf.get("original_max_position_embeddings") or r.get(
+        "original_max_position_embeddings"
+    )
     own = Rope(kind, float(theta), width)
-    needed = {"linear": ["factor"], "dynamic": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
+    needed = {
+        "linear": ["factor"],
+        "dynamic": ["factor"],
+        "llama3": ["factor", "low_freq_factor", "high_freq_factor"],
+    }
     missing = [key for key in needed.get(kind, []) if r.get(key) is None]
     if missing:
         raise ValueError(f"rope type {kind!r} needs {missing}, got {r}")
@@ -112,7 +126,10 @@ def rope(hf: Mapping[str, Any], width: int) -> Rope:
         "linear": lambda: dict(factor=r["factor"]),
         "dynamic": lambda: dict(factor=r["factor"], context=longest),
         "llama3": lambda: dict(
-            factor=r["factor"], low=r["low_freq_factor"], high=r["high_freq_factor"], context=context or longest
+            factor=r["factor"],
+            low=r["low_freq_factor"],
+            high=r["high_freq_factor"],
+            context=context or longest,
         ),
         "yarn": lambda: _yarn(r, context or longest, longest),
     }
@@ -150,5 +167,7 @@ def windows(hf: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
             f"layer_types must be {layers} of {sorted(known)}, got {len(kinds)} with {wrong or 'no unknown'}"
         )
     if window is None and "sliding_attention" in kinds:
-        raise ValueError("layer_types has sliding_attention but use_sliding_window or sliding_window is not set")
+        raise ValueError(
+            "layer_types has sliding_attention but use_sliding_window or sliding_window is not set"
+        )
     return tuple(known[kind] for kind in kinds)

@@ -83,7 +83,9 @@ def kinds(c: Config) -> tuple[int | None, ...]:
     return c.windows
 
 
-def angles(c: Config, positions: Int[Array, "B T"], lengths: Int[Array, "B T"]) -> dict[str, rope.Angles]:
+def angles(
+    c: Config, positions: Int[Array, "B T"], lengths: Int[Array, "B T"]
+) -> dict[str, rope.Angles]:
     """cos and sin by kind of layer; this family has one kind."""
     return {"all": rope.angles(c.rope, positions, lengths)}
 

@@ -30,7 +30,9 @@ def quantize(params: Params, fmt: str, where: Callable[[str], bool]) -> Params:
         if not isinstance(leaf, jax.Array | np.ndarray):
             raise ValueError(f"{path} is no plain array but {type(leaf).__name__}: cannot quantize")
         if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(f"{path} is {leaf.dtype} {leaf.shape}: only float matrices can be quantized")
+            raise ValueError(
+                f"{path} is {leaf.dtype} {leaf.shape}: only float matrices can be quantized"
+            )
         return FORMATS[fmt](leaf)
 
     def visit(path, leaf):

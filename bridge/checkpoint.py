@@ -1,0 +1,82 @@
+"""Training checkpoints: the step's state and where the data stands, through Orbax."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+class Restored(NamedTuple):
+    """A state as it was, and what was written beside it."""
+
+    state: Any
+    facts: dict[str, Any]
+
+
+class Checkpoints:
+    """A folder of checkpoints by step number; Orbax renames each into place when it is whole."""
+
+    def __init__(self, folder: Path, keep: int | None = None):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, step_prefix="checkpoint"
+        )
+        self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
+
+    def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
+        """Writes one checkpoint; `facts` must be JSON."""
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(_named(state)),
+            facts=ocp.args.JsonSave(json.loads(json.dumps(facts))),
+        )
+        self._manager.save(step, args=args)
+        self._manager.wait_until_finished()
+
+    def latest(self) -> int | None:
+        """The newest complete checkpoint's step."""
+        return self._manager.latest_step()
+
+    def restore(self, like: Any, step: int | None = None) -> Restored:
+        """The state of one checkpoint in the structure of `like`.
+
+        Raises ValueError where there is none, or its arrays don't fit `like`.
+        """
+        step = self.latest() if step is None else step
+        if step is None or step not in self._manager.all_steps():
+            raise ValueError(
+                f"{self._manager.directory} holds no checkpoint {step}; it holds {self._manager.all_steps()}"
+            )
+        named = _named(like)
+        abstract = {k: jax.ShapeDtypeStruct(np.shape(v), v.dtype) for k, v in named.items()}
+        held = self._manager.item_metadata(step)["state"]
+        _fits(
+            {k: tuple(v.shape) for k, v in held.items()}, {k: v.shape for k, v in abstract.items()}
+        )
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), facts=ocp.args.JsonRestore()
+        )
+        got = self._manager.restore(step, args=args)
+        leaves = [got["state"][name] for name in named]
+        return Restored(jax.tree.unflatten(jax.tree.structure(like), leaves), got["facts"])
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def _named(state: Any) -> dict[str, jax.Array]:
+    """Leaves by their place in the tree, so that a checkpoint needs no Python classes."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
+
+
+def _fits(held: dict[str, tuple], wanted: dict[str, tuple]) -> None:
+    wrong = [f"missing {k}" for k in sorted(set(wanted) - set(held))]
+    wrong += [f"unexpected {k}" for k in sorted(set(held) - set(wanted))]
+    wrong += [
+        f"{k} is {held[k]}, expected {wanted[k]}"
+        for k in held
+        if k in wanted and held[k] != wanted[k]
+    ]
+    if wrong:
+        raise ValueError("the checkpoint does not fit this run:\n  " + "\n  ".join(wrong[:20]))

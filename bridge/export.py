@@ -1,0 +1,93 @@
+"""Folders that are complete or absent, and the manifest that says what is in them."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import gguf
+from safetensors import safe_open
+
+MANIFEST = "manifest.json"
+PACKAGES = ("unsloth-jax", "jax", "transformers", "safetensors", "gguf", "libgguf")
+
+
+@contextmanager
+def complete(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name when the block ends well.
+
+    Raises FileExistsError, before anything is written, where `folder` holds files; `overwrite`
+    replaces it, and only where its manifest shows that an export made it.
+    """
+    folder = Path(folder)
+    there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    if there and not (overwrite and MANIFEST in there):
+        why = (
+            "has no manifest of an export"
+            if overwrite
+            else "pass overwrite=True to replace an export"
+        )
+        raise FileExistsError(f"{folder} is not empty ({there[:5]}): {why}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if there:
+            shutil.rmtree(folder)
+        elif folder.is_dir():
+            folder.rmdir()
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def text_hash(text: str | None) -> str | None:
+    """sha256 of a text, None for none."""
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
+
+
+def contents(path: Path) -> dict[str, Any]:
+    """What a re-opened file holds: bytes, hash and, for weights, tensors counted by dtype."""
+    row: dict[str, Any] = {"path": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="numpy") as file:
+            kinds = Counter(file.get_slice(name).get_dtype() for name in file.keys())
+    elif path.suffix == ".gguf":
+        kinds = Counter(t.tensor_type.name for t in gguf.GGUFReader(path).tensors)
+    else:
+        return row
+    return row | {"tensors": sum(kinds.values()), "dtypes": dict(kinds)}
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Describes every file of `folder` by re-opening it, writes manifest.json, returns it."""
+    files = [contents(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST]
+    manifest = {**facts, "files": files, "versions": versions()}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    return manifest

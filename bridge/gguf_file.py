@@ -1,0 +1,291 @@
+"""Weights and a tokenizer -> a GGUF file that llama.cpp loads.
+
+Metadata and tensors are those of llama.cpp's convert_hf_to_gguf.py, quantized files those that
+its llama-quantize makes of them.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Kind
+
+from bridge import gguf_blocks, gguf_header, gguf_metadata, gguf_tokens, hf
+from bridge.gguf_blocks import Choice, Format
+from bridge.safetensors_file import Weight, check_space
+from bridge.source import Header
+from unsloth_jax.models import family
+
+PROBES = 4  # rows of each tensor that are kept to compare with the finished file
+SMALLEST = 1e-6  # weights below this have no relative error worth a message
+MANY_SUBSTITUTED = 0.05
+# Beyond this multiple of a type's usual error a tensor is broken, not merely hard to round.
+BROKEN = 4.0
+# llama.cpp reads these biases, by its architecture; any other stops it from loading the file.
+BIASES = {
+    "llama": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
+    "qwen2": ("attn_q", "attn_k", "attn_v"),
+    "qwen3": ("attn_q", "attn_k", "attn_v"),
+}
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+class Report(NamedTuple):
+    """What was written. `tensors` has name, source, type, wanted, shape, bytes, error of each."""
+
+    tensors: list[dict[str, Any]]
+    bits_per_weight: float
+    substituted: float  # share of all weights whose type is not the one the format wants
+    notes: list[str]
+
+
+class Entry(NamedTuple):
+    """One tensor on its way to the file."""
+
+    name: str
+    weight: Weight
+    choice: Choice
+
+
+class Probe(NamedTuple):
+    """A few rows of a tensor as they should come back from the file."""
+
+    rows: np.ndarray
+    values: np.ndarray
+
+
+class Plan(NamedTuple):
+    """Everything that is known before the first weight is read."""
+
+    model: ModuleType
+    config: Any  # the family's
+    fmt: Format
+    entries: list[Entry]
+    tokens: gguf_tokens.Tokens
+    notes: list[str]
+
+
+def save(
+    path: str | Path,
+    config: Mapping[str, Any],
+    weights: Iterable[Weight],
+    tokenizer_folder: str | Path,
+    fmt: str,
+    *,
+    name: str | None = None,
+) -> Report:
+    """Writes the GGUF file `path`; `config` is config.json's content, weights have its names.
+
+    One weight is in memory at a time. The file is re-opened and compared before it gets its name.
+    Raises ValueError before writing for what GGUF or llama.cpp can't hold, OSError for a full disk.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} exists; remove it or choose another name")
+    plan = _plan(config, list(weights), tokenizer_folder, gguf_blocks.format_named(fmt))
+    check_space(path.parent, sum(map(_room, plan.entries)) + _header_room(plan.tokens))
+    keys = lambda out: _metadata(out, plan, config, tokenizer_folder, name or path.stem)
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        probes, wide = _write(unfinished, plan, keys)
+        if wide:
+            plan = _without_overflow(plan, wide)
+            probes, _ = _write(unfinished, plan, keys)
+        report = _checked(unfinished, plan, probes)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return report
+
+
+def gguf_name(arch: str, layers: int, name: str) -> str:
+    """llama.cpp's name of a Hugging Face weight; raises ValueError where it has none."""
+    known = next(a for a, text in gguf.MODEL_ARCH_NAMES.items() if text == arch)
+    found = gguf.get_tensor_name_map(known, layers).get_name(name, (".weight", ".bias"))
+    if found is None:
+        raise ValueError(f"{name} has no name in llama.cpp's architecture {arch!r}")
+    return found
+
+
+def _plan(
+    config: Mapping[str, Any], weights: list[Weight], folder: str | Path, fmt: Format
+) -> Plan:
+    model = family(config["model_type"])
+    c = model.config(config)
+    headers = {w.name: Header(tuple(w.shape), str(w.dtype)) for w in weights}
+    hf.check(model, c, headers, "what is to be exported")
+    notes = gguf_metadata.refuse_unspeakable(model.GGUF_ARCH, c, config)
+    tokens = gguf_tokens.read(folder, config)
+    named = _named(model, c, weights)
+    sizes = gguf_blocks.Sizes(model.GGUF_ARCH, c.layers, c.heads, c.kv_heads)
+    choices = gguf_blocks.choose(fmt, {n: w.shape for n, w in named.items()}, sizes)
+    order = sorted(named, key=_quantized_order) if gguf_blocks.is_quantized(fmt) else list(named)
+    entries = [Entry(n, named[n], choices[n]) for n in order]
+    return Plan(model, c, fmt, entries, tokens, notes + tokens.notes)
+
+
+def _named(model: ModuleType, c: Any, weights: list[Weight]) -> dict[str, Weight]:
+    """Weights by GGUF name in the converter's order: rope factors, then as safetensors sorts.
+
+    Raises ValueError for a bias that llama.cpp has no place for.
+    """
+    wanted = {name for path in model.weights(c) for name in hf.names(path, c.layers)}
+    out = {}
+    factors = gguf_metadata.rope_factors(c.rope)
+    if factors is not None:
+        out[ROPE_FACTORS] = Weight(ROPE_FACTORS, factors.shape, factors.dtype, lambda: factors)
+    for w in sorted(weights, key=lambda w: w.name):
+        if w.name in wanted:
+            out[gguf_name(model.GGUF_ARCH, c.layers, w.name)] = w
+    biases = [n for n in out if n.endswith(".bias")]
+    lost = [n for n in biases if n.split(".")[-2] not in BIASES[model.GGUF_ARCH]]
+    if lost:
+        raise ValueError(
+            f"llama.cpp's {model.GGUF_ARCH!r} has no place for {len(lost)} biases: {lost[0]}"
+        )
+    return out
+
+
+def _quantized_order(name: str) -> tuple[int, str]:
+    """llama-quantize's order: what belongs to no layer, then layer by layer, by name."""
+    return (int(name.split(".")[1]) if name.startswith("blk.") else -1), name
+
+
+def _room(entry: Entry) -> int:
+    return gguf_blocks.size(entry.weight.shape, entry.choice.kind) + gguf.GGUF_DEFAULT_ALIGNMENT
+
+
+def _header_room(tokens: gguf_tokens.Tokens) -> int:
+    """Bytes that the metadata takes at most."""
+    texts = sum(len(t.encode()) + 12 for t in tokens.texts)
+    return texts + sum(len(m.encode()) + 8 for m in tokens.special.merges) + 2**20
+
+
+def _metadata(
+    out: gguf.GGUFWriter, plan: Plan, config: Mapping[str, Any], folder: str | Path, name: str
+) -> None:
+    """All keys, in the converter's order; llama-quantize moves two of them to the end."""
+    quantized = gguf_blocks.is_quantized(plan.fmt)
+    gguf_metadata.general(out, folder, name, sum(math.prod(e.weight.shape) for e in plan.entries))
+    gguf_metadata.architecture(out, plan.config, config)
+    if not quantized:
+        out.add_file_type(plan.fmt.file_type)
+    gguf_metadata.llama_only(out, plan.config)
+    if not quantized:
+        out.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    gguf_tokens.write(out, plan.tokens)
+    if quantized:
+        out.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        out.add_file_type(plan.fmt.file_type)
+
+
+def _write(path: Path, plan: Plan, keys: Any) -> tuple[dict[str, Probe], list[str]]:
+    """Writes the whole file; returns rows to compare, and the tensors that float16 can't hold."""
+    out = gguf.GGUFWriter(path, plan.model.GGUF_ARCH)
+    keys(out)
+    for e in plan.entries:
+        nbytes = gguf_blocks.size(e.weight.shape, e.choice.kind)
+        float32 = np.dtype(np.float32)
+        out.add_tensor_info(e.name, e.weight.shape, float32, nbytes, raw_dtype=e.choice.kind)
+    probes, wide = {}, []
+    try:
+        out.write_header_to_file()
+        out.write_kv_data_to_file()
+        out.write_ti_data_to_file()
+        for e in plan.entries:
+            probes[e.name], overflows = _put(out, plan, e)
+            wide += [e.name] if overflows else []
+    finally:
+        out.close()
+    return probes, wide
+
+
+def _put(out: gguf.GGUFWriter, plan: Plan, e: Entry) -> tuple[Probe, bool]:
+    """Reads, encodes and writes one tensor; the flag says that float16 can't hold it."""
+    w = _value(plan, e)
+    overflows = e.choice.kind == Kind.F16 and gguf_blocks.overflows(w)
+    out.write_tensor_data(gguf_blocks.encode(w, e.choice.kind))
+    rows = np.unique(np.linspace(0, len(w) - 1, PROBES).astype(int))
+    return Probe(rows, w[rows].copy()), overflows
+
+
+def _value(plan: Plan, e: Entry) -> np.ndarray:
+    """A tensor as float32, its rows in llama.cpp's order; raises ValueError for NaN or infinity."""
+    w = np.asarray(e.weight.read()).astype(np.float32, copy=False)
+    if w.shape != tuple(e.weight.shape):
+        raise ValueError(f"{e.weight.name} was announced as {e.weight.shape}, it is {w.shape}")
+    bad = w.size - int(np.count_nonzero(np.isfinite(w)))
+    if bad:
+        raise ValueError(f"{e.weight.name} has {bad} values that are not finite")
+    if e.name == ROPE_FACTORS or not hasattr(plan.model, "to_gguf"):
+        return w
+    return plan.model.to_gguf(plan.config, e.weight.name, w)
+
+
+def _without_overflow(plan: Plan, wide: list[str]) -> Plan:
+    """The plan with those tensors in bfloat16, which has float32's range."""
+    choice = lambda e: e.choice._replace(kind=Kind.BF16) if e.name in wide else e.choice
+    note = f"kept in bfloat16, values above {gguf_blocks.LARGEST_F16:.0f} don't fit float16: {wide}"
+    entries = [e._replace(choice=choice(e)) for e in plan.entries]
+    return plan._replace(entries=entries, notes=[*plan.notes, note])
+
+
+def _checked(path: Path, plan: Plan, probes: dict[str, Probe]) -> Report:
+    """Compares the finished file with what it should hold; raises ValueError where it doesn't."""
+    file = gguf_header.read(path)
+    shapes = {name: (t.shape, t.kind) for name, t in file.tensors.items()}
+    wanted = {e.name: (tuple(e.weight.shape), e.choice.kind) for e in plan.entries}
+    if list(shapes.items()) != list(wanted.items()):
+        differ = sorted(set(shapes.items()) ^ set(wanted.items()))
+        raise ValueError(f"{path}: tensors came back otherwise than written: {differ[:4]}")
+    if len(file.metadata["tokenizer.ggml.tokens"]) != shapes["token_embd.weight"][0][0]:
+        raise ValueError(
+            f"{path}: the vocabulary and token_embd.weight came back of unequal length"
+        )
+    rows, notes = [], list(plan.notes)
+    data = np.memmap(path, np.uint8, "r")
+    for e in plan.entries:
+        t, kind = file.tensors[e.name], e.choice.kind
+        error = _error(data[t.start : t.start + t.size], t, probes[e.name])
+        usual = gguf_blocks.ERROR[kind]
+        if error > BROKEN * usual:
+            raise ValueError(f"{path}: {e.name} came back {error:.2%} off in {kind.name}")
+        if error > usual:
+            notes.append(f"{e.name}: {error:.2%} off in {kind.name}, usual is {usual:.2%}")
+        rows.append(_row(e, t.size, error))
+    return _report(rows, notes)
+
+
+def _error(data: np.ndarray, tensor: gguf_header.Tensor, probe: Probe) -> float:
+    """Relative root mean square difference of the probe's rows, between bytes and values."""
+    rows = np.array(data.reshape(tensor.shape[0], -1)[probe.rows])
+    back = gguf_blocks.decode(rows, tensor.kind).reshape(probe.values.shape)
+    rms = lambda x: float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+    return rms(back - probe.values) / max(rms(probe.values), SMALLEST)
+
+
+def _row(e: Entry, nbytes: int, error: float) -> dict[str, Any]:
+    return {
+        "name": e.name,
+        "source": e.weight.name,
+        "type": e.choice.kind.name,
+        "wanted": e.choice.wanted.name,
+        "shape": list(e.weight.shape),
+        "bytes": nbytes,
+        "error": error,
+    }
+
+
+def _report(rows: list[dict[str, Any]], notes: list[str]) -> Report:
+    count = lambda some: sum(math.prod(r["shape"]) for r in some)
+    replaced = [r for r in rows if r["type"] != r["wanted"]]
+    share = count(replaced) / count(rows)
+    if share > MANY_SUBSTITUTED:
+        types = sorted({f"{r['wanted']} became {r['type']}" for r in replaced})
+        notes = [*notes, f"{share:.0%} of the weights have another type by their width: {types}"]
+    return Report(rows, 8 * sum(r["bytes"] for r in rows) / count(rows), share, notes)

@@ -1,0 +1,150 @@
+"""Base plus adapters, one weight at a time on the host, in float32."""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from bridge.hf import names
+from bridge.safetensors_file import Weight
+from bridge.source import Source
+from unsloth_jax import leaves, tree
+from unsloth_jax.dims import Params
+
+ORIGINAL, DEQUANTIZED = "original16", "dequant4"
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class Merged(NamedTuple):
+    """Every weight of the merged model in Hugging Face's order, and what it was added to."""
+
+    weights: list[Weight]
+    base: str
+    adapted: frozenset[str]
+    facts: dict[str, Any]
+
+
+class Pair(NamedTuple):
+    """One layer's adapter on the host: delta = scale * b @ a."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+    def delta(self) -> np.ndarray:
+        return np.float32(self.scale) * (self.b.astype(np.float32) @ self.a.astype(np.float32))
+
+
+def pairs(adapters: Params | None, scale: float, layers: int) -> dict[str, Pair]:
+    """Every adapter by the full name of the weight it belongs to."""
+    flat, out = tree.flatten(adapters or {}), {}
+    for path in (p.removesuffix(".a") for p in flat if p.endswith(".a")):
+        a, b = flat[f"{path}.a"], flat[f"{path}.b"]
+        if ".*." not in path:
+            out[f"{path}.weight"] = Pair(np.asarray(a), np.asarray(b), scale)
+            continue
+        a, b = leaves.stacks(a, layers), leaves.stacks(b, layers)
+        for a_part, b_part, ids in zip(a.parts, b.parts, a.layers, strict=True):
+            for at, i in enumerate(ids):
+                name = f"{path.replace('*', str(i), 1)}.weight"
+                out[name] = Pair(np.asarray(a_part[at]), np.asarray(b_part[at]), scale)
+    return out
+
+
+def merged(
+    model: ModuleType,
+    c: Any,
+    params: Params,
+    adapters: Params | None,
+    scale: float,
+    source: Source | None,
+    dtype: str | None = None,
+    base: str = ORIGINAL,
+) -> Merged:
+    """cast(W + scale * b @ a) of every weight, each computed when it is read.
+
+    `base="original16"` adds to the checkpoint's own weights where `source` holds them in 16 or 32
+    bits, "dequant4" (and 4-bit checkpoints) to the dequantized ones. `dtype` None keeps 16-bit
+    weights as they are and turns float32 into bfloat16. Raises ValueError for an unknown base or
+    an adapter that belongs to no weight, and while reading for a result that is not finite.
+    """
+    if base not in (ORIGINAL, DEQUANTIZED):
+        raise ValueError(f"base must be one of {[ORIGINAL, DEQUANTIZED]}, got {base!r}")
+    flat, deltas = tree.flatten(params), pairs(adapters, scale, c.layers)
+    where = {name: path for path in model.weights(c) for name in names(path, c.layers)}
+    lost = sorted(set(deltas) - set(where))
+    if lost:
+        raise ValueError(f"adapters of {lost} belong to no weight of the model")
+    headers = source.headers() if source is not None else {}
+    at_hand = base == ORIGINAL and all(n in headers and headers[n].format is None for n in deltas)
+
+    def original(name: str) -> np.ndarray:
+        if source is not None and (at_hand or headers[name].format is None and name not in deltas):
+            return source.read(name)
+        return held(flat[where[name]], where[name], name)
+
+    weights = []
+    for name in sorted(where):
+        shape = model.weights(c)[where[name]][0]
+        kind = DTYPES[dtype or _sixteen(headers[name].dtype if name in headers else "bfloat16")]
+        weights.append(Weight(name, shape, kind, _reader(name, original, deltas.get(name), kind)))
+    used = ORIGINAL if at_hand else DEQUANTIZED
+    facts = {"base": used, "adapted": len(deltas), "scale": scale}
+    return Merged(weights, used, frozenset(deltas), facts)
+
+
+def _sixteen(dtype: str) -> str:
+    return dtype if dtype in ("float16", "bfloat16") else "bfloat16"
+
+
+def held(leaf: Any, path: str, name: str) -> np.ndarray:
+    """One weight of the parameter tree, dequantized, on the host."""
+    if ".*." in path:
+        leaf = leaves.layer(leaf, layer_number(path, name))
+    return np.asarray(leaves.dense(leaf))
+
+
+def layer_number(path: str, name: str) -> int:
+    """3 for "model.layers.*.x" and "model.layers.3.x"."""
+    before, after = path.split("*", 1)
+    return int(name.removeprefix(before).removesuffix(after))
+
+
+def _reader(
+    name: str, read: Callable, pair: Pair | None, dtype: np.dtype
+) -> Callable[[], np.ndarray]:
+    def value() -> np.ndarray:
+        w = read(name)
+        if pair is None:
+            return w if w.dtype == dtype else w.astype(dtype)
+        out = (w.astype(np.float32) + pair.delta()).astype(dtype)
+        if not np.isfinite(out).all():
+            raise ValueError(f"merging {name} into {dtype} gives values that are not finite")
+        return out
+
+    return value
+
+
+def distances(
+    model: ModuleType, c: Any, params: Params, adapters: Params | None, scale: float, source: Source
+) -> dict[str, float]:
+    """||W16 - dequant(W4)|| / ||delta|| of every adapted weight whose 16-bit original is at hand.
+
+    Large values mean that the adapter was trained on weights unlike those it is added to.
+    """
+    flat, headers, out = tree.flatten(params), source.headers(), {}
+    where = {name: path for path in model.weights(c) for name in names(path, c.layers)}
+    for name, pair in pairs(adapters, scale, c.layers).items():
+        if headers[name].format is None:
+            gap = source.read(name).astype(np.float32) - held(
+                flat[where[name]], where[name], name
+            ).astype(np.float32)
+            size = float(np.linalg.norm(pair.delta()))
+            out[name] = float(np.linalg.norm(gap)) / size if size else float("inf")
+    return out

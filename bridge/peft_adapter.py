@@ -1,0 +1,312 @@
+"""LoRA adapters in PEFT's folders, both ways: adapter_config.json and adapter_model.safetensors.
+
+Names and meaning of the fields: peft 0.21 `LoraConfig`, `check_target_module_exists`.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from bridge.safetensors_file import check_space, listing, opened, read_json
+from unsloth_jax import tree
+from unsloth_jax.dims import Params
+from unsloth_jax.leaves import Stacks, dense, layer
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+SIDES = {"a": "lora_A", "b": "lora_B"}
+ALL_LINEAR = "all-linear"
+EMBEDDING = "embed_tokens"
+# Starts that leave the base as it is: the pair in the file is the whole difference.
+STARTS = (True, False, "gaussian", "orthogonal")
+REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
+USED = frozenset(
+    """r lora_alpha lora_dropout use_rslora target_modules exclude_modules layers_to_transform
+    init_lora_weights base_model_name_or_path revision""".split()
+)
+HARMLESS = frozenset(
+    "auto_mapping peft_version inference_mode qalora_group_size megatron_core".split()
+)
+# Fields with one meaning that is understood; any other field has to be None, False or empty.
+FIXED: dict[str, tuple] = {
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM", None),
+    "bias": ("none",),
+    "layers_pattern": (None, [], "", "layers", ["layers"]),
+}
+
+
+class Settings(NamedTuple):
+    """What an adapter means beside its matrices; `metadata` is free text (hashes of its base)."""
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+    targets: tuple[str, ...] | str = ALL_LINEAR
+    layers: tuple[int, ...] | None = None
+    start: bool | str = True
+    base: str | None = None
+    revision: str | None = None
+    dropout: float = 0.0
+    metadata: Mapping[str, str] = MappingProxyType({})
+
+
+class Module(NamedTuple):
+    """A matrix of the base, in one layer of its stack (None outside the stacks)."""
+
+    path: str
+    layer: int | None
+    shape: tuple[int, int]
+
+
+def save(folder: str | Path, adapters: Params, settings: Settings) -> None:
+    """Writes the adapter as PEFT reads it, float32; the folder appears when it is complete.
+
+    Raises FileExistsError for a folder that holds something, ValueError for adapters that
+    `settings` don't describe or PEFT can't express.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: it holds {sorted(os.listdir(folder))[:10]}")
+    values = tensors(adapters)
+    check_space(folder, sum(v.nbytes for v in values.values()) + 2**16)
+    fields = config(values, settings)
+    unfinished = folder.absolute().with_name(f".{folder.name}.{os.getpid()}.unfinished")
+    unfinished.mkdir(parents=True)
+    try:
+        save_file(values, unfinished / WEIGHTS, {"format": "pt"} | dict(settings.metadata))
+        (unfinished / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        _check_written(unfinished / WEIGHTS, values)
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _check_written(path: Path, values: Mapping[str, np.ndarray]) -> None:
+    with opened(path) as file:
+        wrong = [k for k, v in values.items() if not np.array_equal(file.get_tensor(k), v)]
+    if wrong:
+        raise OSError(f"{path} reads back otherwise than written: {wrong[:10]}")
+
+
+def tensors(adapters: Params) -> dict[str, np.ndarray]:
+    """Every matrix of the pairs by PEFT's name, float32, one a layer.
+
+    Raises ValueError for values that are not finite, and for an adapter on the embedding: PEFT
+    keeps these transposed, and where the head is tied it would not reach the head.
+    """
+    out = {}
+    for path, leaf in tree.flatten(adapters).items():
+        module, side = path.rsplit(".", 1)
+        if module.endswith(EMBEDDING):
+            raise ValueError(
+                f"an adapter on {module} can't be written for PEFT; adapt linear layers"
+            )
+        for i in _layers(leaf) if ".*." in path else (None,):
+            name = module if i is None else module.replace("*", str(i), 1)
+            value = leaf if i is None else layer(leaf, i)
+            out[f"{PREFIX}{name}.{SIDES[side]}.weight"] = np.array(value, np.float32, order="C")
+    wrong = [name for name, value in out.items() if not np.isfinite(value).all()]
+    if wrong:
+        raise ValueError(f"adapter values are not finite in {wrong[:10]}")
+    return out
+
+
+def _layers(leaf: Any) -> Sequence[int]:
+    if isinstance(leaf, Stacks):
+        return sorted(i for ids in leaf.layers for i in ids)
+    return range(leaf.shape[0])
+
+
+def config(values: Mapping[str, np.ndarray], settings: Settings) -> dict[str, Any]:
+    """The content of adapter_config.json for these tensors.
+
+    Raises ValueError where they are not what `settings` say.
+    """
+    s, names = settings, {key.removeprefix(PREFIX).rsplit(".", 2)[0] for key in values}
+    targets = s.targets
+    if targets == ALL_LINEAR:
+        targets = tuple({name.rsplit(".", 1)[1] for name in names})
+    strays = sorted(name for name in names if not _chosen(name, targets, s.layers))
+    ranks = {value.shape[0] for key, value in values.items() if key.endswith("lora_A.weight")}
+    if strays or ranks != {s.rank}:
+        raise ValueError(
+            f"the adapters have rank {sorted(ranks)} and {strays[:10] or 'modules'}; the "
+            f"settings say rank {s.rank}, targets {s.targets!r}, layers {s.layers}"
+        )
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "auto_mapping": None,
+        "base_model_name_or_path": s.base,
+        "revision": s.revision,
+        "inference_mode": True,
+        "r": s.rank,
+        "lora_alpha": int(s.alpha) if s.alpha == int(s.alpha) else s.alpha,
+        "lora_dropout": s.dropout,
+        "use_rslora": s.rslora,
+        "use_dora": False,
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "exclude_modules": None,
+        "layers_to_transform": None if s.layers is None else sorted(s.layers),
+        "layers_pattern": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "bias": "none",
+        "lora_bias": False,
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "init_lora_weights": s.start,
+        "loftq_config": {},
+    }
+
+
+def _chosen(name: str, targets: Sequence[str] | str, layers: Sequence[int] | None) -> bool:
+    """PEFT's rule: a full name in the list is taken whatever `layers` says."""
+    if isinstance(targets, str):
+        return tree.matcher(targets)(name)
+    if name in targets:
+        return True
+    number = next((int(part) for part in name.split(".") if part.isdigit()), None)
+    return tree.matcher(tuple(targets))(name) and (layers is None or number in layers)
+
+
+def load(folder: str | Path, params: Params) -> tuple[Params, Settings]:
+    """(adapters for the base `params`, float32, as `lora.init` shapes them; their settings).
+
+    Raises one ValueError with every field that can't be honoured, and one with every missing,
+    unexpected, misshapen or broken tensor.
+    """
+    folder = Path(folder)
+    fields = read_json(folder / CONFIG)
+    check(fields, str(folder / CONFIG))
+    targets, layers = fields["target_modules"], fields.get("layers_to_transform")
+    targets = targets if isinstance(targets, str) else tuple(targets)
+    layers = (layers,) if isinstance(layers, int) else tuple(layers or ()) or None
+    if not (folder / WEIGHTS).is_file():
+        raise ValueError(f"{folder / WEIGHTS} is missing; there is {listing(folder)}")
+    base = modules(params)
+    chosen = _of_config(base, targets, layers, fields.get("exclude_modules"))
+    with opened(folder / WEIGHTS) as file:
+        values = {key: file.get_tensor(key) for key in file.keys()}
+        metadata = {k: v for k, v in (file.metadata() or {}).items() if k != "format"}
+    values = _without_base(values, base, params)
+    _check_tensors(values, chosen, fields["r"], str(folder / WEIGHTS))
+    if fields.get("exclude_modules"):
+        targets, layers = tuple(chosen), None
+    return _tree(values, chosen, params), Settings(
+        rank=fields["r"],
+        alpha=fields["lora_alpha"],
+        rslora=fields.get("use_rslora", False),
+        targets=targets,
+        layers=layers,
+        start=fields.get("init_lora_weights", True),
+        base=fields.get("base_model_name_or_path"),
+        revision=fields.get("revision"),
+        dropout=fields.get("lora_dropout", 0.0),
+        metadata=metadata,
+    )
+
+
+def check(fields: Mapping[str, Any], where: str) -> None:
+    """Raises one ValueError naming each field of an adapter_config.json that is not honoured."""
+    wrong = [f"{name} is missing" for name in REQUIRED if fields.get(name) in (None, [], "")]
+    off = (None, False, "", [], {})
+    for name, value in fields.items():
+        allowed = FIXED.get(name, off)
+        if name not in USED | HARMLESS and value not in allowed:
+            wrong.append(f"{name}={value!r} is not supported; supported: {allowed}")
+    if not isinstance(fields.get("r"), int) or fields["r"] < 1:
+        wrong.append(f"r={fields.get('r')!r} is no rank, expected a positive integer")
+    start = fields.get("init_lora_weights", True)
+    if start not in STARTS:
+        wrong.append(f"init_lora_weights={start!r} may change the base; supported: {STARTS}")
+    if wrong:
+        raise ValueError(f"{where}: " + "; ".join(wrong))
+
+
+def modules(params: Params) -> dict[str, Module]:
+    """Every matrix of the base by its module's full name, `model.layers.0.mlp.up_proj`."""
+    out = {}
+    for path, leaf in tree.flatten(params).items():
+        stacked, module = ".*." in path, path.removesuffix(".weight")
+        shape = leaf.parts[0].shape if isinstance(leaf, Stacks) else leaf.shape
+        if module == path or len(shape) != 2 + stacked:
+            continue
+        for i in _layers(leaf) if stacked else (None,):
+            name = module if i is None else module.replace("*", str(i), 1)
+            out[name] = Module(module, i, tuple(shape[-2:]))
+    return out
+
+
+def _of_config(base, targets, layers, exclude) -> dict[str, Module]:
+    """The modules that a config names. Raises ValueError where there is none, or an embedding."""
+    excluded = lambda name: bool(exclude) and _chosen(name, exclude, None)
+    if targets == ALL_LINEAR:
+        targets = tuple(name for name, m in base.items() if m.layer is not None)
+    out = {n: m for n, m in base.items() if _chosen(n, targets, layers) and not excluded(n)}
+    embeddings = [name for name in out if name.endswith(EMBEDDING)]
+    if embeddings or not out:
+        what = f"the embedding {embeddings}" if embeddings else "no module of this model"
+        known = sorted({m.path for m in base.values() if not m.path.endswith(EMBEDDING)})
+        raise ValueError(f"target_modules {targets!r} name {what}; supported: {known}")
+    return out
+
+
+def _without_base(values: dict[str, np.ndarray], base: dict[str, Module], params: Params):
+    """Leaves out the copies of adapted heads that PEFT adds; a changed one stays, unexpected."""
+    flat, ending = tree.flatten(params), ".base_layer.weight"
+
+    def same(key: str, value: np.ndarray) -> bool:
+        module = base.get(key.removeprefix(PREFIX).removesuffix(ending))
+        if not key.endswith(ending) or module is None or module.layer is not None:
+            return False
+        ours = np.asarray(dense(flat[f"{module.path}.weight"]))
+        return ours.shape == value.shape and np.array_equal(ours, value.astype(ours.dtype))
+
+    return {key: value for key, value in values.items() if not same(key, value)}
+
+
+def _check_tensors(values, chosen: Mapping[str, Module], rank: int, where: str) -> None:
+    expected = {}
+    for name, (_, _, (height, width)) in chosen.items():
+        expected[f"{PREFIX}{name}.lora_A.weight"] = (rank, width)
+        expected[f"{PREFIX}{name}.lora_B.weight"] = (height, rank)
+    wrong = [f"missing {key} {shape}" for key, shape in expected.items() if key not in values]
+    wrong += [f"unexpected {key} {values[key].shape}" for key in values if key not in expected]
+    for key in sorted(expected.keys() & values.keys()):
+        value, shape = values[key], expected[key]
+        if value.shape != shape:
+            wrong.append(f"{key} has shape {value.shape}, rank and base say {shape}")
+        elif not jnp.issubdtype(value.dtype, jnp.floating):
+            wrong.append(f"{key} has dtype {value.dtype}, expected a float")
+        elif not np.isfinite(value.astype(np.float32)).all():
+            wrong.append(f"{key} holds values that are not finite")
+    if wrong:
+        more = f"\n  and {len(wrong) - 30} more" if len(wrong) > 30 else ""
+        raise ValueError(f"{where} does not fit:\n  " + "\n  ".join(wrong[:30]) + more)
+
+
+def _tree(values, chosen: Mapping[str, Module], params: Params) -> Params:
+    flat, out = tree.flatten(params), {}
+    by_path: dict[str, dict[int | None, str]] = {}
+    for name, module in chosen.items():
+        by_path.setdefault(module.path, {})[module.layer] = name
+    for path, names in by_path.items():
+        ids = tuple(sorted(i for i in names if i is not None))
+        whole = not ids or len(ids) == len(_layers(flat[f"{path}.weight"]))
+        for side, called in SIDES.items():
+            read = lambda i, names=names, called=called: values[
+                f"{PREFIX}{names[i]}.{called}.weight"
+            ].astype(np.float32)
+            x = jnp.asarray(np.stack([read(i) for i in ids]) if ids else read(None))
+            out[f"{path}.{side}"] = x if whole else Stacks((x,), (ids,))
+    return tree.unflatten(out)

@@ -1,0 +1,27 @@
+"""Fine-tuning of language models in functional JAX.
+
+The core is pure. The names of the face are loaded from `workflows` on first use, so that
+`import unsloth_jax.models` loads neither transformers nor gguf.
+"""
+
+_HOMES = {
+    "FastLanguageModel": "workflows.face",
+    "is_bfloat16_supported": "workflows.face",
+    "SFTConfig": "workflows.trainer",
+    "SFTTrainer": "workflows.trainer",
+    "train_on_responses_only": "workflows.trainer",
+    "get_chat_template": "bridge.chat_templates",
+    "standardize_sharegpt": "workflows.rows",
+}
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'unsloth_jax' has no attribute {name!r}; it has {sorted(_HOMES)}")
+
+
+def __dir__():
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,254 @@
+"""Unsloth's names over the pure core; signatures and defaults are theirs."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bridge import gguf_tokenizer, hf, hub, peft_adapter, safetensors_file
+from bridge import tokenizer as text
+from bridge.gguf_source import GGUFSource
+from unsloth_jax import lora
+from workflows.keywords import neutral, say, settle
+from workflows.model import Model, Peft
+
+DTYPES = ("float32", "bfloat16", "float16")
+LOAD_LATER = {
+    "load_in_8bit": (False, None),
+    "load_in_fp8": (False, None),
+    "full_finetuning": (False, None),
+    "rope_scaling": (None,),
+    "resize_model_vocab": (None,),
+    "offload_embedding": (False, None),
+    "float32_mixed_precision": (None, False),
+    "fast_inference": (False, None),
+    "float8_kv_cache": (False, None),
+    "qat_scheme": (None,),
+    "unsloth_tiled_mlp": (False, None),
+    "text_only": (False, None),
+    "num_labels": (None,),
+    "quantization_config": (None,),
+    "trust_remote_code": (False, None),
+    "subfolder": (None, ""),
+    "variant": (None,),
+}
+LOAD_IGNORED = {
+    "fix_tokenizer": "the tokenizer is read and never altered",
+    "use_exact_model_name": "names are never mapped to other repos",
+    "use_gradient_checkpointing": "it is set by get_peft_model",
+    "gpu_memory_utilization": "no second engine shares the GPU",
+    "random_state": "loading draws nothing",
+    "max_lora_rank": "adapters of any rank are sampled from",
+    "disable_log_stats": "no second engine writes statistics",
+    "attn_implementation": "attention is chosen by device and shape",
+}
+PEFT_LATER = {
+    "lora_dropout": (0, None),
+    "bias": ("none", None),
+    "layers_pattern": (None,),
+    "modules_to_save": (None, []),
+    "loftq_config": ({}, None),
+    "qat_scheme": (None,),
+    "target_parameters": (None, []),
+    "ensure_weight_tying": (False, None),
+    "use_dora": (False, None),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+}
+PEFT_IGNORED = {
+    "max_seq_length": "the length given to from_pretrained stands",
+    "temporary_location": "nothing is spilled to disk",
+    "task_type": "the model is a causal language model",
+}
+# Whether each decoder layer is recomputed in the backward pass.
+CHECKPOINTING = {"unsloth": True, True: True, False: False}
+
+
+def is_bfloat16_supported() -> bool:
+    """Whether the device computes in bfloat16: GPUs from compute capability 8.0 on, and CPUs."""
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    return capability is None or float(capability) >= 8.0
+
+
+def compute_dtype(dtype: Any) -> jnp.dtype:
+    """The dtype weights are computed in: None is float32 on a CPU, else bfloat16 where there is it.
+
+    Raises ValueError for another dtype or name than float32, bfloat16 and float16.
+    """
+    if dtype is None:
+        if jax.default_backend() == "cpu":
+            return jnp.dtype("float32")
+        return jnp.dtype("bfloat16" if is_bfloat16_supported() else "float16")
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", None) or str(dtype)
+    name = name.removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not supported; supported: None and {list(DTYPES)}")
+    return jnp.dtype(name)
+
+
+def require_device(device_map: Any) -> None:
+    """Raises RuntimeError where a GPU was asked for, or stands unused, and JAX sees only the CPU."""
+    if jax.default_backend() != "cpu" or str(device_map) == "cpu":
+        return
+    asked = str(device_map).startswith(("cuda", "gpu"))
+    unused = Path("/proc/driver/nvidia/version").exists() and "cpu" not in os.environ.get(
+        "JAX_PLATFORMS", ""
+    )
+    if asked or unused:
+        why = (
+            f"device_map={device_map!r} asks for a GPU"
+            if asked
+            else "this machine has an NVIDIA GPU"
+        )
+        raise RuntimeError(
+            f"{why}, but JAX sees only {jax.devices()}: install unsloth-jax[cuda], "
+            "or pass device_map='cpu' to use the CPU"
+        )
+
+
+class FastLanguageModel:
+    """Loading and adapting, by the names of Unsloth's notebooks."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str,
+        max_seq_length: int = 2048,
+        dtype: Any = None,
+        load_in_4bit: bool = True,
+        load_in_16bit: bool = False,
+        token: str | None = None,
+        device_map: Any = "sequential",
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        local_files_only: bool = False,
+        **other: Any,
+    ) -> tuple[Model, Any]:
+        """(model, tokenizer) of a local folder, a GGUF file, an adapter folder or a hub name.
+
+        Args:
+            max_seq_length: longest prompt plus answer, and longest training row, in tokens.
+            dtype: None (float32 on a CPU, bfloat16 on a GPU), a name, or a NumPy or JAX dtype.
+            load_in_4bit: packs the layers' matrices as NF4; False (or load_in_16bit) keeps `dtype`.
+            device_map: "cpu", or "cuda" to insist on a GPU; anything else takes what JAX finds.
+
+        Raises ValueError for what the checkpoint or a keyword asks that is not supported, with
+        what is; RuntimeError where no GPU is there and one was asked for.
+        """
+        settle("from_pretrained", other, used=("model_name", "max_seq_length", "dtype", "load_in_4bit"),
+               ignored=LOAD_IGNORED, later=LOAD_LATER)  # fmt: skip
+        require_device(device_map)
+        find = dict(
+            revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        path = hub.find(model_name, **find)
+        load = dict(
+            max_seq_length=max_seq_length,
+            dtype=compute_dtype(dtype),
+            four=load_in_4bit and not load_in_16bit,
+        )
+        if hub.kind(path) != "adapter":
+            model = _load(str(model_name), path, **load)
+            return model, model.tokenizer
+        base = peft_adapter.base_name(path)
+        model = _load(base, hub.find(base, **(find | {"revision": None})), **load)
+        model.adapters, model.peft = peft_adapter.load(path, model.params, model.config.layers)
+        if any((path / name).exists() for name in text.FILES):
+            model.tokenizer, model.tokenizer_folder = text.load(path), path
+        return model, model.tokenizer
+
+    @staticmethod
+    def get_peft_model(
+        model: Model,
+        r: int = 16,
+        target_modules: Sequence[str] | str = lora.TARGETS,
+        lora_alpha: float = 16,
+        layers_to_transform: Sequence[int] | int | None = None,
+        finetune_last_n_layers: int | None = None,
+        use_gradient_checkpointing: bool | str = "unsloth",
+        random_state: int = 3407,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        **other: Any,
+    ) -> Model:
+        """The same model with fresh adapters; one that has the same settings is returned as it is.
+
+        Args:
+            target_modules: last names of modules, a regular expression over whole paths, or
+                "all-linear".
+            layers_to_transform: layer numbers that get adapters; the others get none.
+
+        Raises TypeError where the model has adapters of other settings, ValueError for values
+        that mean nothing or are not supported.
+        """
+        settle("get_peft_model", other, used=("r", "target_modules", "lora_alpha", "use_rslora"),
+               ignored=PEFT_IGNORED, later=PEFT_LATER)  # fmt: skip
+        if use_gradient_checkpointing not in CHECKPOINTING:
+            raise ValueError(
+                f"use_gradient_checkpointing must be one of {list(CHECKPOINTING)}, got {use_gradient_checkpointing!r}"
+            )
+        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+            raise TypeError(f"r must be a positive integer, got {r!r}")
+        targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
+        layers = _layers(layers_to_transform, finetune_last_n_layers, model.config.layers)
+        peft = Peft(r, lora_alpha, targets, use_rslora, layers, init_lora_weights)
+        model.remat = CHECKPOINTING[use_gradient_checkpointing]
+        if model.adapters is not None:
+            if model.peft != peft:
+                raise TypeError(
+                    f"the model already has adapters with {model.peft}, asked for {peft}"
+                )
+            say("the model already has adapters with these settings; they are kept")
+            return model
+        key = jax.random.key(random_state)
+        model.adapters = lora.init(key, model.params, r, targets, layers, init_lora_weights)
+        model.peft = peft
+        return model
+
+    @staticmethod
+    def for_inference(model: Model) -> Model:
+        """The model as it is: there is no mode to switch."""
+        return model
+
+    @staticmethod
+    def for_training(model: Model, use_gradient_checkpointing: bool | str = True) -> Model:
+        """The model as it is: there is no mode to switch."""
+        if use_gradient_checkpointing not in CHECKPOINTING:
+            neutral(
+                "for_training",
+                "use_gradient_checkpointing",
+                use_gradient_checkpointing,
+                tuple(CHECKPOINTING),
+            )
+        return model
+
+
+def _layers(
+    chosen: Sequence[int] | int | None, last: int | None, count: int
+) -> tuple[int, ...] | None:
+    if chosen is not None and last is not None:
+        raise ValueError("give layers_to_transform or finetune_last_n_layers, not both")
+    if last is not None:
+        return tuple(range(count - max(1, min(last, count)), count))
+    return None if chosen is None else tuple(sorted(np.atleast_1d(chosen).tolist()))
+
+
+def _load(name: str, path: Path, *, max_seq_length: int, dtype: Any, four: bool) -> Model:
+    """A model folder or a GGUF file as a Model without adapters."""
+    if hub.kind(path) == "gguf":
+        source = GGUFSource(path)
+        folder = gguf_tokenizer.save_folder(path, tempfile.mkdtemp(prefix="unsloth_jax-tokenizer-"))
+    else:
+        source, folder = safetensors_file.SafetensorsSource(path), path
+    tokenizer = text.load(folder)
+    family, c, params = hf.load(source, dtype, "nf4" if four else None)
+    longest = source.config.get("max_position_embeddings", max_seq_length)
+    if max_seq_length > longest:
+        say(
+            f"max_seq_length={max_seq_length} passes the {longest} positions the model was trained on; rope is not rescaled"
+        )
+    return Model(name, source, family, c, params, folder, tokenizer, max_seq_length, dtype, four)

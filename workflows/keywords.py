@@ -1,0 +1,46 @@
+"""What becomes of a keyword: used, accepted with a stated reason, or refused by name."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_said: set[str] = set()
+
+
+def say(line: str) -> None:
+    """Prints a line once in a process."""
+    if line not in _said:
+        _said.add(line)
+        print(f"unsloth_jax: {line}")
+
+
+def settle(
+    where: str,
+    given: Mapping[str, Any],
+    *,
+    used: Iterable[str],
+    ignored: Mapping[str, str],
+    later: Mapping[str, tuple],
+) -> None:
+    """Judges keywords beside those in a signature.
+
+    `ignored` maps a name to why it has no effect (said once); `later` maps a name to its neutral
+    values, any other raises ValueError. A name in neither raises TypeError with the nearest ones.
+    """
+    known = [*used, *ignored, *later]
+    for name, value in given.items():
+        if name in later:
+            neutral(where, name, value, later[name])
+        elif name in ignored:
+            say(f"{where}({name}={value!r}) has no effect: {ignored[name]}")
+        else:
+            near = difflib.get_close_matches(name, known, n=3) or sorted(used)
+            raise TypeError(f"{where} got an unknown keyword {name!r}; nearest known: {near}")
+
+
+def neutral(where: str, name: str, value: Any, allowed: tuple) -> None:
+    """Raises ValueError for a value that asks for a feature which is not there yet."""
+    if not any(value is x or (type(value) is type(x) and value == x) for x in allowed):
+        raise ValueError(
+            f"{where}: {name}={value!r} is not supported yet; supported: {list(allowed)}"
+        )

@@ -1,0 +1,64 @@
+"""A run as a person sees it: a progress bar in a terminal, lines elsewhere, a JSON line a step."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINES = 20  # printed in all where there is no terminal
+
+
+def bar(total: int, file: Path | None):
+    """A context that gives `show(row)`: draws the row of one log step and appends it to `file`."""
+    return _terminal(total, file) if sys.stdout.isatty() else _plain(total, file)
+
+
+@contextmanager
+def _terminal(total: int, file: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    columns = (
+        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[line]}"),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console()) as drawn, _appended(file) as write:
+        task = drawn.add_task("training", total=total, line="compiling")
+
+        def show(row: dict[str, Any]) -> None:
+            drawn.update(task, completed=row["step"], line=_line(row))
+            write(row)
+
+        yield show
+
+
+@contextmanager
+def _plain(total: int, file: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    every = max(1, total // LINES)
+    with _appended(file) as write:
+
+        def show(row: dict[str, Any]) -> None:
+            if row["step"] == 1 or row["step"] % every == 0 or row["step"] == total:
+                print(f"step {row['step']:>5}/{total}  {_line(row)}", flush=True)
+            write(row)
+
+        yield show
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
+        f"{row['tokens_per_s']:,.0f} tok/s  {row['memory_gib']:.2f} GiB"
+    )
+
+
+@contextmanager
+def _appended(file: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    if file is None:
+        yield lambda row: None
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a", encoding="utf-8") as out:
+        yield lambda row: (out.write(json.dumps(row) + "\n"), out.flush())

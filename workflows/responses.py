@@ -1,0 +1,131 @@
+"""Response-only masks by the texts that open a turn, for rows whose messages are not known."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from bridge.tokenizer import encode, render
+from unsloth_jax.data import Row
+
+# Unlikely in any template, and each begins and ends so that no template trims it.
+PROBE = ("ask-one-7f3a", "say-one-7f3a", "ask-two-7f3a", "say-two-7f3a")
+
+
+class Markers(NamedTuple):
+    """Token ids that open a user's turn and the assistant's, and what may end the latter."""
+
+    instruction: list[int]
+    response: list[int]
+    tail: list[int]
+
+
+def responses_only(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    instruction_part: str | None = None,
+    response_part: str | None = None,
+    *,
+    force_match: bool = True,
+    last_response_only: bool = False,
+) -> list[Row]:
+    """The rows with only the answers supervised; without markers, the chat template's are found.
+
+    Raises ValueError for one marker of two, or with the index of a row in which none is left.
+    """
+    found = markers(tokenizer, instruction_part, response_part, force_match=force_match)
+    mask = lambda row: mask_responses(row.tokens, row.mask, found, last_response_only)
+    masked = [Row(row.tokens, mask(row)) for row in rows]
+    bare = [index for index, row in enumerate(masked) if not any(row.mask)]
+    if bare:
+        ask, say = tokenizer.decode(found.instruction), tokenizer.decode(found.response)
+        raise ValueError(
+            f"row {bare[0]}: no supervised token after masking ({len(bare)} of {len(masked)} rows "
+            f"are so); the response marker is {say!r}, the instruction marker {ask!r}"
+        )
+    return masked
+
+
+def mask_responses(
+    tokens: Sequence[int], mask: Sequence[int], markers: Markers, last_response_only: bool = False
+) -> list[int]:
+    """`mask`, kept only from each response marker to the next instruction marker or the end."""
+    asks = _places(tokens, markers.instruction)
+    starts = [_start(tokens, at, markers) for at in _places(tokens, markers.response)]
+    starts = starts[-1:] if last_response_only else starts
+    spans = [(s, min((at for at in asks if at >= s), default=len(tokens))) for s in starts]
+    return [int(on and any(s <= i < e for s, e in spans)) for i, on in enumerate(mask)]
+
+
+def _start(tokens: Sequence[int], at: int, markers: Markers) -> int:
+    """Where an answer begins: after the marker, and after as much of its tail as is there."""
+    start = at + len(markers.response)
+    for token in markers.tail:
+        if start == len(tokens) or tokens[start] != token:
+            break
+        start += 1
+    return start
+
+
+def _places(tokens: Sequence[int], part: Sequence[int]) -> list[int]:
+    size = len(part)
+    return [i for i in range(len(tokens) - size + 1) if list(tokens[i : i + size]) == list(part)]
+
+
+def markers(
+    tokenizer: PreTrainedTokenizerBase,
+    instruction_part: str | None = None,
+    response_part: str | None = None,
+    *,
+    force_match: bool = True,
+) -> Markers:
+    """Both markers as ids: exactly as given, or, unless `force_match`, what all contexts share.
+
+    Raises ValueError if one is missing, or if a marker has no ids that every context keeps.
+    """
+    if (instruction_part is None) != (response_part is None):
+        raise ValueError("give both instruction_part and response_part, or neither")
+    if instruction_part is None or response_part is None:
+        texts, force_match = detect_markers(tokenizer), False
+    else:
+        texts = (instruction_part, response_part)
+    ask, say = (encode(tokenizer, text, special=False).ids for text in texts)
+    if force_match:
+        found = Markers(ask, say, [])
+    else:
+        core = _shared(tokenizer, texts[1])
+        after = next(iter(_places(say, core)), 0) + len(core)
+        found = Markers(_shared(tokenizer, texts[0]), core, say[after:])
+    if not all(found[:2]) or found.instruction == found.response:
+        raise ValueError(f"markers {texts[0]!r} and {texts[1]!r} have no distinct token ids")
+    return found
+
+
+def _shared(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The longest run of the marker's ids that stays whole whatever stands beside it."""
+    plain = lambda text: encode(tokenizer, text, special=False).ids
+    beside = [(a, b) for a in ("", "\n", "a\n") for b in ("", "x", " x", "\n", "\n\n", "7")]
+    around = [plain(before + text + after) for before, after in beside]
+    whole = plain(text)
+    sizes = range(len(whole), 0, -1)
+    runs = (whole[i : i + n] for n in sizes for i in range(len(whole) - n + 1))
+    return next((run for run in runs if all(_places(other, run) for other in around)), [])
+
+
+def detect_markers(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """(instruction_part, response_part) as the chat template writes them around a probe.
+
+    Raises ValueError where the template changes the probe's texts.
+    """
+    roles = ("user", "assistant") * 2
+    probe = [{"role": r, "content": text} for r, text in zip(roles, PROBE, strict=True)]
+    rendered = render(tokenizer, probe)
+    pieces, rest = [], rendered
+    for text in PROBE:
+        before, found, rest = rest.partition(text)
+        if not found:
+            raise ValueError(f"the chat template changes messages: no {text!r} in {rendered!r}")
+        pieces.append(before)
+    # What follows the last answer ends a turn; it belongs to no opening.
+    opening = lambda piece: piece.removeprefix(rest)
+    return opening(pieces[2]), opening(pieces[1])

@@ -1,0 +1,167 @@
+"""Supervised fine-tuning: the loop from token rows to adapters."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+
+from bridge.checkpoint import Checkpoints
+from unsloth_jax import data, decoder, lora, losses, train
+from unsloth_jax.data import Row
+from unsloth_jax.dims import Batch, Params, Total
+from workflows.generate import Stopwatch
+
+LOSS = "sft/1"  # names the loss a checkpoint was trained with
+Log = Callable[[dict[str, Any]], None]
+
+
+def loss(model: ModuleType, c: Any, scale: float, remat: bool = True) -> train.LossFn:
+    """Cross entropy of the supervised tokens under base plus adapters."""
+
+    def fn(adapters: Params, frozen: Params, b: Batch) -> Total:
+        params = lora.attach(frozen, adapters, scale)
+        hidden = decoder.forward(model, c, params, b.tokens, b.positions, b.segments, remat=remat)
+        logps = losses.token_logprobs(hidden, model.head(c, params), b.targets)
+        return losses.sft(logps, b.weights)
+
+    return fn
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Optimizer-step batches of an epoch's rows: [accumulation, batch, length] arrays.
+
+    Packed rows fill bins of `length` tokens; else each row stands alone, padded to the longest of
+    its step. A last, partial step is filled up with empty rows, which count nothing.
+    """
+
+    rows: Sequence[Row]
+    batch: int
+    accumulation: int
+    length: int
+    packing: bool
+    seed: int
+
+    def bins(self, epoch: int) -> list[list[Row]]:
+        rows = data.shuffled(self.rows, self.seed, epoch)
+        return list(data.packed(rows, self.length)) if self.packing else [[row] for row in rows]
+
+    def steps(self, epoch: int) -> int:
+        """Optimizer steps in one epoch."""
+        return math.ceil(len(self.bins(epoch)) / (self.batch * self.accumulation))
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        bins = self.bins(epoch)
+        size = self.batch * self.accumulation
+        for at in range(0, len(bins), size):
+            group = bins[at : at + size]
+            width = self.length
+            if not self.packing:
+                width = data.bucket(itertools.chain.from_iterable(group), self.length)
+            micro = [group[i : i + self.batch] for i in range(0, size, self.batch)]
+            yield data.stacked([data.collate(m, self.batch, width) for m in micro])
+
+    def forever(self, skip: int = 0) -> Iterator[tuple[float, Batch]]:
+        """(epochs done after the step, batch), the first `skip` steps left out."""
+        for epoch in itertools.count():
+            count = self.steps(epoch)
+            if skip >= count:
+                skip -= count
+                continue
+            for n, batch in enumerate(self.epoch(epoch), start=1):
+                if n > skip:
+                    yield epoch + n / count, batch
+            skip = 0
+
+
+@dataclass(frozen=True)
+class Saving:
+    """When checkpoints are written, and where."""
+
+    checkpoints: Checkpoints
+    every: int
+    facts: dict[str, Any]
+
+
+@dataclass
+class Run:
+    """One training run: its state is finite and whole after every step, whatever ends it."""
+
+    step: Callable
+    state: train.State
+    frozen: Params
+    batches: Batches
+    rate: Callable
+    total: int
+    log: Log = lambda row: None
+    log_every: int = 1
+    saving: Saving | None = None
+
+    def __call__(self) -> train.State:
+        """Takes the steps that are left; raises FloatingPointError where a loss is not finite."""
+        done, clock, seen = int(self.state.step), Stopwatch(), 0
+        for epoch, batch in itertools.islice(self.batches.forever(done), self.total - done):
+            rate = float(self.rate(np.float32(done)))
+            self.state, report = self.step(self.state, self.frozen, jax.device_put(batch))
+            done, seen = done + 1, seen + int((batch.segments > 0).sum())
+            _finite(report, done)
+            if done == 1:
+                _moved(self.state.trainable, rate)
+            if done % self.log_every == 0 or done == self.total:
+                self.log(_row(done, epoch, rate, report, seen, clock()))
+                clock, seen = Stopwatch(), 0
+            if self.saving and (done % self.saving.every == 0 or done == self.total):
+                self.saving.checkpoints.save(done, self.state, self.saving.facts)
+        return self.state
+
+
+def _row(done, epoch, rate, report, seen, seconds) -> dict[str, Any]:
+    return {
+        "step": done,
+        "epoch": round(epoch, 4),
+        "loss": float(report.loss),
+        "learning_rate": rate,
+        "grad_norm": float(report.grad_norm),
+        "supervised_tokens": int(report.tokens),
+        "tokens_per_s": round(seen / seconds, 1),
+        "seconds": round(seconds, 3),
+        "memory_gib": round(memory_gib(), 3),
+    }
+
+
+def _finite(report: train.Report, step: int) -> None:
+    if not bool(report.finite):
+        raise FloatingPointError(
+            f"step {step}: loss {float(report.loss)} with gradient norm {float(report.grad_norm)} is not "
+            "finite; the adapters are kept as they were before it. Lower learning_rate or max_grad_norm"
+        )
+
+
+def _moved(trainable: Params, rate: float) -> None:
+    """After the first step with a learning rate, every `b` has left zero (`a` waits for `b`)."""
+    if rate == 0:
+        return
+    still = [
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree.leaves_with_path(trainable)
+        if "'b'" in jax.tree_util.keystr(path) and not bool((leaf != 0).any())
+    ]
+    if still:
+        raise RuntimeError(
+            f"the first step changed nothing in {still}: these adapters get no gradient"
+        )
+
+
+def memory_gib() -> float:
+    """Peak memory of the device so far; on a CPU that of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats:
+        return stats["peak_bytes_in_use"] / 2**30
+    with open("/proc/self/status") as status:
+        peak = next(line for line in status if line.startswith("VmHWM"))
+    return int(peak.split()[1]) / 2**20

@@ -1,0 +1,353 @@
+"""SFTConfig and SFTTrainer with the names of TRL and Unsloth."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bridge.checkpoint import Checkpoints
+from unsloth_jax import optim, train
+from workflows import progress, responses, rows, sft
+from workflows.keywords import say, settle
+from workflows.model import Model
+
+CONFIG_IGNORED = {
+    "fp16": "the model's dtype decides",
+    "bf16": "the model's dtype decides",
+    "gradient_checkpointing": "get_peft_model decides",
+    "dataset_num_proc": "rows are made in this process",
+    "dataloader_num_workers": "rows are made in this process",
+    "dataloader_pin_memory": "one copy a step goes to the device",
+    "remove_unused_columns": "columns beside the schema's are not read",
+    "torch_empty_cache_steps": "there is no torch cache",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    "padding_free": "padding costs no loss and no gradient",
+    "overwrite_output_dir": "checkpoints are numbered",
+    "logging_first_step": "logging_steps decides",
+    "logging_strategy": "logging_steps decides",
+    "disable_tqdm": "the progress bar shows only in a terminal",
+    "data_seed": "seed decides",
+    "run_name": "nothing is reported elsewhere",
+    "include_num_input_tokens_seen": "tokens are always counted",
+    "average_tokens_across_devices": "the loss is divided by all tokens",
+}
+CONFIG_LATER = {
+    "report_to": ("none", None, [], ["none"]),
+    "eval_strategy": ("no", None),
+    "eval_steps": (None,),
+    "per_device_eval_batch_size": (4, 8, None),
+    "eval_packing": (None, False),
+    "load_best_model_at_end": (False, None),
+    "neftune_noise_alpha": (None, 0),
+    "label_smoothing_factor": (0, None),
+    "group_by_length": (False, None),
+    "embedding_learning_rate": (None,),
+    "loss_type": ("nll",),
+    "push_to_hub": (False, None),
+    "activation_offloading": (False, None),
+    "auto_find_batch_size": (False, None),
+    "chat_template_path": (None,),
+    "dataset_kwargs": (None, {}),
+    "eos_token": (None,),
+    "pad_token": (None,),
+    "packing_strategy": ("bfd", None),
+    "pad_to_multiple_of": (None,),
+    "lr_scheduler_kwargs": (None, {}),
+}
+TRAINER_IGNORED = {
+    "data_collator": "rows are collated here",
+    "dataset_num_proc": "rows are made in this process",
+}
+TRAINER_LATER = {
+    "eval_dataset": (None,),
+    "compute_metrics": (None,),
+    "preprocess_logits_for_metrics": (None,),
+    "callbacks": (None, []),
+    "optimizers": (None, (None, None)),
+    "peft_config": (None,),
+    "model_init": (None,),
+}
+OLD_STYLE = ("dataset_text_field", "packing", "max_seq_length")
+
+
+@dataclass(init=False)
+class SFTConfig:
+    """How to train; defaults are Unsloth's. Unknown names raise TypeError with the nearest.
+
+    Args:
+        max_steps: optimizer steps; at 0 or less, `num_train_epochs` decides.
+        max_seq_length, max_length: tokens a row may have; None takes the model's.
+        warmup_steps, warmup_ratio: steps, or the share of all steps, of linear warm-up.
+        packing: several examples share a row, each in a segment of its own.
+        completion_only_loss, assistant_only_loss: which tokens count, as in TRL.
+        truncation: cut rows that are too long instead of raising.
+        save_strategy, save_steps, save_total_limit: when checkpoints are written to output_dir.
+    """
+
+    output_dir: str | None = None
+    per_device_train_batch_size: int = 4
+    gradient_accumulation_steps: int = 2
+    num_train_epochs: float | None = 3
+    max_steps: int = -1
+    learning_rate: float = 5e-5
+    lr_scheduler_type: str = "linear"
+    warmup_steps: float = 0
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.001
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    optim: str = "adamw_8bit"
+    seed: int = 3407
+    logging_steps: int = 1
+    logging_dir: str | None = None
+    save_strategy: str = "no"
+    save_steps: int = 500
+    save_total_limit: int | None = None
+    max_seq_length: int | None = None
+    max_length: int | None = None
+    packing: bool = False
+    dataset_text_field: str = "text"
+    completion_only_loss: bool | None = None
+    assistant_only_loss: bool = False
+    truncation: bool = False
+
+    def __init__(self, **given: Any):
+        known = {f.name: f.default for f in fields(type(self))}
+        other = {k: v for k, v in given.items() if k not in known}
+        settle("SFTConfig", other, used=known, ignored=CONFIG_IGNORED, later=CONFIG_LATER)
+        for name, default in known.items():
+            setattr(self, name, given.get(name, default))
+        if "warmup_steps" in given and "warmup_ratio" not in given:
+            self.warmup_ratio = 0.0
+        self._check()
+
+    def _check(self) -> None:
+        at_least = {
+            "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "logging_steps": 1,
+            "save_steps": 1, "learning_rate": 0, "warmup_steps": 0, "warmup_ratio": 0, "weight_decay": 0,
+            "max_grad_norm": 0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"SFTConfig: {name} must be at least {least}, got {getattr(self, name)}"
+                )
+        if self.max_steps <= 0 and not (self.num_train_epochs or 0) > 0:
+            raise ValueError(
+                f"SFTConfig: give max_steps or num_train_epochs over 0, got {self.max_steps}, {self.num_train_epochs}"
+            )
+        if self.save_strategy not in ("no", "steps", "epoch"):
+            raise ValueError(
+                f"SFTConfig: save_strategy must be 'no', 'steps' or 'epoch', got {self.save_strategy!r}"
+            )
+        optim.schedule(self.lr_scheduler_type, self.learning_rate, 0, 1)
+        if self.optim not in optim.OPTIMIZERS:
+            raise ValueError(
+                f"SFTConfig: optim {self.optim!r} is not supported; supported: {list(optim.OPTIMIZERS)}"
+            )
+        if not 1e-7 <= self.learning_rate <= 1:
+            say(
+                f"learning_rate={self.learning_rate} is unusual; LoRA mostly learns between 1e-5 and 1e-2"
+            )
+
+    def warmup(self, total: int) -> int:
+        """Warm-up steps of a run of `total`; a `warmup_steps` under 1 is a share."""
+        if self.warmup_steps >= 1:
+            return int(self.warmup_steps)
+        return math.ceil(total * (self.warmup_steps or self.warmup_ratio))
+
+
+class TrainOutput(NamedTuple):
+    """What `train` returns, in transformers' words."""
+
+    global_step: int
+    training_loss: float
+    metrics: dict[str, Any]
+
+
+class SFTTrainer:
+    """Trains a model's adapters on a data set; `train` changes `model.adapters`.
+
+    Args:
+        model: a model with adapters.
+        tokenizer, processing_class: by default the model's own.
+        train_dataset: rows with text, messages, prompt and completion, or input_ids.
+        args: an SFTConfig.
+        formatting_func: makes text of examples, as in Unsloth's notebooks.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Any = None,
+        train_dataset: Iterable | None = None,
+        args: SFTConfig | None = None,
+        processing_class: Any = None,
+        formatting_func: Callable | None = None,
+        **other: Any,
+    ):
+        old = {k: other.pop(k) for k in OLD_STYLE if k in other}
+        settle("SFTTrainer", other, used=("model", "tokenizer", "train_dataset", "args", *OLD_STYLE),
+               ignored=TRAINER_IGNORED, later=TRAINER_LATER)  # fmt: skip
+        if model.adapters is None:
+            raise ValueError(
+                "the model has no adapters; call FastLanguageModel.get_peft_model first"
+            )
+        if train_dataset is None:
+            raise ValueError("SFTTrainer needs a train_dataset")
+        self.model, self.args = model, args if args is not None else SFTConfig()
+        for name, value in old.items():
+            setattr(self.args, name, value)
+        self.tokenizer = processing_class or tokenizer or model.tokenizer
+        self.rows = rows.rows(
+            train_dataset,
+            self.tokenizer,
+            max_length=self.length,
+            dataset_text_field=self.args.dataset_text_field,
+            formatting_func=formatting_func,
+            completion_only_loss=self.args.completion_only_loss,
+            assistant_only_loss=self.args.assistant_only_loss,
+            truncate=self.args.truncation,
+        )
+        self.log_history: list[dict[str, Any]] = []
+
+    @property
+    def length(self) -> int:
+        """Tokens a row may have."""
+        asked = self.args.max_seq_length or self.args.max_length or self.model.max_seq_length
+        if asked > self.model.max_seq_length:
+            say(
+                f"rows are limited to the model's max_seq_length={self.model.max_seq_length}, not {asked}"
+            )
+        return min(asked, self.model.max_seq_length)
+
+    def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
+        """Runs the steps that are left; on any exit `model.adapters` is the last finite state.
+
+        `resume_from_checkpoint` True continues the newest checkpoint of output_dir, a path that of
+        another folder. Raises ValueError where it does not fit, FloatingPointError for a loss that
+        is not finite.
+        """
+        a, m = self.args, self.model
+        batches = sft.Batches(self.rows, a.per_device_train_batch_size, a.gradient_accumulation_steps,
+                              self.length, a.packing, a.seed)  # fmt: skip
+        total = a.max_steps if a.max_steps > 0 else math.ceil(batches.steps(0) * a.num_train_epochs)
+        rate = optim.schedule(a.lr_scheduler_type, a.learning_rate, a.warmup(total), total)
+        if a.optim == "adamw_8bit":
+            say("optim='adamw_8bit' keeps float32 moments for now: the same updates, more memory")
+        optimizer = optim.make(
+            a.optim, rate, weight_decay=a.weight_decay, max_grad_norm=a.max_grad_norm,
+            b1=a.adam_beta1, b2=a.adam_beta2, eps=a.adam_epsilon,
+        )  # fmt: skip
+        facts = {"loss": sft.LOSS, "total": total, "run": self._fingerprint(total)}
+        state = train.start(m.adapters, optimizer)
+        if resume_from_checkpoint:
+            state = self._resumed(resume_from_checkpoint, state, facts)
+        step = train.make_step(sft.loss(m.family, m.config, m.scale, m.remat), optimizer)
+        with progress.bar(total, self._metrics_file()) as show:
+            log = lambda row: (self.log_history.append(row), show(row))
+            run = sft.Run(
+                step,
+                state,
+                m.params,
+                batches,
+                rate,
+                total,
+                log,
+                a.logging_steps,
+                self._saving(batches, facts),
+            )
+            try:
+                run()
+            finally:
+                m.adapters = run.state.trainable
+                if run.saving:
+                    run.saving.checkpoints.close()
+        return self._output(int(run.state.step))
+
+    def _output(self, done: int) -> TrainOutput:
+        losses = [row["loss"] for row in self.log_history]
+        seconds = sum(row["seconds"] for row in self.log_history)
+        loss = float(np.mean(losses)) if losses else float("nan")
+        speed = done / seconds if seconds else 0.0
+        metrics = {"train_runtime": seconds, "train_steps_per_second": speed, "train_loss": loss}
+        return TrainOutput(done, loss, metrics)
+
+    def _folder(self) -> Path:
+        return Path(self.args.output_dir or "unsloth_training_checkpoints")
+
+    def _metrics_file(self) -> Path | None:
+        return None if self.args.output_dir is None else self._folder() / "metrics.jsonl"
+
+    def _saving(self, batches: sft.Batches, facts: dict[str, Any]) -> sft.Saving | None:
+        if self.args.save_strategy == "no":
+            return None
+        every = self.args.save_steps if self.args.save_strategy == "steps" else batches.steps(0)
+        return sft.Saving(Checkpoints(self._folder(), self.args.save_total_limit), every, facts)
+
+    def _resumed(self, where: bool | str, fresh: train.State, facts: dict[str, Any]) -> train.State:
+        folder = self._folder() if where is True else Path(where)
+        step = None
+        if folder.name.startswith("checkpoint_"):
+            folder, step = folder.parent, int(folder.name.removeprefix("checkpoint_"))
+        checkpoints = Checkpoints(folder)
+        found = checkpoints.restore(fresh, step)
+        checkpoints.close()
+        differing = {
+            k: (found.facts.get(k), v) for k, v in facts.items() if found.facts.get(k) != v
+        }
+        if differing:
+            raise ValueError(
+                f"the checkpoint in {folder} belongs to another run; (its, this run's): {differing}"
+            )
+        return found.state
+
+    def _fingerprint(self, total: int) -> str:
+        """Hash of everything that decides which batch and which update comes next."""
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type",
+                 "weight_decay", "max_grad_norm", "packing", "seed")  # fmt: skip
+        settings = {name: getattr(self.args, name) for name in names} | {
+            "total": total,
+            "length": self.length,
+        }
+        data = [[row.tokens, row.mask] for row in self.rows]
+        return hashlib.sha256(json.dumps([settings, data], sort_keys=True).encode()).hexdigest()
+
+
+def train_on_responses_only(
+    trainer: SFTTrainer,
+    instruction_part: str | None = None,
+    response_part: str | None = None,
+    force_match: bool = True,
+    tokenizer: Any = None,
+    return_function: bool = False,
+    num_proc: int | None = None,
+    last_response_only: bool = False,
+) -> SFTTrainer:
+    """The trainer, its rows supervised on the assistant's answers only.
+
+    Args:
+        instruction_part, response_part: texts that open a user's and the assistant's turn; without
+            them the chat template's own are found.
+        last_response_only: only each row's last answer counts.
+
+    Raises ValueError for one part without the other, or a row that keeps no supervised token.
+    """
+    if return_function:
+        raise ValueError("train_on_responses_only: return_function=True is not supported yet")
+    trainer.rows = responses.responses_only(
+        trainer.rows,
+        tokenizer or trainer.tokenizer,
+        instruction_part,
+        response_part,
+        force_match=force_match,
+        last_response_only=last_response_only,
+    )
+    return trainer
