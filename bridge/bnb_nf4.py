@@ -35,7 +35,9 @@ class State(NamedTuple):
 def is_nf4(names: Container[str], name: str) -> bool:
     """Whether any of NF4's members stands beside `name`. Raises on FP4, another code book."""
     if f"{name}.{FP4}" in names:
-        raise ValueError(f"{name} is quantized as fp4, the only bitsandbytes 4-bit type read is nf4")
+        raise ValueError(
+            f"{name} is quantized as fp4, the only bitsandbytes 4-bit type read is nf4"
+        )
     return any(f"{name}.{member}" in names for member in PLAIN + NESTED)
 
 
@@ -46,7 +48,7 @@ def members(names: Container[str], name: str) -> list[str]:
 
 
 def state(read: Read, name: str) -> State:
-    """Shape, dtype and block lengths of a weight, read from its JSON alone. Raises on other kinds."""
+    """Shape, dtype and block lengths of a weight, from its JSON alone. Raises on other kinds."""
     key = f"{name}.{STATE}"
     try:
         raw = json.loads(read(key).tobytes())

@@ -40,6 +40,8 @@ def complete(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
+        for path in temporary.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if there:
             shutil.rmtree(folder)
         elif folder.is_dir():

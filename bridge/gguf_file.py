@@ -103,12 +103,14 @@ def save(
     return report
 
 
-def gguf_name(arch: str, layers: int, name: str) -> str:
-    """llama.cpp's name of a Hugging Face weight; raises ValueError where it has none."""
+def gguf_names(arch: str, layers: int, names: Iterable[str]) -> dict[str, str]:
+    """llama.cpp's names of Hugging Face's; raises ValueError for those it has none for."""
     known = next(a for a, text in gguf.MODEL_ARCH_NAMES.items() if text == arch)
-    found = gguf.get_tensor_name_map(known, layers).get_name(name, (".weight", ".bias"))
-    if found is None:
-        raise ValueError(f"{name} has no name in llama.cpp's architecture {arch!r}")
+    table = gguf.get_tensor_name_map(known, layers)
+    found = {name: table.get_name(name, (".weight", ".bias")) for name in names}
+    unknown = [name for name, theirs in found.items() if theirs is None]
+    if unknown:
+        raise ValueError(f"no name in llama.cpp's architecture {arch!r} for {unknown}")
     return found
 
 
@@ -139,9 +141,10 @@ def _named(model: ModuleType, c: Any, weights: list[Weight]) -> dict[str, Weight
     factors = gguf_metadata.rope_factors(c.rope)
     if factors is not None:
         out[ROPE_FACTORS] = Weight(ROPE_FACTORS, factors.shape, factors.dtype, lambda: factors)
+    named = gguf_names(model.GGUF_ARCH, c.layers, wanted)
     for w in sorted(weights, key=lambda w: w.name):
         if w.name in wanted:
-            out[gguf_name(model.GGUF_ARCH, c.layers, w.name)] = w
+            out[named[w.name]] = w
     biases = [n for n in out if n.endswith(".bias")]
     lost = [n for n in biases if n.split(".")[-2] not in BIASES[model.GGUF_ARCH]]
     if lost:
@@ -247,18 +250,14 @@ def _checked(path: Path, plan: Plan, probes: dict[str, Probe]) -> Report:
         raise ValueError(
             f"{path}: the vocabulary and token_embd.weight came back of unequal length"
         )
-    rows, notes = [], list(plan.notes)
-    data = np.memmap(path, np.uint8, "r")
+    data, rows = np.memmap(path, np.uint8, "r"), []
     for e in plan.entries:
         t, kind = file.tensors[e.name], e.choice.kind
         error = _error(data[t.start : t.start + t.size], t, probes[e.name])
-        usual = gguf_blocks.ERROR[kind]
-        if error > BROKEN * usual:
+        if error > BROKEN * gguf_blocks.ERROR[kind]:
             raise ValueError(f"{path}: {e.name} came back {error:.2%} off in {kind.name}")
-        if error > usual:
-            notes.append(f"{e.name}: {error:.2%} off in {kind.name}, usual is {usual:.2%}")
         rows.append(_row(e, t.size, error))
-    return _report(rows, notes)
+    return _report(rows, plan.notes)
 
 
 def _error(data: np.ndarray, tensor: gguf_header.Tensor, probe: Probe) -> float:
@@ -288,4 +287,9 @@ def _report(rows: list[dict[str, Any]], notes: list[str]) -> Report:
     if share > MANY_SUBSTITUTED:
         types = sorted({f"{r['wanted']} became {r['type']}" for r in replaced})
         notes = [*notes, f"{share:.0%} of the weights have another type by their width: {types}"]
+    coarse = [r for r in rows if r["error"] > gguf_blocks.ERROR[Kind[r["type"]]]]
+    if coarse:
+        worst = max(coarse, key=lambda r: r["error"])
+        figure = f"{worst['error']:.1%} in {worst['type']}"
+        notes = [*notes, f"{len(coarse)} tensors round worse than usual, {worst['name']} {figure}"]
     return Report(rows, 8 * sum(r["bytes"] for r in rows) / count(rows), share, notes)

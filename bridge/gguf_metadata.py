@@ -12,6 +12,9 @@ import numpy as np
 # Names in generation_config.json and in gguf's writer.
 SAMPLING = {"top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "temperature": "temp"}
 
+# Built into llama.cpp: for these families it reads neither of the keys that would change them.
+LLAMA_CPP_YARN = (32.0, 1.0, True)
+
 
 def refuse_unspeakable(arch: str, c: Any, config: Mapping[str, Any]) -> list[str]:
     """Raises ValueError for what llama.cpp would compute differently; returns what to be told."""
@@ -21,8 +24,8 @@ def refuse_unspeakable(arch: str, c: Any, config: Mapping[str, Any]) -> list[str
         wrong = f"has the activation {c.activation!r} where llama.cpp has silu"
     elif r.kind == "llama3" and arch != "llama":
         wrong = "has rope type 'llama3', whose factors llama.cpp reads for llama only"
-    elif r.kind == "yarn" and not r.truncate:
-        wrong = "has yarn with truncate=false where llama.cpp rounds the correction range"
+    elif r.kind == "yarn" and (r.beta_fast, r.beta_slow, r.truncate) != LLAMA_CPP_YARN:
+        wrong = f"has yarn with other beta_fast, beta_slow, truncate than {LLAMA_CPP_YARN}"
     if wrong:
         raise ValueError(f"this model can't be a GGUF file of architecture {arch!r}: it {wrong}")
     if r.kind == "dynamic":

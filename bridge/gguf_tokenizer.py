@@ -148,7 +148,7 @@ def _bpe(file: GGUF, tokens: list[str], types: list[int], splitting: Splitting) 
     """The bare BPE with its added tokens; the converter's padding tokens are left out."""
     kinds = list(zip(tokens, types, strict=True))
     vocabulary = {t: i for i, (t, kind) in enumerate(kinds) if kind != UNUSED}
-    merges = [_merge(file, line) for line in file.metadata["tokenizer.ggml.merges"]]
+    merges = _merges(file, vocabulary)
     bpe = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=splitting.whole_words))
     isolate = lambda pattern: pre_tokenizers.Split(Regex(pattern), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -160,13 +160,19 @@ def _bpe(file: GGUF, tokens: list[str], types: list[int], splitting: Splitting) 
     return bpe
 
 
-def _merge(file: GGUF, line: str) -> tuple[str, str]:
-    # A first half may itself begin with a space in vocabularies that are not byte-level.
-    left, space, right = line[:1], *line[1:].partition(" ")[1:]
-    left += line[1:].partition(" ")[0]
-    if not space:
-        raise ValueError(f"{file.path}: merge {line!r} has no two halves")
-    return left, right
+def _merges(file: GGUF, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """The merges as pairs. Raises ValueError for one without two halves or beyond the tokens."""
+    lines = file.metadata["tokenizer.ggml.merges"]
+    pairs = [tuple(line.split(" ")) for line in lines]
+    for line, pair in zip(lines, pairs, strict=True):
+        if len(pair) != 2 or not all(pair):
+            raise ValueError(f"{file.path}: merge {line!r} has no two halves")
+    beyond = [pair for pair in pairs if not {*pair, "".join(pair)} <= vocabulary.keys()]
+    if beyond:
+        raise ValueError(
+            f"{file.path}: {len(beyond)} merges that the vocabulary does not hold: {beyond[:3]}"
+        )
+    return pairs
 
 
 def _special_ids(file: GGUF, count: int) -> dict[str, int]:
@@ -184,7 +190,7 @@ def _special_ids(file: GGUF, count: int) -> dict[str, int]:
 
 def _ends(
     file: GGUF, splitting: Splitting, names: dict[str, str], tokens: list[str]
-) -> processors.PostProcessor | None:
+) -> processors.PostProcessor:
     """Adds bos and eos to a text where the file, or else its splitting, says so."""
     wanted = {
         "bos_token": file.metadata.get("tokenizer.ggml.add_bos_token", splitting.add_bos),

@@ -4,8 +4,6 @@ Names and meaning of the fields: peft 0.21 `LoraConfig`, `check_target_module_ex
 """
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from bridge.export import complete
 from bridge.safetensors_file import check_space, listing, opened, read_json
 from unsloth_jax import tree
 from unsloth_jax.dims import Params
@@ -73,21 +72,13 @@ def save(folder: str | Path, adapters: Params, settings: Settings) -> None:
     Raises FileExistsError for a folder that holds something, ValueError for adapters that
     `settings` don't describe or PEFT can't express.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: it holds {sorted(os.listdir(folder))[:10]}")
     values = tensors(adapters)
-    check_space(folder, sum(v.nbytes for v in values.values()) + 2**16)
     fields = config(values, settings)
-    unfinished = folder.absolute().with_name(f".{folder.name}.{os.getpid()}.unfinished")
-    unfinished.mkdir(parents=True)
-    try:
+    check_space(Path(folder), sum(v.nbytes for v in values.values()) + 2**16)
+    with complete(Path(folder)) as unfinished:
         save_file(values, unfinished / WEIGHTS, {"format": "pt"} | dict(settings.metadata))
         (unfinished / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         _check_written(unfinished / WEIGHTS, values)
-        os.replace(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _check_written(path: Path, values: Mapping[str, np.ndarray]) -> None:

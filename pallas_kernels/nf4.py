@@ -112,29 +112,41 @@ def quantize(
 
     Finite weights only. A block whose weights are all below 1.2e-38 is taken for zeros (code 7).
     """
-    flat = w.reshape(-1).astype(jnp.float32)
+    flat = w.reshape(-1)
     tail = flat.size % block
     blocks = flat[: flat.size - tail].reshape(-1, block)
-    absmax = jnp.abs(blocks).max(-1)
-    packed = _pack(blocks * (1 / _nonzero(absmax))[:, None])
+    absmax = _largest(blocks)
+    packed = _pack(blocks, (1 / _nonzero(absmax))[:, None])
     if not tail:
         return packed, absmax
     # bitsandbytes divides in a short last block, and has 1e-38 for the scale of one of zeros.
-    last = flat[flat.size - tail :]
+    last = flat[flat.size - tail :].astype(jnp.float32)
     top = jnp.abs(last).max()
-    packed_last = _pack(jnp.pad(last / _nonzero(top), (0, tail % 2)))
+    packed_last = _pack(jnp.pad(last / _nonzero(top), (0, tail % 2)), 1)
     top = jnp.where(top < SMALLEST, np.float32(1e-38), top)
     return jnp.concatenate([packed, packed_last]), jnp.append(absmax, top)
+
+
+def _largest(blocks):
+    """float32 largest magnitude of each row, by halving: XLA on CPUs widens what it reduces."""
+    top = jnp.abs(blocks.astype(jnp.float32))
+    while top.shape[-1] > 1:
+        half = top.shape[-1] // 2
+        top = jnp.maximum(top[:, :half], top[:, half:])
+    return top[:, 0]
 
 
 def _nonzero(absmax):
     return jnp.where(absmax < SMALLEST, 1, absmax)
 
 
-def _pack(unit):
-    """Codes of values in [-1, 1], the nearest in CODES and the lower in a tie, two a byte."""
-    codes = sum((unit > edge).astype(jnp.uint8) for edge in THRESHOLDS)
-    return (codes[..., ::2] << 4 | codes[..., 1::2]).reshape(-1)
+def _pack(values, factor):
+    """Codes of values * factor in [-1, 1], the nearest in CODES, in a tie the lower, two a byte."""
+    high, low = (
+        sum((half.astype(jnp.float32) * factor > edge).astype(jnp.uint8) for edge in THRESHOLDS)
+        for half in (values[..., ::2], values[..., 1::2])
+    )
+    return (high << 4 | low).reshape(-1)
 
 
 def nest(

@@ -54,8 +54,9 @@ def metaspace(**names):
     """Llama 2's kind: a word begins with its space, and <BOS> is put before plain text."""
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    parts = [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first", split=False)]
-    backend.decoder = decoders.Sequence(parts)
+    backend.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Fuse(), decoders.Replace("\u2581", " ")]
+    )
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
     _train(backend, ["<unk>", "<BOS>", "<EOS>", *OTHERS, *bytes_])
     # Byte tokens stand in the vocabulary, but text that spells one is not that byte.

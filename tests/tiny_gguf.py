@@ -18,6 +18,7 @@ HYPERPARAMETERS = {
     "rope.freq_base": 10000.0,
 }
 
+
 def write(
     path: Path,
     tensors: dict[str, np.ndarray | tuple[np.ndarray, gguf.GGMLQuantizationType]],

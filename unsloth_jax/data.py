@@ -43,13 +43,22 @@ def packed(rows: Iterable[Row], length: int, open_bins: int = 32) -> Iterator[li
 
 
 def bucket(rows: Iterable[Row], limit: int) -> int:
-    """The row length that holds the longest of `rows`: a multiple of 64, at most `limit`."""
+    """The row length that holds the longest of `rows`: a multiple of 64, at most `limit`.
+
+    Raises ValueError where a row is longer than that.
+    """
     longest = max(len(row.tokens) for row in rows)
-    return min(limit, -(-longest // STEP) * STEP) if longest <= limit else longest
+    if longest > limit:
+        raise ValueError(f"a row has {longest} tokens, the limit is {limit}")
+    return min(limit, -(-longest // STEP) * STEP)
 
 
 def collate(bins: Sequence[Sequence[Row]], batch: int, length: int) -> Batch:
-    """Up to `batch` bins of rows as one padded batch; each row is a segment, positions restart."""
+    """Up to `batch` bins of rows as one padded batch; each row is a segment, positions restart.
+
+    Raises ValueError for more bins, a bin of more than `length` tokens, a mask of another length.
+    """
+    _check_bins(bins, batch, length)
     tokens, targets, positions, segments = (np.zeros((batch, length), np.int32) for _ in range(4))
     weights = np.zeros((batch, length), np.float32)
     for i, rows in enumerate(bins):
@@ -64,6 +73,17 @@ def collate(bins: Sequence[Sequence[Row]], batch: int, length: int) -> Batch:
             weights[i, before] = row.mask[1:]
             at += size
     return Batch(tokens, targets, weights, positions, segments)
+
+
+def _check_bins(bins: Sequence[Sequence[Row]], batch: int, length: int) -> None:
+    if len(bins) > batch:
+        raise ValueError(f"{len(bins)} bins don't go into a batch of {batch}")
+    for i, rows in enumerate(bins):
+        sizes = [len(row.tokens) for row in rows]
+        if sum(sizes) > length:
+            raise ValueError(f"bin {i} has {sum(sizes)} tokens, the limit is {length}")
+        if sizes != [len(row.mask) for row in rows]:
+            raise ValueError(f"bin {i} has rows of {sizes} tokens, masks differ in length")
 
 
 def stacked(micro: Sequence[Batch]) -> Batch:

@@ -37,7 +37,7 @@ STARTS: dict[Any, Callable[[jax.Array, tuple[int, ...], int], jax.Array]] = {
 }
 
 
-def scaling(alpha: float, rank: int, rslora: bool = False) -> float:
+def scaling(alpha: float | int, rank: int, rslora: bool = False) -> float:
     """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv:2312.03732)."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 

@@ -43,7 +43,7 @@ def schedule(name: str, peak: float, warmup: int, steps: int) -> Schedule:
     return SCHEDULES[name](peak, warmup, steps)
 
 
-def clip_by_norm(limit: float) -> optax.GradientTransformation:
+def clip_by_norm(limit: float | int) -> optax.GradientTransformation:
     """Scales gradients whose global norm exceeds `limit`, as torch's `clip_grad_norm_` does."""
 
     def update(grads, state, params=None):
@@ -57,8 +57,8 @@ def make(
     name: str,
     rate: Schedule,
     *,
-    weight_decay: float = 0.0,
-    max_grad_norm: float = 0.0,
+    weight_decay: float | int = 0.0,
+    max_grad_norm: float | int = 0.0,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,

@@ -13,9 +13,10 @@ import numpy as np
 from bridge import gguf_tokenizer, hf, hub, peft_adapter, safetensors_file
 from bridge import tokenizer as text
 from bridge.gguf_source import GGUFSource
+from bridge.peft_adapter import Settings
 from unsloth_jax import lora
 from workflows.keywords import neutral, say, settle
-from workflows.model import Model, Peft
+from workflows.model import Model
 
 DTYPES = ("float32", "bfloat16", "float16")
 LOAD_LATER = {
@@ -154,9 +155,11 @@ class FastLanguageModel:
         if hub.kind(path) != "adapter":
             model = _load(str(model_name), path, **load)
             return model, model.tokenizer
-        base = peft_adapter.base_name(path)
+        base = safetensors_file.read_json(path / peft_adapter.CONFIG).get("base_model_name_or_path")
+        if not base:
+            raise ValueError(f"{path / peft_adapter.CONFIG} names no base_model_name_or_path to load")
         model = _load(base, hub.find(base, **(find | {"revision": None})), **load)
-        model.adapters, model.peft = peft_adapter.load(path, model.params, model.config.layers)
+        model.adapters, model.peft = peft_adapter.load(path, model.params)
         if any((path / name).exists() for name in text.FILES):
             model.tokenizer, model.tokenizer_folder = text.load(path), path
         return model, model.tokenizer
@@ -195,10 +198,10 @@ class FastLanguageModel:
             raise TypeError(f"r must be a positive integer, got {r!r}")
         targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
         layers = _layers(layers_to_transform, finetune_last_n_layers, model.config.layers)
-        peft = Peft(r, lora_alpha, targets, use_rslora, layers, init_lora_weights)
+        peft = Settings(r, lora_alpha, use_rslora, targets, layers, init_lora_weights)
         model.remat = CHECKPOINTING[use_gradient_checkpointing]
         if model.adapters is not None:
-            if model.peft != peft:
+            if model.peft[:6] != peft[:6]:
                 raise TypeError(
                     f"the model already has adapters with {model.peft}, asked for {peft}"
                 )

@@ -15,11 +15,13 @@ import numpy as np
 
 from bridge import export, gguf_file, merge, peft_adapter, safetensors_file
 from bridge import tokenizer as text
+from bridge.peft_adapter import Settings
 from bridge.source import Source
 from unsloth_jax import decoder, lora
 from unsloth_jax.dims import Params
 from unsloth_jax.sample import Sampling
 from workflows import generate
+from workflows.generate import Answer
 from workflows.keywords import say, settle
 
 SAVE_LATER = {
@@ -79,22 +81,6 @@ GENERATE_LATER = {
 }
 
 
-@dataclass(frozen=True)
-class Peft:
-    """The settings of the adapters a model carries, in PEFT's words."""
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...] | str
-    rslora: bool = False
-    layers: tuple[int, ...] | None = None
-    start: bool | str = True
-
-    @property
-    def scale(self) -> float:
-        return lora.scaling(self.alpha, self.rank, self.rslora)
-
-
 @dataclass
 class Model:
     """A loaded checkpoint, its frozen parameters and, once it has them, its adapters."""
@@ -110,12 +96,13 @@ class Model:
     dtype: Any
     quantized: bool
     adapters: Params | None = None
-    peft: Peft | None = None
+    peft: Settings | None = None
     remat: bool = True
 
     @property
     def scale(self) -> float:
-        return self.peft.scale if self.peft else 1.0
+        p = self.peft
+        return lora.scaling(p.alpha, p.rank, p.rslora) if p else 1.0
 
     def adapted(self) -> Params:
         """The parameters with their adapters attached, nothing summed."""
@@ -208,7 +195,7 @@ class Model:
 
     def answers(
         self, prompts, *, stop_ids=None, tokenizer=None, streamer=None, **settings
-    ) -> list[generate.Answer]:
+    ) -> list[Answer]:
         """Completions of lists of token ids, with log-probabilities; see workflows.generate."""
         decode = (tokenizer or self.tokenizer).decode
         put = lambda piece: [
@@ -258,9 +245,7 @@ class Model:
                 "the model has no adapters yet; call FastLanguageModel.get_peft_model first"
             )
         with export.complete(Path(save_directory), overwrite) as folder:
-            peft_adapter.save(
-                folder, self.adapters, self.peft, base=self.name, layers=self.config.layers
-            )
+            peft_adapter.save(folder, self.adapters, self._settings())
             self._copy_tokenizer(folder, None)
             return export.write_manifest(folder, {"kind": "adapter", **self._facts(None)})
 
@@ -407,6 +392,11 @@ class Model:
         for name in TOKENIZER_FILES:
             if (self.tokenizer_folder / name).exists():
                 shutil.copyfile(self.tokenizer_folder / name, folder / name)
+
+    def _settings(self) -> Settings:
+        template = export.text_hash(self.tokenizer.chat_template)
+        metadata = {"chat_template_sha256": template} if template else {}
+        return self.peft._replace(base=self.name, metadata=metadata)
 
     def _facts(self, tokenizer: Any) -> dict[str, Any]:
         template = (tokenizer if tokenizer is not None else self.tokenizer).chat_template

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from bridge.tokenizer import encode, render
+from bridge.tokenizer import encode, end_of_turn, render
 from unsloth_jax.data import Row
 
 # Unlikely in any template, and each begins and ends so that no template trims it.
@@ -13,11 +13,15 @@ PROBE = ("ask-one-7f3a", "say-one-7f3a", "ask-two-7f3a", "say-two-7f3a")
 
 
 class Markers(NamedTuple):
-    """Token ids that open a user's turn and the assistant's, and what may end the latter."""
+    """Token ids that open a user's turn and the assistant's.
+
+    `tail` may follow the opening of an answer and belongs to it; `stop` ends an answer where known.
+    """
 
     instruction: list[int]
     response: list[int]
-    tail: list[int]
+    tail: list[int] = []
+    stop: int | None = None
 
 
 def responses_only(
@@ -29,7 +33,8 @@ def responses_only(
     force_match: bool = True,
     last_response_only: bool = False,
 ) -> list[Row]:
-    """The rows with only the answers supervised; without markers, the chat template's are found.
+    """The rows with only the answers supervised: between markers as Unsloth does, or, without
+    markers, from where the chat template opens an answer through its end-of-turn token.
 
     Raises ValueError for one marker of two, or with the index of a row in which none is left.
     """
@@ -49,11 +54,11 @@ def responses_only(
 def mask_responses(
     tokens: Sequence[int], mask: Sequence[int], markers: Markers, last_response_only: bool = False
 ) -> list[int]:
-    """`mask`, kept only from each response marker to the next instruction marker or the end."""
+    """`mask`, kept from each response marker to the next instruction marker, or through `stop`."""
     asks = _places(tokens, markers.instruction)
     starts = [_start(tokens, at, markers) for at in _places(tokens, markers.response)]
     starts = starts[-1:] if last_response_only else starts
-    spans = [(s, min((at for at in asks if at >= s), default=len(tokens))) for s in starts]
+    spans = [(s, _end(tokens, s, asks, markers.stop)) for s in starts]
     return [int(on and any(s <= i < e for s, e in spans)) for i, on in enumerate(mask)]
 
 
@@ -65,6 +70,12 @@ def _start(tokens: Sequence[int], at: int, markers: Markers) -> int:
             break
         start += 1
     return start
+
+
+def _end(tokens: Sequence[int], start: int, asks: Sequence[int], stop: int | None) -> int:
+    stops = (i + 1 for i in range(start, len(tokens)) if tokens[i] == stop)
+    asked = (at for at in asks if at >= start)
+    return min(next(stops, len(tokens)), next(asked, len(tokens)))
 
 
 def _places(tokens: Sequence[int], part: Sequence[int]) -> list[int]:
@@ -86,16 +97,16 @@ def markers(
     if (instruction_part is None) != (response_part is None):
         raise ValueError("give both instruction_part and response_part, or neither")
     if instruction_part is None or response_part is None:
-        texts, force_match = detect_markers(tokenizer), False
+        texts, stop, force_match = detect_markers(tokenizer), end_of_turn(tokenizer), False
     else:
-        texts = (instruction_part, response_part)
+        texts, stop = (instruction_part, response_part), None
     ask, say = (encode(tokenizer, text, special=False).ids for text in texts)
     if force_match:
-        found = Markers(ask, say, [])
+        found = Markers(ask, say)
     else:
         core = _shared(tokenizer, texts[1])
         after = next(iter(_places(say, core)), 0) + len(core)
-        found = Markers(_shared(tokenizer, texts[0]), core, say[after:])
+        found = Markers(_shared(tokenizer, texts[0]), core, say[after:], stop)
     if not all(found[:2]) or found.instruction == found.response:
         raise ValueError(f"markers {texts[0]!r} and {texts[1]!r} have no distinct token ids")
     return found

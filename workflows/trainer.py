@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bridge.checkpoint import Checkpoints
-from unsloth_jax import optim, train
+from unsloth_jax import optim
+from unsloth_jax.train import State, make_step, start
 from workflows import progress, responses, rows, sft
 from workflows.keywords import say, settle
 from workflows.model import Model
@@ -247,10 +248,10 @@ class SFTTrainer:
             b1=a.adam_beta1, b2=a.adam_beta2, eps=a.adam_epsilon,
         )  # fmt: skip
         facts = {"loss": sft.LOSS, "total": total, "run": self._fingerprint(total)}
-        state = train.start(m.adapters, optimizer)
+        state = start(m.adapters, optimizer)
         if resume_from_checkpoint:
             state = self._resumed(resume_from_checkpoint, state, facts)
-        step = train.make_step(sft.loss(m.family, m.config, m.scale, m.remat), optimizer)
+        step = make_step(sft.loss(m.family, m.config, m.scale, m.remat), optimizer)
         with progress.bar(total, self._metrics_file()) as show:
             log = lambda row: (self.log_history.append(row), show(row))
             run = sft.Run(
@@ -292,7 +293,7 @@ class SFTTrainer:
         every = self.args.save_steps if self.args.save_strategy == "steps" else batches.steps(0)
         return sft.Saving(Checkpoints(self._folder(), self.args.save_total_limit), every, facts)
 
-    def _resumed(self, where: bool | str, fresh: train.State, facts: dict[str, Any]) -> train.State:
+    def _resumed(self, where: bool | str, fresh: State, facts: dict[str, Any]) -> State:
         folder = self._folder() if where is True else Path(where)
         step = None
         if folder.name.startswith("checkpoint_"):

@@ -81,7 +81,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_tied_yarn": SMALL
     | QWEN3
     | TIED
-    | new(beta_fast=16.0, beta_slow=2.0, **{"rope_type": "yarn"} | YARN),
+    | new(beta_fast=32.0, beta_slow=1.0, **{"rope_type": "yarn"} | YARN),
     "wide": WIDE | LLAMA | OLD,
     "wide_tied": WIDE | QWEN2 | OLD | TIED,
     "eighty_layers": WIDE

@@ -9,11 +9,11 @@ from unsloth_jax.rope import Rope
 
 # Fields that name, initialise, train or sample, and never change a forward pass.
 HARMLESS = frozenset(
-    """_attn_implementation _attn_implementation_autoset _commit_hash _name_or_path add_cross_attention
+    """_attn_implementation _attn_implementation_autoset _commit_hash _name_or_path
     architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
     cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
     encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id id2label initializer_range is_decoder is_encoder_decoder
+    forced_bos_token_id forced_eos_token_id id2label initializer_range is_decoder
     is_llama_config label2id length_penalty max_length max_sequence_length min_length
     model_max_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
     output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
@@ -21,7 +21,7 @@ HARMLESS = frozenset(
     return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
     tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
     transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16
-    use_cache use_mrope""".split()
+    use_cache""".split()
 )
 # Fields that would change the result: only these values are understood.
 FIXED: dict[str, tuple] = {
@@ -29,6 +29,7 @@ FIXED: dict[str, tuple] = {
     "rope_interleaved": (False, None),
     "partial_rotary_factor": (1, None),
     "use_mrope": (False, None),
+    "is_causal": (True, None),
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
 }
@@ -37,16 +38,31 @@ DENSE = frozenset(
     num_key_value_heads head_dim hidden_act max_position_embeddings original_max_position_embeddings
     rms_norm_eps tie_word_embeddings rope_theta rope_scaling rope_parameters""".split()
 )
-ROPE_KEYS = frozenset(
-    """rope_type type rope_theta factor original_max_position_embeddings attention_factor beta_fast
-    beta_slow low_freq_factor high_freq_factor mscale mscale_all_dim truncate finetuned
-    partial_rotary_factor""".split()
-)
-ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+REQUIRED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
+)  # fmt: skip
+ROPE_ANY = frozenset("rope_type type rope_theta partial_rotary_factor".split())
+# Rope type -> (keys that it needs, keys that it may have); a null counts as absent.
+ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "yarn": (
+        ("factor",),
+        tuple(
+            """original_max_position_embeddings attention_factor beta_fast beta_slow mscale
+            mscale_all_dim truncate finetuned""".split()
+        ),
+    ),
+    "llama3": (
+        ("factor", "low_freq_factor", "high_freq_factor"),
+        ("original_max_position_embeddings",),
+    ),
+}
 
 
 def check(hf: Mapping[str, Any], own: Iterable[str] = ()) -> None:
-    """Raises ValueError for a field that this family does not know or a value it can't honour."""
+    """Raises ValueError for a field that is unknown here or missing, or a value not honoured."""
     known = HARMLESS | DENSE | set(FIXED) | set(own)
     # Private names and token ids say how a file came about and what a sampler does.
     unknown = [
@@ -58,6 +74,9 @@ def check(hf: Mapping[str, Any], own: Iterable[str] = ()) -> None:
             + ", ".join(f"{k}={hf[k]!r}" for k in unknown)
             + f"; understood: {sorted(DENSE | set(own))}"
         )
+    missing = [name for name in REQUIRED if hf.get(name) is None]
+    if missing:
+        raise ValueError(f"config of {hf.get('model_type')!r} lacks {missing}, got {sorted(hf)}")
     for name, values in FIXED.items():
         if name in hf and hf[name] not in values:
             raise ValueError(
@@ -96,59 +115,61 @@ def rope(hf: Mapping[str, Any], width: int) -> Rope:
     Raises ValueError for an unknown type or key, or a missing one. Source: transformers
     `modeling_rope_utils`.
     """
-    r = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
-    kind = r.get("rope_type", r.get("type", "default"))
-    if kind not in ROPE_KINDS:
-        raise ValueError(f"rope type {kind!r} is not supported; supported: {list(ROPE_KINDS)}")
-    unknown = sorted(set(r) - ROPE_KEYS)
+    r, context = _rope_fields(hf)
+    kind, longest = r["rope_type"], hf.get("max_position_embeddings", 2048)
+    own: dict[str, Any] = {}
+    if kind == "dynamic":
+        own = dict(context=longest)
+    if kind == "llama3":
+        own = dict(low=float(r["low_freq_factor"]), high=float(r["high_freq_factor"]))
+        own |= dict(context=context or longest)
+    if kind == "yarn":
+        own = _yarn(r) | dict(context=context or longest)
+    theta, factor = r.get("rope_theta") or hf.get("rope_theta") or 1e4, r.get("factor", 1.0)
+    return Rope(kind, float(theta), width, factor=float(factor), **own)
+
+
+def _rope_fields(hf: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
+    """(the checked fields that are set, the original context)."""
+    old, new = hf.get("rope_scaling"), hf.get("rope_parameters")
+    if old and new and old != new:
+        raise ValueError(f"config has both rope_scaling={old} and rope_parameters={new}")
+    r = {key: value for key, value in (old or new or {}).items() if value is not None}
+    kind = r.setdefault("rope_type", r.get("type", "default"))
+    if kind not in ROPE_KEYS:
+        raise ValueError(f"rope type {kind!r} is not supported; supported: {list(ROPE_KEYS)}")
+    needed, optional = ROPE_KEYS[kind]
+    unknown = sorted(set(r) - ROPE_ANY - {*needed, *optional})
     if unknown:
-        raise ValueError(f"rope keys {unknown} are not understood; understood: {sorted(ROPE_KEYS)}")
-    if r.get("partial_rotary_factor") not in (None, 1):
+        raise ValueError(
+            f"rope keys {unknown} are not understood with rope type {kind!r}; "
+            f"understood: {sorted(ROPE_ANY | {*needed, *optional})}"
+        )
+    if r.get("partial_rotary_factor", 1) != 1:
         raise ValueError(
             f"partial_rotary_factor={r['partial_rotary_factor']} is not supported: only 1"
         )
-    theta = r.get("rope_theta") or hf.get("rope_theta") or 10000.0
-    longest = hf.get("max_position_embeddings", 2048)
     context = hf.get("original_max_position_embeddings") or r.get(
         "original_max_position_embeddings"
     )
-    own = Rope(kind, float(theta), width)
-    needed = {
-        "linear": ["factor"],
-        "dynamic": ["factor"],
-        "llama3": ["factor", "low_freq_factor", "high_freq_factor"],
-    }
-    missing = [key for key in needed.get(kind, []) if r.get(key) is None]
+    if kind == "yarn" and context:
+        r.setdefault("factor", hf.get("max_position_embeddings", 2048) / context)
+    missing = [key for key in needed if key not in r]
     if missing:
         raise ValueError(f"rope type {kind!r} needs {missing}, got {r}")
-    fill = {
-        "default": lambda: {},
-        "linear": lambda: dict(factor=r["factor"]),
-        "dynamic": lambda: dict(factor=r["factor"], context=longest),
-        "llama3": lambda: dict(
-            factor=r["factor"],
-            low=r["low_freq_factor"],
-            high=r["high_freq_factor"],
-            context=context or longest,
-        ),
-        "yarn": lambda: _yarn(r, context or longest, longest),
-    }
-    return Rope(**(vars(own) | fill[kind]()))
+    return r, context
 
 
-def _yarn(r: Mapping[str, Any], context: int, longest: int) -> dict[str, Any]:
-    factor = r.get("factor") or longest / context
-    grow = lambda by=1.0: 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
+def _yarn(r: Mapping[str, Any]) -> dict[str, Any]:
+    grow = lambda by=1.0: 1.0 if r["factor"] <= 1 else 0.1 * by * math.log(r["factor"]) + 1.0
     attention = r.get("attention_factor")
     if attention is None:
         m, all_dim = r.get("mscale"), r.get("mscale_all_dim")
         attention = grow(m) / grow(all_dim) if m and all_dim else grow()
     return dict(
-        factor=factor,
-        context=context,
-        attention_factor=attention,
-        beta_fast=r.get("beta_fast") or 32.0,
-        beta_slow=r.get("beta_slow") or 1.0,
+        attention_factor=float(attention),
+        beta_fast=float(r.get("beta_fast") or 32),
+        beta_slow=float(r.get("beta_slow") or 1),
         truncate=r.get("truncate", True),
     )
 

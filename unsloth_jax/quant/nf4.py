@@ -80,16 +80,11 @@ def quantize(
         raise ValueError(
             f"NF4 knows dtypes {DTYPES} and blocks of {BLOCKS}, got dtype {name}, block {block}"
         )
-    *stack, rows, width = w.shape
     one = lambda matrix: _fields(matrix, double, block)
-    if not stack:
-        fields = one(jnp.asarray(w))
-    else:
-        # One matrix at a time, so that float32 copies don't grow with the stack.
-        fields = jax.lax.map(one, jnp.reshape(w, (-1, rows, width)))
-        fields = jax.tree.map(lambda a: a.reshape(*stack, *a.shape[1:]), fields)
-    packed, statistics = fields
-    return NF4(packed, *statistics, matrix=(rows, width), block=block, dtype=name)
+    for _ in w.shape[:-2]:
+        one = jax.vmap(one)
+    packed, statistics = one(jnp.asarray(w))
+    return NF4(packed, *statistics, matrix=w.shape[-2:], block=block, dtype=name)
 
 
 def _fields(w, double, block):

@@ -1,0 +1,193 @@
+"""Reading config.json: every field is used, known to be harmless, or refused by name."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from hub_configs import HUB
+
+from unsloth_jax import decoder, rope
+from unsloth_jax.models import FAMILIES, family
+
+PLAIN = tiny.PLAIN | dict(tie_word_embeddings=False)
+
+
+def parameters(module, c) -> int:
+    """How many numbers the weights hold."""
+    each = lambda path: c.layers if ".*." in path else 1
+    return sum(math.prod(s) * each(path) for path, (s, _) in module.weights(c).items())
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_configs_of_the_hub_are_read_with_the_right_sizes(name):
+    sample = HUB[name]
+    module = family(sample.hf["model_type"])
+    c = module.config(sample.hf)
+    assert parameters(module, c) == sample.parameters
+    found = dataclasses.asdict(c.rope) | {k: v for k, v in vars(c).items() if k != "rope"}
+    assert {k: found[k] for k in sample.expected} == sample.expected
+
+
+def read(model_type: str, **changes):
+    return family(model_type).config(PLAIN | dict(model_type=model_type) | changes)
+
+
+CHANGES = {
+    "vocab": 512, "width": 128, "layers": 6, "heads": 8, "kv_heads": 4, "head_width": 32,
+    "mlp_width": 256, "eps": 0.1, "activation": "gelu", "tied": True, "qkv_bias": None,
+    "o_bias": None, "mlp_bias": None, "windows": (4, 4, 4),
+}  # fmt: skip
+
+
+def scores(module, c, params) -> np.ndarray:
+    return np.asarray(tiny.logits(module, c, params, *tiny.padded([tiny.draw(0, 12)], 12)))
+
+
+@pytest.fixture(scope="module")
+def qwen3_scores():
+    pair = tiny.pair("qwen3")
+    return scores(*pair[1:])
+
+
+@pytest.mark.parametrize("field", CHANGES)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_config_field_changes_the_weights_or_the_result(model_type, field, qwen3_scores):
+    """Results are compared for one family, since all share the functions that read these."""
+    module, c = family(model_type), read(model_type)
+    value = not getattr(c, field) if CHANGES[field] is None else CHANGES[field]
+    changed = dataclasses.replace(c, **{field: value})
+    assert changed != c
+    if (module.weights(c), c.layers) != (module.weights(changed), changed.layers):
+        return
+    assert field in ("eps", "activation", "windows")
+    if model_type == "qwen3":
+        pair = tiny.pair("qwen3")
+        other = dataclasses.replace(pair.config, **{field: value})
+        found = scores(module, other, pair.params)
+        assert np.abs(found - qwen3_scores).max() > 0.01 * qwen3_scores.std()
+
+
+ROPES = {
+    "default": rope.Rope("default", 1e4, 32),
+    "linear": rope.Rope("linear", 1e4, 32, factor=2.0),
+    "dynamic": rope.Rope("dynamic", 1e4, 32, factor=2.0, context=8),
+    "llama3": rope.Rope("llama3", 1e4, 32, factor=8.0, context=32, low=1.0, high=4.0),
+    "yarn": rope.Rope(
+        "yarn", 1e4, 32, factor=4.0, context=64, beta_fast=4.0, attention_factor=1.1
+    ),
+}  # fmt: skip
+READ = {
+    "default": "theta width attention_factor",
+    "linear": "kind theta width factor attention_factor",
+    "dynamic": "kind theta width factor context attention_factor",
+    "llama3": "kind theta width factor context low high attention_factor",
+    "yarn": "kind theta width factor context beta_fast beta_slow truncate attention_factor",
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_every_rope_field_changes_the_angles_of_the_kinds_that_read_it(kind):
+    positions = jnp.arange(40, dtype=jnp.int32)[None]
+    turn = lambda r: np.stack(rope.angles(r, positions, jnp.full_like(positions, 40)))
+    own = ROPES[kind]
+    change = {"kind": "default", "truncate": False}
+    for field in dataclasses.fields(own):
+        value = getattr(own, field.name)
+        value = change[field.name] if field.name in change else (value or type(value)(1)) * 2
+        other = turn(dataclasses.replace(own, **{field.name: value}))
+        same = other.shape == turn(own).shape and np.allclose(other, turn(own), atol=1e-4)
+        assert same != (field.name in READ[kind].split()), field.name
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4}
+SLIDING = dict(use_sliding_window=True, sliding_window=8)
+REFUSED = {
+    "a field nobody knows": ("llama", dict(logit_scale=2.0), "logit_scale=2.0", "hidden_size"),
+    "a field of another family": ("llama", dict(sliding_window=8), "sliding_window=8", "mlp_bias"),
+    "a bias that qwen2 lacks": ("qwen2", dict(attention_bias=True), "attention_bias", "layer_types"),
+    "dropout": ("llama", dict(attention_dropout=0.1), "attention_dropout=0.1", "(0, None)"),
+    "interleaved rope": ("llama", dict(rope_interleaved=True), "rope_interleaved=True", "False"),
+    "part of a head": ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5", "1"),
+    "both directions": ("llama", dict(is_causal=False), "is_causal=False", "True"),
+    "activation": ("qwen3", dict(hidden_act="swish2"), "'swish2'", "silu"),
+    "rope type": ("llama", dict(rope_scaling={"type": "su", "factor": 2.0}), "'su'", "llama3"),
+    "longrope": ("llama", dict(rope_parameters={"rope_type": "longrope"}), "'longrope'", "yarn"),
+    "rope key": (
+        "llama", dict(rope_parameters={"rope_type": "linear", "factor": 2.0, "alpha": 1.0}),
+        "alpha", "factor"),
+    "rope key of another type": (
+        "llama", dict(rope_parameters={"rope_type": "linear", "factor": 2.0, "beta_fast": 1.0}),
+        "beta_fast", "'linear'"),
+    "part of a head in rope": (
+        "llama", dict(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
+        "partial_rotary_factor=0.5", "only 1"),
+    "ropes by layer": (
+        "qwen3", dict(rope_parameters={"full_attention": {"rope_type": "default"}}),
+        "full_attention", "rope_type"),
+    "two ropes": (
+        "llama", dict(rope_parameters=YARN | {"factor": 2.0}, rope_scaling={"type": "linear"}),
+        "rope_scaling", "rope_parameters"),
+    "no linear factor": ("llama", dict(rope_scaling={"type": "linear"}), "'factor'", "linear"),
+    "no dynamic factor": (
+        "llama", dict(rope_scaling={"type": "dynamic", "factor": None}), "'factor'", "dynamic"),
+    "no yarn factor": ("qwen3", dict(rope_parameters=YARN), "'factor'", "yarn"),
+    "no llama3 factors": (
+        "llama", dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+        "low_freq_factor", "high_freq_factor"),
+    "layer types": (
+        "qwen3", SLIDING | dict(layer_types=["full_attention", "chunked_attention"] * 2),
+        "chunked_attention", "sliding_attention"),
+    "too few layer types": (
+        "qwen2", SLIDING | dict(layer_types=["full_attention"] * 2), "got 2", "3 of"),
+    "layer types without window": (
+        "qwen3", dict(layer_types=["sliding_attention"] * 3), "sliding_window", "not set"),
+    "head of its own": ("qwen2", dict(head_dim=64), "head_dim=64", "qwen2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type, changes, given, known", REFUSED.values(), ids=REFUSED)
+def test_what_is_not_understood_is_refused_by_name(model_type, changes, given, known):
+    with pytest.raises(ValueError) as error:
+        read(model_type, **changes)
+    assert given in str(error.value) and known in str(error.value)
+
+
+def test_an_unknown_family_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="'gpt2'.*llama.*mistral.*qwen2.*qwen3"):
+        family("gpt2")
+
+
+@pytest.mark.parametrize("missing", ["hidden_size", "num_hidden_layers", "vocab_size"])
+def test_a_missing_size_is_refused_by_name(missing):
+    hf = {k: v for k, v in PLAIN.items() if k != missing} | {"model_type": "llama"}
+    with pytest.raises(ValueError, match=rf"lacks \['{missing}'\]"):
+        family("llama").config(hf)
+
+
+def test_yarn_without_a_factor_takes_the_ratio_of_the_contexts():
+    scaling = YARN | {"original_max_position_embeddings": 16}
+    assert read("llama", rope_parameters=scaling).rope.factor == 4.0
+
+
+def test_a_bias_switch_adds_its_weights_and_no_others():
+    plain = family("llama").weights(read("llama"))
+    names = lambda **on: {
+        p.split(".")[-2] for p in set(family("llama").weights(read("llama", **on))) - set(plain)
+    }
+    assert names(attention_bias=True) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert names(mlp_bias=True) == {"gate_proj", "up_proj", "down_proj"}
+
+
+def test_windows_start_at_max_window_layers():
+    assert read("qwen2", **SLIDING, max_window_layers=2).windows == (None, None, 8)
+    assert read("qwen2", **SLIDING).windows == (None, None, None)
+    assert read("qwen3", **SLIDING, max_window_layers=0).windows == (8, 8, 8)
+
+
+def test_document_lengths_count_each_segment_of_each_row():
+    segments = jnp.asarray([[1, 1, 2, 2, 2, 0], [3, 3, 3, 3, 3, 3]], jnp.int32)
+    want = [[2, 2, 3, 3, 3, 1], [6] * 6]
+    assert decoder.document_lengths(segments).tolist() == want

@@ -1,0 +1,264 @@
+"""The README's first command: a real model fine-tuned, exported and run in llama.cpp.
+
+    python -m workflows.demo --output demo_output
+"""
+
+import argparse
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax
+import matplotlib
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from bridge import export, hub
+from bridge import tokenizer as text
+from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer
+from workflows import demo_data
+from workflows.generate import Answer
+from workflows.model import Model
+
+QUANTIZATIONS = ("q8_0", "q4_k_m")
+NEW_TOKENS = 24
+SHOWN = 4
+SIMILAR = 0.9  # least cosine of the merged model's logits with those of base plus adapter
+OWN_MODEL = """\
+from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer
+model, tokenizer = FastLanguageModel.from_pretrained("path/or/hub-name", max_seq_length=2048)
+model = FastLanguageModel.get_peft_model(model, r=16)
+SFTTrainer(model=model, train_dataset=rows, args=SFTConfig(max_steps=60, learning_rate=2e-4)).train()
+model.save_pretrained_gguf("out", quantization_method="q4_k_m")"""
+
+
+class Scored(NamedTuple):
+    """Answers to the held-out requests and the share that is right to the last token."""
+
+    texts: list[str]
+    share: float
+
+
+class Artefact(NamedTuple):
+    """One row of the closing table."""
+
+    path: str
+    bytes: int
+    verified: str
+
+
+def config(seed: int, output: Path | None) -> SFTConfig:
+    """How the demo trains; rows of at most 64 tokens, at most 30,000 padded tokens in all."""
+    return SFTConfig(
+        output_dir=None if output is None else str(output),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
+        max_steps=112,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=5,
+        weight_decay=0.0,
+        max_seq_length=64,
+        packing=True,
+        assistant_only_loss=True,
+        logging_steps=1,
+        seed=seed,
+    )
+
+
+def evaluated(model: Model, examples: Sequence[demo_data.Example]) -> Scored:
+    """Greedy answers; one counts only if it is the record and then the end token, nothing else."""
+    prompts = [
+        text.ids(model.tokenizer, demo_data.prompt(e), add_generation_prompt=True) for e in examples
+    ]
+    from unsloth_jax.sample import Sampling
+
+    found = model.answers(prompts, max_new_tokens=NEW_TOKENS, sampling=Sampling(temperature=0.0))
+    end = text.end_of_turn(model.tokenizer)
+    expected = [(*text.ids(model.tokenizer, e.record), end) for e in examples]
+    share = demo_data.score([tuple(a.tokens) for a in found], expected)
+    return Scored([shown(model, a) for a in found], share)
+
+
+def shown(model: Model, answer: Answer) -> str:
+    body = answer.tokens[:-1] if answer.stopped else answer.tokens
+    return model.tokenizer.decode(body).replace("\n", " ") + ("" if answer.stopped else " ...")
+
+
+def load(seed: int) -> Model:
+    """The embedded model in 4 bits with fresh adapters."""
+    model, _ = FastLanguageModel.from_pretrained(str(hub.embedded_smollm2()), max_seq_length=128)
+    return FastLanguageModel.get_peft_model(model, r=16, lora_alpha=16, random_state=seed)
+
+
+def trained(seed: int, output: Path | None = None) -> tuple[Model, SFTTrainer, Scored, Scored]:
+    """(model, trainer, score before, score after) of one seed."""
+    model, data = load(seed), demo_data.split(seed)
+    before = evaluated(model, data.held_out)
+    trainer = SFTTrainer(
+        model=model, train_dataset=demo_data.conversations(data.train), args=config(seed, output)
+    )
+    trainer.train()
+    return model, trainer, before, evaluated(model, data.held_out)
+
+
+def picture(history: Sequence[dict[str, Any]], path: Path) -> None:
+    """The loss of every step, and its running mean, as a PNG."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps, losses = [row["step"] for row in history], [row["loss"] for row in history]
+    smooth = [float(np.mean(losses[max(0, i - 7) : i + 1])) for i in range(len(losses))]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(steps, losses, color="#b8c4d6", linewidth=1, label="loss")
+    axes.plot(steps, smooth, color="#1f4e9c", linewidth=2, label="mean of 8 steps")
+    axes.set(xlabel="step", ylabel="cross entropy, nats a token", title="QLoRA, SmolLM2-135M-Instruct")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def in_llama_cpp(path: Path, examples: Sequence[demo_data.Example]) -> list[str]:
+    """llama.cpp's greedy answers to the same messages, through its own template and tokenizer."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.n_parallel, params.warmup = 256, 1, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = min(4, os.cpu_count() or 1)
+    server = xllamacpp.Server(params)
+    out = []
+    for e in examples:
+        asked = {"messages": demo_data.prompt(e), "temperature": 0, "max_tokens": NEW_TOKENS}
+        got = server.handle_chat_completions(asked)
+        got = json.loads(got) if isinstance(got, str | bytes) else got
+        out.append(got["choices"][0]["message"]["content"].replace("\n", " "))
+    return out
+
+
+def agreement(ours: Sequence[str], theirs: Sequence[str]) -> str:
+    same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+    return f"llama.cpp ran it: {same} of {len(ours)} answers equal ours"
+
+
+def merged_agrees(folder: Path, model: Model, examples: Sequence[demo_data.Example]) -> str:
+    """Loads the merged folder again and compares its logits with base plus adapter."""
+    again, _ = FastLanguageModel.from_pretrained(str(folder), max_seq_length=128, load_in_4bit=False)
+    rows = [
+        text.ids(model.tokenizer, demo_data.conversations([e])[0]["messages"]) for e in examples
+    ]
+    same = total = 0
+    for row in rows:
+        ours, theirs = (m([row]).argmax(-1)[0] for m in (model, again))
+        same, total = same + int((ours == theirs).sum()), total + len(row)
+    return f"loaded again: the likeliest token equal at {same} of {total} places"
+
+
+def fresh(output: Path) -> None:
+    """An empty folder; one that an earlier demo made is replaced, any other raises."""
+    if output.exists() and any(output.iterdir()):
+        if not (output / export.MANIFEST).exists():
+            raise FileExistsError(f"{output} is not empty and no demo made it; choose another --output")
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / export.MANIFEST).write_text("{}\n")
+
+
+def artefacts(output: Path, model: Model, after: Scored, examples) -> tuple[list[Artefact], dict[str, list[str]]]:
+    """Exports everything and checks each by opening it again."""
+    rows, said = [], {}
+    size = lambda path: sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    add = lambda path, how: rows.append(Artefact(path.name, size(path) if path.is_dir() else path.stat().st_size, how))
+    model.save_pretrained(output / "adapter")
+    again, _ = FastLanguageModel.from_pretrained(str(output / "adapter"), max_seq_length=128)
+    same = jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), model.adapters, again.adapters))
+    if not same:
+        raise RuntimeError("the adapter read back differs from the one that was trained")
+    add(output / "adapter", "loaded again: every adapter equal")
+    del again
+    model.save_pretrained_merged(output / "merged")
+    add(output / "merged", merged_agrees(output / "merged", model, examples))
+    model.save_pretrained_gguf(output / "gguf", quantization_method=QUANTIZATIONS)
+    for fmt in QUANTIZATIONS:
+        path = output / f"model.{fmt.upper()}.gguf"
+        os.replace(output / "gguf" / path.name, path)
+        said[path.name] = in_llama_cpp(path, examples)
+        add(path, agreement(after.texts[: len(examples)], said[path.name]))
+    facts = json.loads((output / "gguf" / export.MANIFEST).read_text())
+    (output / "gguf.json").write_text(json.dumps(facts["quantization"], indent=2) + "\n")
+    shutil.rmtree(output / "gguf")
+    return rows, said
+
+
+def before_and_after(console: Console, examples, before: Scored, after: Scored) -> None:
+    table = Table(title="the same requests before and after", show_lines=True)
+    for name in ("request", "expected", "before", "after"):
+        table.add_column(name, overflow="fold")
+    for e, old, new in zip(examples, before.texts, after.texts, strict=False):
+        table.add_row(e.request, e.record, old[:80], new)
+    console.print(table)
+
+
+def closing(console: Console, rows: Sequence[Artefact], output: Path) -> None:
+    table = Table(title=f"written to {output}")
+    for name in ("path", "size", "verified"):
+        table.add_column(name, justify="right" if name == "size" else "left")
+    for row in rows:
+        table.add_row(row.path, f"{row.bytes / 1e6:,.1f} MB", row.verified)
+    console.print(table)
+    console.print(f"the loss curve: {output / 'loss.png'}\n\nthe same for your own model:\n")
+    console.print(OWN_MODEL, highlight=False, markup=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m workflows.demo", description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("demo_output"))
+    parser.add_argument("--seed", type=int, default=3407)
+    a = parser.parse_args()
+    console, started = Console(width=120 if not Console().is_terminal else None), time.perf_counter()
+    fresh(a.output)
+    console.print(f"device: {jax.devices()[0]}, JAX {jax.__version__}", highlight=False)
+    model, trainer, before, after = trained(a.seed, a.output)
+    held_out = demo_data.split(a.seed).held_out
+    best = demo_data.best_constant([e.record for e in held_out])
+    picture(trainer.log_history, a.output / "loss.png")
+    examples = held_out[:SHOWN]
+    before_and_after(console, examples, before, after)
+    console.print(
+        f"exact match on {len(held_out)} held-out requests, end token included: before {before.share:.1%}, "
+        f"after {after.share:.1%} (best constant answer {best:.1%})"
+    )
+    rows, said = artefacts(a.output, model, after, examples)
+    answers = Table(title="our answers and llama.cpp's", show_lines=True)
+    for name in ("ours", *said):
+        answers.add_column(name, overflow="fold")
+    for i, ours in enumerate(after.texts[:SHOWN]):
+        answers.add_row(ours, *(texts[i] for texts in said.values()))
+    console.print(answers)
+    scores = {"before": before.share, "after": after.share, "best_constant": best, "held_out": len(held_out)}
+    export.write_manifest(
+        a.output,
+        {"kind": "demo", "base_model": model.name, "seed": a.seed, "exact_match": scores,
+         "folders": ["adapter", "merged"], "verified": {row.path: row.verified for row in rows},
+         "gguf": json.loads((a.output / "gguf.json").read_text())},
+    )  # fmt: skip
+    (a.output / "gguf.json").unlink()
+    for name, how in (("loss.png", "drawn from metrics.jsonl"), ("metrics.jsonl", f"{len(trainer.log_history)} steps"),
+                      (export.MANIFEST, "sizes and hashes of all files")):  # fmt: skip
+        rows.append(Artefact(name, (a.output / name).stat().st_size, how))
+    closing(console, rows, a.output)
+    console.print(f"{time.perf_counter() - started:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()
