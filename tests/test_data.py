@@ -33,7 +33,7 @@ def test_every_row_is_packed_once_whole_and_none_overflows(length, open_bins):
 def test_packing_fills_the_first_bin_with_room():
     a, b, c, d, e = rows_of([6, 7, 4, 3, 1])
     assert list(data.packed([a, b, c, d, e], 10)) == [[a, c], [b, d], [e]]
-    assert list(data.packed([a, b, c, d, e], 10, open_bins=1)) == [[a], [b, d], [c, e]]
+    assert list(data.packed([a, b, c, d, e], 10, open_bins=1)) == [[a], [b], [c, d, e]]
 
 
 def test_packing_leaves_little_room_and_works_as_a_stream():

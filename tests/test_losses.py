@@ -12,20 +12,20 @@ from unsloth_jax.leaves import Lora
 
 B, T, D, V = 2, 9, 16, 50
 rng = np.random.default_rng(0)
-HIDDEN = rng.normal(0, 1, (B, T, D)).astype(np.float32)
-HEAD = rng.normal(0, 0.5, (V, D)).astype(np.float32)
-BIAS = rng.normal(0, 0.5, V).astype(np.float32)
-TARGETS = rng.integers(0, V, (B, T)).astype(np.int32)
-WEIGHTS = rng.integers(0, 2, (B, T)).astype(np.float32)
+HIDDEN = jnp.asarray(rng.normal(0, 1, (B, T, D)), jnp.float32)
+HEAD = jnp.asarray(rng.normal(0, 0.5, (V, D)), jnp.float32)
+BIAS = jnp.asarray(rng.normal(0, 0.5, V), jnp.float32)
+TARGETS = jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
+WEIGHTS = jnp.asarray(rng.integers(0, 2, (B, T)), jnp.float32)
 
 logprobs = jax.jit(losses.token_logprobs, static_argnums=3)
 
 
 def in_torch(hidden, head, bias=None):
     """(-cross entropy [B, T], the leaf tensors) on torch."""
-    leaves = [torch.tensor(x, requires_grad=True) for x in (hidden, head)]
-    scores = leaves[0] @ leaves[1].T + (0 if bias is None else torch.tensor(bias))
-    flat, targets = scores.reshape(-1, V), torch.tensor(TARGETS).long().reshape(-1)
+    leaves = [torch.tensor(np.asarray(x), requires_grad=True) for x in (hidden, head)]
+    scores = leaves[0] @ leaves[1].T + (0 if bias is None else torch.tensor(np.asarray(bias)))
+    flat, targets = scores.reshape(-1, V), torch.tensor(np.asarray(TARGETS)).long().reshape(-1)
     nll = torch.nn.functional.cross_entropy(flat, targets, reduction="none")
     return -nll.reshape(B, T), leaves
 
@@ -61,7 +61,7 @@ def test_gradients_reach_hidden_states_and_head_as_in_torch(chunk):
     loss = lambda x, w: -(losses.token_logprobs(x, {"weight": w}, TARGETS, chunk) * WEIGHTS).sum()
     got = jax.jit(jax.grad(loss, argnums=(0, 1)))(HIDDEN, HEAD)
     logps, leaves = in_torch(HIDDEN, HEAD)
-    (-(logps * torch.tensor(WEIGHTS)).sum()).backward()
+    (-(logps * torch.tensor(np.asarray(WEIGHTS))).sum()).backward()
     for ours, leaf in zip(got, leaves, strict=True):
         np.testing.assert_allclose(ours, leaf.grad.numpy(), atol=1e-5)
 
@@ -81,7 +81,7 @@ def rng_of(seed):
 
 HEADS = {
     "trained": (lambda w: (HIDDEN, {"weight": w}), HEAD),
-    "adapted": (lambda b: (HIDDEN, {"weight": lora_head(b)}), np.ones((V, 3), np.float32) / 10),
+    "adapted": (lambda b: (HIDDEN, {"weight": lora_head(b)}), jnp.ones((V, 3)) / 10),
     "tied": (lambda w: (w[TARGETS], {"weight": w}), HEAD),
     "frozen": (lambda x: (x, {"weight": HEAD}), HIDDEN),
 }
@@ -96,9 +96,9 @@ def test_gradients_equal_finite_differences(case):
         return losses.sft(losses.token_logprobs(hidden, head, TARGETS, 4), WEIGHTS).value
 
     loss = jax.jit(loss)
-    along = rng_of(2).normal(0, 1, at.shape).astype(np.float32) / 4
+    along = jnp.asarray(rng_of(2).normal(0, 0.25, at.shape), jnp.float32)
     expected = slope(loss, at, along)
-    got = (jax.grad(loss)(jnp.asarray(at)) * along).sum()
+    got = (jax.grad(loss)(at) * along).sum()
     assert abs(expected) > 0.5
     np.testing.assert_allclose(got, expected, rtol=5e-3)
 
@@ -111,9 +111,9 @@ def test_sft_sums_and_counts_the_weighted_tokens():
 
 
 def test_padding_does_not_change_a_total():
-    longer = lambda x: np.concatenate([x, np.ones_like(x)], axis=1)
+    longer = lambda x: jnp.concatenate([x, jnp.ones_like(x)], axis=1)
     total = losses.sft(logprobs(HIDDEN, {"weight": HEAD}, TARGETS, 4), WEIGHTS)
-    weights = np.concatenate([WEIGHTS, 0 * WEIGHTS], axis=1)
+    weights = jnp.concatenate([WEIGHTS, 0 * WEIGHTS], axis=1)
     logps = logprobs(longer(HIDDEN), {"weight": HEAD}, longer(TARGETS), 4)
     padded = losses.sft(logps, weights)
     np.testing.assert_allclose(padded.value, total.value, rtol=1e-6)

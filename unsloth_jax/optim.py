@@ -47,7 +47,7 @@ def clip_by_norm(limit: float | int) -> optax.GradientTransformation:
     """Scales gradients whose global norm exceeds `limit`, as torch's `clip_grad_norm_` does."""
 
     def update(grads, state, params=None):
-        factor = jnp.minimum(1.0, limit / (optax.global_norm(grads) + 1e-6))
+        factor = jnp.minimum(1.0, limit / (optax.tree.norm(grads) + 1e-6))
         return jax.tree.map(lambda g: g * factor, grads), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -57,7 +57,7 @@ def make_step(loss: LossFn, optimizer: optax.GradientTransformation):
         zero = jax.tree.map(jnp.zeros_like, state.trainable), Total(jnp.zeros(()), jnp.zeros(()))
         (grads, total), _ = jax.lax.scan(micro, zero, batches)
         grads = jax.tree.map(lambda g: g / jnp.where(total.count == 0, 1.0, total.count), grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt = optimizer.update(grads, state.opt, state.trainable)
         new = State(optax.apply_updates(state.trainable, updates), opt, state.step + 1)
         finite = jnp.isfinite(norm) & jnp.isfinite(total.value)

@@ -9,19 +9,21 @@ from unsloth_jax.rope import Rope
 
 # Fields that name, initialise, train or sample, and never change a forward pass.
 HARMLESS = frozenset(
-    """_attn_implementation _attn_implementation_autoset _commit_hash _name_or_path
-    architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
-    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id id2label initializer_range is_decoder
-    is_llama_config label2id length_penalty max_length max_sequence_length min_length
-    model_max_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
-    problem_type pruned_heads quantization_config remove_invalid_values repetition_penalty return_dict
+    """_attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled
+    _name_or_path attn_implementation gradient_checkpointing
+    architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id
+    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
+    do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    id2label initializer_range is_decoder is_llama_config label2id length_penalty max_length
+    max_sequence_length min_length model_max_length model_type no_repeat_ngram_size
+    num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
+    output_scores pad_token_id prefix pretraining_tp problem_type pruned_heads
+    quantization_config remove_invalid_values repetition_penalty return_dict
     return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
     tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
-    transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16
-    use_cache""".split()
+    transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version
+    use_bfloat16 use_cache""".split()
 )
 # Fields that would change the result: only these values are understood.
 FIXED: dict[str, tuple] = {
@@ -110,7 +112,7 @@ def sizes(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rope(hf: Mapping[str, Any], width: int) -> Rope:
-    """Rotary settings from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
+    """Rotary settings from `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling` (4).
 
     Raises ValueError for an unknown type or key, or a missing one. Source: transformers
     `modeling_rope_utils`.
@@ -185,7 +187,8 @@ def windows(hf: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
     wrong = sorted(set(kinds) - set(known))
     if wrong or len(kinds) != layers:
         raise ValueError(
-            f"layer_types must be {layers} of {sorted(known)}, got {len(kinds)} with {wrong or 'no unknown'}"
+            f"layer_types must be {layers} of {sorted(known)}, "
+            f"got {len(kinds)} with {wrong or 'no unknown'}"
         )
     if window is None and "sliding_attention" in kinds:
         raise ValueError(
