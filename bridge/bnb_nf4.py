@@ -14,7 +14,7 @@ import numpy as np
 from pallas_kernels.nf4 import CODES
 from unsloth_jax.quant.nf4 import BLOCKS, DTYPES, NF4, in_rows
 
-Read = Callable[[str], np.ndarray]
+Read = Callable[[str], np.ndarray]  # a tensor by its full name; KeyError where there is none
 
 STATE = "quant_state.bitsandbytes__nf4"
 FP4 = "quant_state.bitsandbytes__fp4"
@@ -52,8 +52,12 @@ def state(read: Read, name: str) -> State:
     key = f"{name}.{STATE}"
     try:
         raw = json.loads(read(key).tobytes())
+    except KeyError as error:
+        raise ValueError(f"{name} is no readable NF4 weight: {key} is missing") from error
     except ValueError as error:
         raise ValueError(f"{key} holds no JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{key} holds {raw!r}, expected a JSON object")
     nested = "nested_offset" in raw
     known = {
         "quant_type": ("nf4",),

@@ -26,6 +26,7 @@ LAYER_MODULES = (
     *("self_attn.q_norm", "self_attn.k_norm"),
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
+CHUNK = 2**20  # values dequantised at a time
 ROPE_FACTORS = "rope_freqs.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -70,8 +71,7 @@ class GGUFSource:
         raw = np.asarray(self._bytes[tensor.start : tensor.start + tensor.size])
         if tensor.kind in FLOATS:
             return raw.view(FLOATS[tensor.kind]).reshape(tensor.shape)
-        rows = raw.reshape(*tensor.shape[:-1], -1)
-        return gguf.quants.dequantize(rows, tensor.kind)
+        return _dequantised(raw, tensor)
 
     def _config(self, file: gguf_header.GGUF, values: dict[str, Any]) -> dict[str, Any]:
         if EMBEDDING not in self._tensors:
@@ -101,6 +101,17 @@ def halves_from_pairs(w: np.ndarray, heads: int) -> np.ndarray:
     """
     pairs = w.reshape(heads, -1, 2, *w.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(w.shape)
+
+
+def _dequantised(raw: np.ndarray, tensor: gguf_header.Tensor) -> np.ndarray:
+    """float32 values of a tensor's blocks, filled in place: gguf's own result exists twice."""
+    width = tensor.shape[-1]
+    out = np.empty((int(np.prod(tensor.shape[:-1])), width), np.float32)
+    blocks = raw.reshape(len(out), -1)
+    step = max(1, CHUNK // width)
+    for row in range(0, len(out), step):
+        out[row : row + step] = gguf.quants.dequantize(blocks[row : row + step], tensor.kind)
+    return out.reshape(tensor.shape)
 
 
 def _dtype(kind: Kind) -> str:

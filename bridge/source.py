@@ -1,6 +1,6 @@
 """What the loader asks of a checkpoint, whatever file format it has."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -13,6 +13,7 @@ class Header(NamedTuple):
     format: str | None = None  # "nf4" for bitsandbytes blocks, None for plain numbers
 
 
+@runtime_checkable
 class Source(Protocol):
     """An opened checkpoint; `config` is the content of config.json in Hugging Face's words."""
 

@@ -19,10 +19,10 @@ MARK = "\ue0f1"
 
 
 class Text(NamedTuple):
-    """Token ids, and for each the characters [begin, end) of the text that it covers."""
+    """Token ids, and for each how many characters of the text it and those before it cover."""
 
     ids: list[int]
-    spans: list[tuple[int, int]]
+    ends: list[int]
 
 
 def load(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -93,7 +93,7 @@ def ids(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> Text:
-    """Ids and character spans; `special` adds what the tokenizer adds, a second BOS excepted."""
+    """Ids and where each ends; `special` adds what the tokenizer adds, a second BOS excepted."""
     _require_offsets(tokenizer)
     bos = tokenizer.bos_token
     with _settings_kept(tokenizer):
@@ -105,7 +105,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = Tru
             return_attention_mask=False,
             verbose=False,
         )
-    return Text(got["input_ids"], _tiled(got["offset_mapping"]))
+    # Where a token begins is no use: byte-level tokenizers leave its leading space out.
+    return Text(got["input_ids"], [end for _, end in got["offset_mapping"]])
 
 
 @contextmanager
@@ -122,12 +123,6 @@ def _settings_kept(tokenizer: PreTrainedTokenizerBase):
             backend.enable_padding(**padding)
 
 
-def _tiled(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    # Byte-level tokenizers report spans without their leading space: begin where the last ended.
-    ends = [0, *(end for _, end in offsets)]
-    return [(min(begin, last), end) for (begin, end), last in zip(offsets, ends, strict=False)]
-
-
 def conversation_row(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, *, first: int = 0, **template: Any
 ) -> tuple[list[int], list[int]]:
@@ -137,11 +132,11 @@ def conversation_row(
     Raises ValueError where a template rewrites a turn so that its span can't be proved.
     """
     full = render(tokenizer, messages, **template)
-    tokens, spans = encode(tokenizer, full, special=False)
+    tokens, ends = encode(tokenizer, full, special=False)
     turns = [i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant"]
     answers = [_answer(tokenizer, messages, turn, full, template) for turn in turns]
-    inside = lambda begin, end: any(end > a and begin < z for a, z in answers)
-    return tokens, [int(inside(*span)) for span in spans]
+    # A token belongs to the answer in which it ends: with the last header's space it is a word.
+    return tokens, [int(any(a < end <= z for a, z in answers)) for end in ends]
 
 
 def _answer(tokenizer, messages, turn, full, template) -> tuple[int, int]:

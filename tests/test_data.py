@@ -73,8 +73,10 @@ def test_packed_and_padded_batches_supervise_the_same_tokens():
     together = data.collate(bins, len(bins), 128)
     apart = data.collate([[row] for row in rows], len(rows), 64)
     said = lambda b: sorted(b.targets[b.weights > 0].tolist())
-    assert said(together) == said(apart) == sorted(
-        t for row in rows for t, on in zip(row.tokens, row.mask, strict=True) if on
+    assert (
+        said(together)
+        == said(apart)
+        == sorted(t for row in rows for t, on in zip(row.tokens, row.mask, strict=True) if on)
     )
 
 

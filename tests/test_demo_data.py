@@ -6,7 +6,6 @@ import json
 import pytest
 from small_tokenizers import byte_level
 
-from bridge import gguf_tokenizer, hub
 from bridge.chat_templates import get_chat_template
 from workflows import demo_data
 from workflows.rows import rows
@@ -14,7 +13,7 @@ from workflows.rows import rows
 
 def test_the_data_set_is_the_same_on_every_machine():
     text = json.dumps(demo_data.split(), ensure_ascii=False)
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "PIN"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "418caabef11cd53d"
     assert demo_data.split(seed=1) != demo_data.split()
 
 
@@ -57,13 +56,6 @@ def test_score_counts_exact_answers_with_their_end():
             demo_data.score(answers, expected)
     with pytest.raises(ValueError, match="no expected"):
         demo_data.best_constant([])
-
-
-def test_conversations_fit_into_rows_of_64_tokens_of_the_demos_model():
-    tokenizer = gguf_tokenizer.tokenizer(hub.embedded_smollm2())
-    every = [e for part in demo_data.split() for e in part]
-    made = rows(demo_data.conversations(every), tokenizer, max_length=64, assistant_only_loss=True)
-    assert len(made) == 420
 
 
 def test_conversations_train_the_record_and_its_end():

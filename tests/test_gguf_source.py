@@ -1,6 +1,7 @@
 """Reading GGUF: bytes, names and row order against libgguf, transformers and the formulas."""
 
 import json
+import tracemalloc
 
 import gguf
 import libgguf
@@ -17,6 +18,8 @@ from bridge.gguf_source import BLOCKS, GGUFSource, halves_from_pairs
 from tests import tiny_gguf
 
 BAD = "truncated|cut short|corrupt"
+NEARLY_LLAMA3 = gguf_config.llama3_factors(1e4, 16, 8.0, 8192).astype(np.float32)
+NEARLY_LLAMA3[1] *= 1.001
 
 
 def tiny(path, arch="llama", tensors=None, metadata=None, **changes):
@@ -224,6 +227,7 @@ def test_metadata_that_is_not_honoured_is_refused(tmp_path, changes, message):
         ({"output.weight": (np.zeros((40, 64), np.uint8), Kind.I8)}, r"\['I8'\].*known: \['F32'"),
         ({"rope_freqs.weight": np.full(5, 2, np.float32)}, r"shape \(5,\), head_dim is 16"),
         ({"rope_freqs.weight": np.linspace(1, 9, 8, dtype=np.float32)}, "not Llama 3's scaling"),
+        ({"rope_freqs.weight": NEARLY_LLAMA3}, "not Llama 3's scaling by 8.0"),
     ],
 )
 def test_tensors_that_are_not_understood_are_refused(tmp_path, extra, message):
@@ -319,7 +323,11 @@ def test_windows_and_end_tokens_reach_the_config(tmp_path):
     assert GGUFSource(tiny(tmp_path, "qwen2")).config["use_sliding_window"] is False
 
 
-def test_values_are_read_one_tensor_at_a_time(tmp_path):
-    source = GGUFSource(tiny(tmp_path))
-    held = source.read("model.norm.weight")
+def test_float_weights_are_mapped_and_blocks_never_held_twice(smollm2):
+    held = smollm2.read("model.norm.weight")
     assert not held.flags.owndata and not held.flags.writeable
+    tracemalloc.start()
+    w = smollm2.read("model.embed_tokens.weight")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.3 * w.nbytes

@@ -70,9 +70,18 @@ def smollm2():
     return hub.embedded_smollm2()
 
 
-def test_ids_of_the_real_file_equal_llama_cpps_and_the_saved_folders(smollm2, tmp_path):
-    made = gguf_tokenizer.tokenizer(smollm2)
-    saved = AutoTokenizer.from_pretrained(gguf_tokenizer.save_folder(smollm2, tmp_path / "t"))
+@pytest.fixture(scope="module")
+def folder(smollm2, tmp_path_factory):
+    return gguf_tokenizer.save_folder(smollm2, tmp_path_factory.mktemp("saved") / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def made_and_saved(smollm2, folder):
+    return gguf_tokenizer.tokenizer(smollm2), AutoTokenizer.from_pretrained(folder)
+
+
+def test_ids_of_the_real_file_equal_llama_cpps_and_the_saved_folders(smollm2, made_and_saved):
+    made, saved = made_and_saved
     server = llama_server.serve(smollm2)
     for text in texts(200):
         ids = made(text)["input_ids"]
@@ -86,16 +95,14 @@ def test_ids_of_the_real_file_equal_llama_cpps_and_the_saved_folders(smollm2, tm
         assert prompt == saved.apply_chat_template(conversation, **ask)
 
 
-def test_names_of_the_real_file_survive_saving(smollm2, tmp_path):
-    made = gguf_tokenizer.tokenizer(smollm2)
-    saved = AutoTokenizer.from_pretrained(gguf_tokenizer.save_folder(smollm2, tmp_path / "t"))
-    for tok in (made, saved):
+def test_names_of_the_real_file_survive_saving(smollm2, folder, made_and_saved):
+    for tok in made_and_saved:
         assert (tok.bos_token, tok.eos_token) == ("<|im_start|>", "<|im_end|>")
         assert (tok.pad_token, tok.unk_token) == ("<|im_end|>", "<|endoftext|>")
         assert len(tok) == 49152 and len(tok.all_special_tokens) == 17
         assert tok.model_max_length == 8192 and not tok.clean_up_tokenization_spaces
-    assert (tmp_path / "t" / "chat_template.jinja").read_text() == made.chat_template
-    assert str(smollm2) not in (tmp_path / "t" / "tokenizer_config.json").read_text()
+    assert (folder / "chat_template.jinja").read_text() == made_and_saved[0].chat_template
+    assert str(smollm2) not in (folder / "tokenizer_config.json").read_text()
 
 
 @pytest.mark.parametrize("pre", PRES)

@@ -50,9 +50,7 @@ def drawn(params, s: Settings, seed: int = 5):
     adapters = lora.init(jax.random.key(seed), params, s.rank, s.targets, s.layers, s.start)
     rng = np.random.default_rng(seed)
     fill = lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), jnp.float32)
-    return tree.map_paths(
-        lambda p, x: jax.tree.map(fill, x) if p.endswith(".b") else x, adapters
-    )
+    return tree.map_paths(lambda p, x: jax.tree.map(fill, x) if p.endswith(".b") else x, adapters)
 
 
 def scores(pair: tiny.Pair, params) -> np.ndarray:
@@ -113,7 +111,12 @@ def test_an_adapter_of_peft_gives_the_same_logits_here(name, tmp_path):
     got = scores(pair, lora.attach(pair.params, adapters, scale(read)))
     assert np.abs(got - expected).max() <= TOLERANCE * expected.std()
     assert jax.tree.structure(adapters) == jax.tree.structure(drawn(pair.params, s))
-    assert (read.rank, read.alpha, read.rslora, read.layers) == (s.rank, s.alpha, s.rslora, s.layers)
+    assert (read.rank, read.alpha, read.rslora, read.layers) == (
+        s.rank,
+        s.alpha,
+        s.rslora,
+        s.layers,
+    )
 
 
 @pytest.mark.parametrize("name", LORA)
@@ -200,7 +203,9 @@ def test_merged_weights_equal_those_that_peft_merges(tmp_path):
     for path, leaf in tree.flatten(lora.attach(pair.params, adapters, scale(s))).items():
         expected = [state[n].numpy() for n in (path.replace("*", str(i)) for i in range(3))]
         got = np.asarray(dense(leaf))
-        np.testing.assert_allclose(got, np.stack(expected) if "*" in path else expected[0], atol=2e-6)
+        np.testing.assert_allclose(
+            got, np.stack(expected) if "*" in path else expected[0], atol=2e-6
+        )
 
 
 def test_merged_parameters_give_the_logits_of_the_attached_ones():
@@ -234,7 +239,9 @@ def test_fresh_adapters_merge_into_the_bytes_of_the_base(name):
 def test_starts_are_spread_as_those_of_peft(start):
     rank, targets = 8, ["q_proj", "down_proj"]
     model = in_peft("llama", Settings(rank, 8, targets=targets, start=start))
-    adapters = tree.flatten(lora.init(jax.random.key(3), tiny.pair("llama").params, rank, targets, start=start))
+    adapters = tree.flatten(
+        lora.init(jax.random.key(3), tiny.pair("llama").params, rank, targets, start=start)
+    )
     for path in ("self_attn.q_proj", "mlp.down_proj"):
         ours = np.asarray(adapters[f"model.layers.*.{path}.a"])
         keys = [f"model.layers.{i}.{path}.lora_A.default.weight" for i in range(3)]
@@ -266,8 +273,12 @@ def test_starts_differ_by_key_module_and_layer():
 def test_layers_without_adapters_have_no_pair_and_keep_their_weight():
     pair, s = tiny.pair("qwen3"), LORA["qwen3"]
     adapters = drawn(pair.params, s)
-    assert all(isinstance(x, Stacks) and x.layers == ((0, 2),) for x in tree.flatten(adapters).values())
-    leaf = tree.flatten(lora.attach(pair.params, adapters, 2.0))["model.layers.*.mlp.gate_proj.weight"]
+    assert all(
+        isinstance(x, Stacks) and x.layers == ((0, 2),) for x in tree.flatten(adapters).values()
+    )
+    leaf = tree.flatten(lora.attach(pair.params, adapters, 2.0))[
+        "model.layers.*.mlp.gate_proj.weight"
+    ]
     base = pair.params["model"]["layers"]["*"]["mlp"]["gate_proj"]["weight"]
     assert not isinstance(layer(leaf, 1), Lora) and isinstance(layer(leaf, 2), Lora)
     np.testing.assert_array_equal(layer(leaf, 1), base[1])
@@ -373,7 +384,10 @@ def test_the_file_must_hold_what_its_config_names(folder, fields, expected):
 
 
 def test_missing_unexpected_misshapen_and_broken_tensors_stand_in_one_error(folder):
-    path, key = folder / peft_adapter.WEIGHTS, "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    path, key = (
+        folder / peft_adapter.WEIGHTS,
+        "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight",
+    )
     values = load_file(path)
     del values[key.format(0, "A")]
     values["base_model.model.vision.lora_A.weight"] = np.zeros((2, 2), np.float32)

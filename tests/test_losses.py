@@ -97,17 +97,18 @@ def test_gradients_equal_finite_differences(case):
 
     loss = jax.jit(loss)
     along = jnp.asarray(rng_of(2).normal(0, 0.25, at.shape), jnp.float32)
-    expected = slope(loss, at, along)
-    got = (jax.grad(loss)(at) * along).sum()
-    assert abs(expected) > 0.5
-    np.testing.assert_allclose(got, expected, rtol=5e-3)
+    grad = jax.grad(loss)(at)
+    usual = float(jnp.linalg.norm(grad)) / 4  # the slope along a random direction of this length
+    assert usual > 0.5
+    assert abs((grad * along).sum() - slope(loss, at, along)) <= 5e-3 * usual
 
 
 def test_sft_sums_and_counts_the_weighted_tokens():
     logps = jnp.asarray([[-1.0, -2.0, -4.0], [-8.0, -16.0, -32.0]])
     weights = jnp.asarray([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
     total = losses.sft(logps, weights)
-    assert (float(total.value), float(total.count), float(total.mean())) == (14.0, 3.0, 14 / 3)
+    assert (float(total.value), float(total.count)) == (14.0, 3.0)
+    np.testing.assert_allclose(total.mean(), 14 / 3, rtol=1e-6)
 
 
 def test_padding_does_not_change_a_total():

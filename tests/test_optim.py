@@ -94,7 +94,10 @@ def test_adamw_takes_the_steps_of_torchs(case, name):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: optim.schedule("polynomial", PEAK, 0, 1), r"'polynomial' .*supported: \['constant'"),
+        (
+            lambda: optim.schedule("polynomial", PEAK, 0, 1),
+            r"'polynomial' .*supported: \['constant'",
+        ),
         (lambda: optim.make("lion", lambda step: step), r"'lion' .*supported: \['adamw_torch'"),
     ],
     ids=["schedule", "optimizer"],

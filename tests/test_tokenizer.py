@@ -128,6 +128,24 @@ def test_a_rewritten_answer_that_cannot_be_found_is_refused():
         bt.conversation_row(tokenizer, TALK)
 
 
+@pytest.mark.parametrize(
+    ("kind", "answer", "want"),
+    [
+        ("byte_level", "Hello.", " Hello.<EOS>"),
+        ("digits", "Hello.", " Hello.<EOS>"),
+        ("digits", "4", "4<EOS>"),
+        ("metaspace", "Hello.", " Hello.<EOS>"),
+    ],
+)
+def test_a_word_with_the_headers_space_is_learnt_and_a_lone_space_is_not(kind, answer, want):
+    jinja = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    tokenizer = get_chat_template(TOKENIZERS[kind](), (jinja, "eos_token"))
+    assert supervised(tokenizer, [USER, {"role": "assistant", "content": answer}]) == want
+
+
 def test_the_end_token_is_supervised_although_it_is_the_pad_token(spoken):
     tokenizer = spoken["zephyr", "byte_level"]
     assert tokenizer.pad_token_id == tokenizer.eos_token_id

@@ -118,9 +118,8 @@ def pair(name: str) -> Pair:
 
 
 # Half the time to compile; tiny models don't miss what the compiler leaves out.
-quick_jit = partial(
-    jax.jit, static_argnums=(0, 1), compiler_options={"xla_backend_optimization_level": 0}
-)
+QUICK = {"xla_backend_optimization_level": 0}
+quick_jit = partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
 
 
 @quick_jit

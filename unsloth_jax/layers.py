@@ -41,7 +41,7 @@ def causal_mask(
     k_seg: Int[Array, "B S"],
     window: int | None = None,
 ) -> Bool[Array, "B 1 1 T S"]:
-    """The one mask rule of training, prefill and decoding: same segment, not later, in the window."""
+    """The mask rule of training, prefill and decoding: same segment, not later, in the window."""
     back = q_pos[:, :, None] - k_pos[:, None, :]
     seen = (back >= 0) & (k_seg[:, None, :] == q_seg[:, :, None])
     if window is not None:

@@ -1,6 +1,7 @@
 """One optimizer step over the trainable tree."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -14,21 +15,21 @@ LossFn = Callable[[Params, Params, Batch], Total]  # (trainable, frozen, one mic
 
 @flax.struct.dataclass
 class State:
-    """What a step changes and a checkpoint keeps."""
+    """What a step changes and a checkpoint keeps. Fields are Any since trees may hold shapes."""
 
-    trainable: Params
-    opt: optax.OptState
-    step: jax.Array  # int32 [], optimizer steps taken
+    trainable: Any  # Params
+    opt: Any  # optax.OptState
+    step: Any  # int32 [], optimizer steps taken
 
 
 @flax.struct.dataclass
 class Report:
-    """What comes back from the device after a step."""
+    """What comes back from the device after a step: scalars."""
 
-    loss: jax.Array  # nats a supervised token
-    grad_norm: jax.Array  # before clipping
-    tokens: jax.Array  # supervised tokens of the whole batch
-    finite: jax.Array  # False where loss or gradient was not, and the state was kept
+    loss: Any  # nats a supervised token
+    grad_norm: Any  # before clipping
+    tokens: Any  # supervised tokens of the whole batch
+    finite: Any  # False where loss or gradient was not, and the state was kept
 
 
 def start(trainable: Params, optimizer: optax.GradientTransformation) -> State:

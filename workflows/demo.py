@@ -61,7 +61,7 @@ def config(seed: int, output: Path | None) -> SFTConfig:
         output_dir=None if output is None else str(output),
         per_device_train_batch_size=4,
         gradient_accumulation_steps=1,
-        max_steps=112,
+        max_steps=90,
         learning_rate=2e-3,
         lr_scheduler_type="cosine",
         warmup_steps=5,

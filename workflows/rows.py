@@ -191,8 +191,8 @@ def _completion(example: Example, tokenizer: PreTrainedTokenizerBase, loss: Loss
     if isinstance(prompt, str) and isinstance(completion, str):
         _refuse(loss.assistant_only, "assistant_only_loss", "messages")
         text = prompt + completion
-        tokens, spans = encode(tokenizer, text)
-        mask = [int(end > len(prompt) or not only) for _, end in spans]
+        tokens, ends = encode(tokenizer, text)
+        mask = [int(end > len(prompt) or not only) for end in ends]
         tokens = _ended(tokenizer, text, tokens)
         return tokens, mask + [1] * (len(tokens) - len(mask))
     if isinstance(prompt, str) or isinstance(completion, str):

@@ -48,13 +48,14 @@ class NF4:
         one = lambda packed, statistics: nf4.dequantize(self.layout, packed, statistics)
         for _ in self.shape[:-2]:
             one = jax.vmap(one)
-        return one(self.packed, self.statistics)
+        return one(*jax.tree.map(jnp.asarray, (self.packed, self.statistics)))
 
     def matmul(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         """x @ w.T in x's dtype, for a single matrix. Raises on a stack: index it first."""
         if self.shape != self.matrix:
-            raise ValueError(f"matmul takes one matrix, got a stack of shape {self.shape}")
-        return nf4.matmul(self.layout, x, self.packed, self.statistics)
+            raise ValueError(f"matmul takes one matrix, got the stack {self.shape}: index it first")
+        packed, statistics = jax.tree.map(jnp.asarray, (self.packed, self.statistics))
+        return nf4.matmul(self.layout, x, packed, statistics)
 
 
 def in_rows(matrix: tuple[int, int]) -> bool:

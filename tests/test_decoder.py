@@ -1,0 +1,232 @@
+"""The scan over layers: how it is cut, that it changes nothing, and what its program holds."""
+
+import dataclasses
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import programs
+import pytest
+import tiny
+from hub_configs import HUB
+
+from unsloth_jax import decoder, leaves, lora, losses, quant, train, tree
+from unsloth_jax.decoder import Group, groups
+from unsloth_jax.dims import Batch
+from unsloth_jax.layers import attention, causal_mask
+from unsloth_jax.leaves import Stacks
+from unsloth_jax.models import family
+
+DENSE = jnp.zeros((12, 2, 2))
+CUTS = {
+    "uniform": ("a" * 6, [Group(0, 1, 6)]),
+    "one": ("a", [Group(0, 1, 1)]),
+    "alternating": ("abababab", [Group(0, 2, 4)]),
+    "alternating, cut short": ("abababa", [Group(0, 2, 3), Group(6, 1, 1)]),
+    "five and one": ("aaaaab" * 2, [Group(0, 6, 2)]),
+    "five and one, cut short": ("aaaaab" * 2 + "aaa", [Group(0, 6, 2), Group(12, 1, 3)]),
+    "two halves": ("aaabbb", [Group(0, 1, 3), Group(3, 1, 3)]),
+    "prefix": ("baaaaa", [Group(0, 1, 1), Group(1, 1, 5)]),
+    "no pattern": ("abcd", [Group(i, 1, 1) for i in range(4)]),
+}
+
+
+@pytest.mark.parametrize("kinds, want", CUTS.values(), ids=CUTS)
+def test_layers_are_cut_into_rounds_of_equal_patterns(kinds, want):
+    assert groups(tuple(kinds), {"w": DENSE[: len(kinds)]}) == want
+
+
+def test_layers_of_different_leaves_or_adapters_are_cut_apart():
+    part = lambda *ids: Stacks((DENSE[: len(ids)],), (ids,))
+    some = groups((None,) * 6, {"w": DENSE[:6], "w.a": part(2, 3)})
+    assert some == [Group(0, 1, 2), Group(2, 1, 2), Group(4, 1, 2)]
+    mixed = Stacks((DENSE[:3], DENSE[:3]), ((0, 2, 4), (1, 3, 5)))
+    assert groups((None,) * 6, {"w": mixed}) == [Group(0, 2, 3)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_kinds_are_covered_once_in_order(seed):
+    draw = random.Random(seed)
+    kinds = tuple(draw.choice("ab") for _ in range(draw.randrange(1, 30)))
+    covered = []
+    for g in groups(kinds, {}):
+        ids = range(g.start, g.start + g.period * g.repeats)
+        assert all(kinds[i] == kinds[g.start + (i - g.start) % g.period] for i in ids)
+        covered += ids
+    assert covered == list(range(len(kinds)))
+
+
+def batch(rows: list[list[int]], length: int) -> Batch:
+    tokens, positions, segments = tiny.padded(rows, length)
+    targets = jnp.roll(tokens, -1, 1)
+    return Batch(tokens, targets, segments.astype(jnp.float32), positions, segments)
+
+
+def nll(module, c, params, b: Batch, remat: bool, chunk: int = losses.CHUNK):
+    x = decoder.forward(module, c, params, b.tokens, b.positions, b.segments, remat)
+    return losses.sft(losses.token_logprobs(x, module.head(c, params), b.targets, chunk), b.weights)
+
+
+def test_remat_leaves_loss_and_gradients_as_they_are():
+    pair = tiny.pair("llama_tied_biased")
+    b = batch([tiny.draw(1, 20), tiny.draw(2, 12)], 20)
+
+    def both(remat):
+        loss = lambda params: nll(*pair[1:3], params, b, remat).mean()
+        value = jax.jit(jax.value_and_grad(loss), compiler_options=tiny.QUICK)(pair.params)
+        return jax.tree.map(np.asarray, value)
+
+    (plain, plain_gradient), (saved, saved_gradient) = both(False), both(True)
+    assert abs(plain - saved) <= 1e-6 * abs(plain)
+    for (path, x), y in zip(
+        tree.flatten(plain_gradient).items(), tree.flatten(saved_gradient).values(), strict=True
+    ):
+        assert np.abs(x - y).max() <= 1e-6 * max(1.0, np.abs(x).max()), path
+
+
+def unrolled(module, c, params, b: Batch):
+    """The same model as a plain loop over layers."""
+    by = module.angles(c, b.positions, decoder.document_lengths(b.segments))
+    x = module.embed(c, params, b.tokens)
+    stacked = tree.flatten(params["model"]["layers"]["*"])
+
+    for i, window in enumerate(module.kinds(c)):
+
+        def attend(q, k, v, *, scale, window):
+            mask = causal_mask(b.positions, b.segments, b.positions, b.segments, window)
+            return attention(q, k, v, mask, scale), None
+
+        w = tree.unflatten({path: leaves.layer(leaf, i) for path, leaf in stacked.items()})
+        x, _ = module.block(c, window, w, x, by, attend)
+    return module.norm(c, params, x)
+
+
+ALTERNATING = {
+    "alternating windows": ((None, 3) * 3, None),
+    "adapters on the last layers": ((None,) * 6, (4, 5)),
+    "adapters here and there on alternating windows": ((3, None) * 3, (0, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("windows, adapted", ALTERNATING.values(), ids=ALTERNATING)
+def test_the_scan_equals_a_plain_loop(windows, adapted):
+    pair = tiny.pair("qwen3")
+    c = dataclasses.replace(pair.config, layers=6, windows=windows)
+    double = lambda path, w: jnp.concatenate([w, w[::-1] * 0.9]) if "*" in path else w
+    params = tree.map_paths(double, pair.params)
+    if adapted:
+        adapters = lora.init(jax.random.key(0), params, 2, ("q_proj", "up_proj"), adapted)
+        adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+        params = lora.attach(params, adapters, 1.0)
+    b = batch([tiny.draw(3, 12)], 12)
+    run = jax.jit(
+        lambda params: decoder.forward(pair.family, c, params, b.tokens, b.positions, b.segments),
+        compiler_options=tiny.QUICK,
+    )
+    want = np.asarray(unrolled(pair.family, c, params, b))
+    np.testing.assert_allclose(run(params), want, atol=2e-5 * want.std())
+
+
+extend = tiny.quick_jit(decoder.extend)
+
+
+def continued(pair, room, row: list[int], size: int):
+    """Hidden states of `row` after what is cached; filler 77 makes it `size` tokens long."""
+    tokens = jnp.asarray([row + [77] * (size - len(row))], jnp.int32)
+    hidden, room = extend(*pair[1:], room, tokens, jnp.asarray([len(row)], jnp.int32))
+    return hidden[:, : len(row)], room
+
+
+def test_prefill_in_parts_padded_or_not_and_single_steps_equal_forward():
+    pair = tiny.pair("qwen2_yarn_window")
+    row = tiny.draw(7, 96)
+    want = np.asarray(tiny.logits(*pair[1:], *tiny.padded([row, row], 96)))[0]
+    room = decoder.empty_cache(pair.config, 1, 96, jnp.float32)
+    found, at = [], 0
+    for new, size in ((33, 40), (40, 40), (1, 1), (1, 1), (7, 40)):
+        hidden, room = continued(pair, room, row[at : at + new], size)
+        found.append(decoder.logits(*pair[1:], hidden)[0])
+        at += new
+        assert room.used.tolist() == [at] and room.context.tolist() == [33]
+    found = np.concatenate(found)
+    assert np.abs(found - want[:at]).max() <= 2e-5 * want.std()
+
+
+def shapes_of(module, c, dtype=jnp.float32):
+    """The parameter tree as shapes, so that a large model can be traced without its weights."""
+    stack = lambda path, shape: (c.layers, *shape) if ".*." in path else shape
+    flat = {
+        path: jax.ShapeDtypeStruct(stack(path, shape), dtype)
+        for path, (shape, _) in module.weights(c).items()
+    }
+    return tree.unflatten(flat)
+
+
+def lowered_step(c, module, length: int, micro: int = 2):
+    """(traced training step of adapters over an NF4 base, the base's shapes)."""
+    pack = lambda params: quant.quantize(params, "nf4", lambda p: p.endswith("_proj.weight"))
+    base = jax.eval_shape(pack, shapes_of(module, c))
+    adapters = jax.eval_shape(lambda base: lora.init(jax.random.key(0), base, 8), base)
+    optimizer = optax.adamw(1e-3)
+
+    def loss(trainable, frozen, b):
+        return nll(module, c, lora.attach(frozen, trainable, 2.0), b, remat=True)
+
+    step = train.make_step(loss, optimizer)
+    first = jax.jit(lambda adapters, base, b: step(train.start(adapters, optimizer), base, b))
+    whole = lambda dtype: jax.ShapeDtypeStruct((micro, 2, length), dtype)
+    b = Batch(*(whole(d) for d in (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)))
+    return first.trace(adapters, base, b), base
+
+
+@pytest.fixture(scope="module")
+def real_step():
+    """A step of the size of SmolLM2, 2 x 2 rows of 2048 tokens; nothing is computed."""
+    hf = HUB["HuggingFaceTB/SmolLM2-135M"].hf
+    module = family(hf["model_type"])
+    c = module.config(hf)
+    traced, base = lowered_step(c, module, 2048)
+    return c, base, traced
+
+
+def size(shape) -> int:
+    return int(np.prod(shape, dtype=np.int64))
+
+
+def test_no_constant_above_a_mebibyte_is_captured(real_step):
+    _, _, traced = real_step
+    inner = [traced.jaxpr] + [
+        value
+        for eqn in programs.equations(traced.jaxpr.jaxpr)
+        for value in eqn.params.values()
+        if isinstance(value, jax.extend.core.ClosedJaxpr)
+    ]
+    constants = [x for closed in inner for x in closed.consts]
+    assert all(np.asarray(x).nbytes < 2**20 for x in constants)
+    # A float32 constant is spelled with eight digits a number.
+    assert max(map(len, traced.lower().as_text().splitlines())) < 2**20
+
+
+def test_no_scores_of_all_tokens_and_no_wide_copy_of_the_base_are_traced(real_step):
+    c, base, traced = real_step
+    arrays = programs.made(traced.jaxpr)
+    assert any(c.vocab in shape for _, shape, _ in arrays)
+    scores = [shape for _, shape, _ in arrays if c.vocab in shape and size(shape) > 1024 * c.vocab]
+    assert not [s for s in scores if c.width not in s]
+    flat = tree.flatten(base)
+    packed = [w.shape for path, w in flat.items() if path.endswith("_proj.weight")]
+    wide = [shape for _, shape, dtype in arrays if shape in packed and "float" in dtype]
+    assert not wide
+
+
+def test_the_program_does_not_grow_with_the_layers():
+    hf = HUB["HuggingFaceTB/SmolLM2-135M"].hf
+    module = family(hf["model_type"])
+    lines = []
+    for layers in (3, 24):
+        c = module.config(hf | {"num_hidden_layers": layers})
+        traced, _ = lowered_step(c, module, 128, micro=1)
+        lines.append(len(traced.lower().as_text().splitlines()))
+    assert lines[1] <= 1.02 * lines[0]

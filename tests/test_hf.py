@@ -1,0 +1,206 @@
+"""Checkpoints into parameter trees: every file layout, exact round trips, bounded memory."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.numpy import load_file, save_file
+
+from bridge import bnb_nf4, hf, merge, safetensors_file
+from bridge.safetensors_file import SafetensorsSource
+from unsloth_jax import leaves, tree
+from unsloth_jax.leaves import Stacks
+from unsloth_jax.quant import nf4
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save(tiny.reference("llama"), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def rewrite(folder: Path, change) -> None:
+    """Applies `change` to the tensors of a folder's only safetensors file."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hf_to_ours_to_hf_has_equal_bytes(name, dtype, tmp_path):
+    model = tiny.reference(name).to(dtype)
+    tiny.save(model, tmp_path / "theirs", max_shard_size="100KB")
+    source = SafetensorsSource(tmp_path / "theirs")
+    family, c, params = hf.load(source)
+    kept = merge.merged(family, c, params, None, 1.0, None, str(dtype).removeprefix("torch."))
+    (tmp_path / "ours").mkdir()
+    safetensors_file.save(tmp_path / "ours", kept.weights, "150KB")
+    assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
+    again = source
+    index = json.loads((tmp_path / "ours/model.safetensors.index.json").read_text())
+    ours = {}
+    for file in set(index["weight_map"].values()):
+        ours |= load_file(tmp_path / "ours" / file)
+    assert set(ours) == set(again.headers()) == set(index["weight_map"])
+    assert index["metadata"]["total_size"] == sum(v.nbytes for v in ours.values())
+    for key, value in ours.items():
+        assert value.tobytes() == again.read(key).tobytes(), key
+
+
+def test_transformers_reads_what_we_write(folder, tmp_path):
+    source = SafetensorsSource(folder)
+    family, c, params = hf.load(source)
+    kept = merge.merged(family, c, params, None, 1.0, source, "float32")
+    safetensors_file.save(tmp_path, kept.weights, "100KB")
+    (tmp_path / "config.json").write_text(json.dumps(source.config))
+    theirs = tiny.transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    for key, value in theirs.state_dict().items():
+        np.testing.assert_array_equal(value.numpy(), source.read(key), err_msg=key)
+
+
+def test_wrong_weights_come_in_one_error(copy):
+    def change(t):
+        del t["model.norm.weight"]
+        t["model.layers.0.mlp.up_proj.weight"] = np.zeros((3, 4), np.float32)
+        t["model.layers.1.self_attn.q_proj.weight"] = np.zeros((128, 64), np.int32)
+        t["model.extra.weight"] = np.zeros(3, np.float32)
+
+    rewrite(copy, change)
+    with pytest.raises(ValueError) as error:
+        hf.load(SafetensorsSource(copy))
+    for part in (
+        "missing model.norm.weight (64,)",
+        "model.layers.0.mlp.up_proj.weight has shape (3, 4), the config says (128, 64)",
+        "model.layers.1.self_attn.q_proj.weight has dtype int32",
+        "unexpected model.extra.weight",
+    ):
+        assert part in str(error.value)
+
+
+def test_values_that_are_not_finite_are_refused_by_name(copy):
+    def change(t):
+        t["model.layers.2.mlp.down_proj.weight"][0, 0] = np.nan
+
+    rewrite(copy, change)
+    with pytest.raises(ValueError, match="model.layers.2.mlp.down_proj.weight holds values"):
+        hf.load(SafetensorsSource(copy), quantize="nf4")
+
+
+@pytest.mark.parametrize("keep", [4, 1000, 100_000])
+def test_a_truncated_file_is_named(copy, keep):
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="model.safetensors is truncated or not a safetensors file"):
+        SafetensorsSource(copy)
+
+
+def test_files_that_are_missing_or_foreign_are_named(copy, tmp_path):
+    (copy / "config.json").write_text("{nonsense")
+    with pytest.raises(ValueError, match="config.json is not JSON"):
+        SafetensorsSource(copy)
+    with pytest.raises(ValueError, match="config.json is missing"):
+        SafetensorsSource(tmp_path / "nothing")
+    shutil.rmtree(tmp_path / "empty", ignore_errors=True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/config.json").write_text("{}")
+    (tmp_path / "empty/pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(ValueError, match="holds no .safetensors file; there is .*pytorch_model.bin"):
+        SafetensorsSource(tmp_path / "empty")
+
+
+def test_a_shard_named_in_the_index_but_missing_is_named(tmp_path):
+    folder = tiny.save(tiny.reference("llama"), tmp_path / "m", max_shard_size="100KB")
+    next(iter(sorted(folder.glob("*.safetensors")))).unlink()
+    with pytest.raises(ValueError, match="named in the index but missing"):
+        SafetensorsSource(folder)
+
+
+def test_a_tied_checkpoint_may_carry_its_head_twice(tmp_path):
+    folder = tiny.save(tiny.reference("qwen2"), tmp_path / "m")
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
+    _, c, params = hf.load(SafetensorsSource(folder))
+    assert c.tied and "lm_head" not in params
+
+
+def as_4bit(folder: Path, chosen) -> dict[str, nf4.NF4]:
+    """Stores the layers' matrices that `chosen` names as bitsandbytes blocks, in place."""
+    made = {}
+
+    def change(t):
+        for name in [n for n in t if n.endswith("_proj.weight") and chosen(n)]:
+            leaf = nf4.quantize(jnp.asarray(t.pop(name), jnp.bfloat16), double="up_proj" not in name)
+            made[name] = leaf
+            t.update(bnb_nf4.tensors(name, jax.tree.map(np.asarray, leaf)))
+
+    rewrite(folder, change)
+    return made
+
+
+def test_a_mixed_checkpoint_loads_each_layer_in_its_own_kind(copy):
+    mixed = lambda n: ".1." not in n and not (".0." in n and "q_proj" in n)
+    made = as_4bit(copy, mixed)
+    source = SafetensorsSource(copy)
+    _, c, params = hf.load(source, quantize="nf4")
+    flat = tree.flatten(params)
+    q = flat["model.layers.*.self_attn.q_proj.weight"]
+    assert isinstance(q, Stacks) and q.layers == ((0, 1), (2,))
+    for name, leaf in made.items():
+        path = next(p for p in flat if p.split("*")[-1] == name.split(".", 3)[-1].join([".", ""]))
+        ours = leaves.layer(flat[path], int(name.split(".")[2]))
+        jax.tree.map(np.testing.assert_array_equal, ours, leaf)
+    dense = hf.load(source, jnp.float32)[2]
+    up = dense["model"]["layers"]["*"]["mlp"]["up_proj"]["weight"]
+    np.testing.assert_array_equal(up[2], made["model.layers.2.mlp.up_proj.weight"].dequantize())
+
+
+MEMORY = """
+import sys, jax, numpy as np, jax.numpy as jnp
+sys.path.insert(0, {root!r})
+from bridge import hf
+from bridge.safetensors_file import SafetensorsSource
+def anon(): return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
+import threading, time
+warm = SafetensorsSource({warm!r}); hf.load(warm, {dtype}, {quantize!r})
+peak, done = [0], []
+def watch():
+    while not done:
+        peak[0] = max(peak[0], anon()); time.sleep(0.001)
+start = anon(); threading.Thread(target=watch, daemon=True).start()
+source = SafetensorsSource({folder!r})
+params = jax.block_until_ready(hf.load(source, {dtype}, {quantize!r})[2])
+done.append(1)
+model = sum(x.nbytes for x in jax.tree.leaves(params))
+largest = max(int(np.prod(h.shape)) * np.dtype(h.dtype).itemsize for h in source.headers().values())
+print(peak[0] - start, model, largest)
+"""
+
+
+@pytest.mark.parametrize("quantize, dtype", [("nf4", "jnp.bfloat16"), (None, "None")])
+def test_loading_peaks_at_the_model_and_three_of_its_largest_tensors(tmp_path, quantize, dtype):
+    sizes = dict(hidden_size=512, intermediate_size=8192, num_hidden_layers=10, vocab_size=512)
+    folders = []
+    for name, layers in (("warm", 2), ("big", 10)):
+        model = tiny.reference("llama", **(sizes | {"num_hidden_layers": layers})).to(torch.bfloat16)
+        folders.append(str(tiny.save(model, tmp_path / name, max_shard_size="40MB")))
+    code = MEMORY.format(root=str(ROOT), warm=folders[0], folder=folders[1], quantize=quantize, dtype=dtype)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                         env={"JAX_PLATFORMS": "cpu", "PATH": "", "MALLOC_TRIM_THRESHOLD_": "0",
+                              "MALLOC_MMAP_THRESHOLD_": "65536"})  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    grown, size, largest = map(int, ran.stdout.split())
+    assert grown <= size + 3 * largest, f"{grown / 1e6:.1f} MB for {size / 1e6:.1f} and {largest / 1e6:.1f}"

@@ -1,0 +1,368 @@
+"""The training step against a plain torch loop with PEFT, and against itself in other shapes."""
+
+import math
+import re
+import warnings
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peft
+import pytest
+import tiny
+import torch
+from transformers import get_scheduler
+
+from bridge import peft_adapter
+from bridge.peft_adapter import Settings
+from unsloth_jax import data, decoder, lora, losses, optim, quant, train, tree
+from unsloth_jax.data import Row
+from unsloth_jax.dims import Batch, Total
+from workflows import sft
+
+NAME, STEPS, WARMUP, PEAK, DECAY, CLIP = "llama", 20, 3, 2e-2, 0.05, 1.0
+SETTINGS = Settings(4, 8.0, targets=lora.TARGETS)
+FEW = ("q_proj", "down_proj")  # adapted where the layout of a batch is what counts
+SCALE = 2.0
+WIDTH = 24
+
+
+def row(seed: int, length: int) -> Row:
+    """Random tokens; the loss wants a random stretch of them, never the first."""
+    first = 1 + np.random.default_rng(seed).integers(0, length - 2)
+    return Row(tiny.draw(seed, length), [int(i >= first) for i in range(length)])
+
+
+ROWS = [row(100 + n, length) for n, length in enumerate([24, 9, 17, 5, 12, 21, 7, 14])]
+
+
+def batch(micro: list[list[list[Row]]], lines: int, width: int = WIDTH) -> Batch:
+    """[micro-batches, lines, width] on the device; a micro-batch is a list of lines of rows."""
+    parts = [data.collate(bins, lines, width) for bins in micro]
+    return jax.tree.map(jnp.asarray, data.stacked(parts))
+
+
+def apart(rows) -> list[list[Row]]:
+    """Each row on a line of its own."""
+    return [[r] for r in rows]
+
+
+def batches() -> list[Batch]:
+    """Twenty steps over two alternating batches of two micro-batches of two uneven rows."""
+    halves = [apart(ROWS[i : i + 2]) for i in (0, 2, 4, 6)]
+    pair = batch(halves[:2], 2), batch(halves[2:], 2)
+    return [pair[n % 2] for n in range(STEPS)]
+
+
+def start_adapters(targets=SETTINGS.targets):
+    return lora.init(jax.random.key(1), tiny.pair(NAME).params, SETTINGS.rank, targets)
+
+
+@cache
+def adam():
+    rate = optim.schedule("linear", PEAK, WARMUP, STEPS)
+    return optim.make("adamw_torch", rate, weight_decay=DECAY, max_grad_norm=CLIP)
+
+
+@cache
+def step_of(remat: bool = True, plain: bool = False):
+    """The compiled step; `plain` moves each weight by its negative gradient."""
+    pair = tiny.pair(NAME)
+    loss = sft.loss(pair.family, pair.config, SCALE, remat)
+    return train.make_step(loss, optax.sgd(1.0) if plain else adam())
+
+
+def run(state, steps, step):
+    """(state after these batches, their losses)."""
+    out = []
+    for b in steps:
+        state, report = step(state, tiny.pair(NAME).params, b)
+        out.append(float(report.loss))
+    return state, np.asarray(out)
+
+
+@pytest.fixture(scope="module")
+def ours():
+    """(final state, losses) of our twenty steps."""
+    return run(train.start(start_adapters(), adam()), batches(), step_of())
+
+
+def torch_loss(model, b: Batch, n: int) -> torch.Tensor:
+    """Summed cross entropy of micro-batch `n`, straight from torch's logits."""
+    part = Batch(*(torch.tensor(np.asarray(x[n])) for x in b))
+    logits = model(input_ids=part.tokens.long(), attention_mask=(part.segments > 0).long()).logits
+    nll = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), part.targets.long().flatten(), reduction="none"
+    )
+    return (nll * part.weights.flatten()).sum()
+
+
+def in_torch(folder, alpha: float):
+    """(final adapters by our paths, losses) of a plain torch loop over PEFT's model."""
+    settings = SETTINGS._replace(alpha=alpha)
+    peft_adapter.save(folder / "start", start_adapters(), settings)
+    model = peft.PeftModel.from_pretrained(
+        tiny.reference(NAME), folder / "start", is_trainable=True
+    )
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(leaves, lr=PEAK, weight_decay=DECAY)
+    scheduler, out = get_scheduler("linear", optimizer, WARMUP, STEPS), []
+    for b in batches():
+        count, total = float(b.weights.sum()), 0.0
+        for n in range(2):
+            part = torch_loss(model, b, n) / count
+            part.backward()
+            total += part.item()
+        torch.nn.utils.clip_grad_norm_(leaves, CLIP)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        out.append(total)
+    model.save_pretrained(folder / "end")
+    adapters, _ = peft_adapter.load(folder / "end", tiny.pair(NAME).params)
+    return adapters, np.asarray(out)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    return in_torch(tmp_path_factory.mktemp("peft"), SETTINGS.alpha)
+
+
+def furthest(x, y) -> float:
+    """The largest difference between two trees of arrays."""
+    return max(
+        float(np.abs(np.asarray(a) - np.asarray(b)).max())
+        for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+    )
+
+
+def test_twenty_steps_are_those_of_a_plain_torch_loop(ours, theirs):
+    (state, losses_here), (adapters, losses_there) = ours, theirs
+    assert np.abs(losses_here - losses_there).max() <= 1e-3
+    assert losses_there[-2:].mean() <= 0.7 * losses_there[:2].mean()
+    moved = furthest(adapters, start_adapters())
+    assert furthest(state.trainable, adapters) <= 0.01 * moved and moved > 5 * PEAK
+    assert int(state.step) == STEPS
+
+
+def shifted(b: Batch) -> Batch:
+    """The mask one token late, as if it had been read as one over inputs."""
+    return b._replace(weights=jnp.roll(b.weights, 1, axis=-1) * (b.segments > 0))
+
+
+def test_a_mask_shifted_by_one_token_leaves_the_torch_loop(theirs):
+    steps = [shifted(b) for b in batches()]
+    _, got = run(train.start(start_adapters(), adam()), steps, step_of())
+    assert np.abs(got - theirs[1]).max() > 1e-2
+
+
+def test_a_torch_loop_whose_scale_is_10_percent_off_leaves_ours(ours, tmp_path):
+    adapters, got = in_torch(tmp_path, 1.1 * SETTINGS.alpha)
+    assert np.abs(got - ours[1]).max() > 1e-2
+    assert furthest(adapters, ours[0].trainable) > 0.1 * furthest(adapters, start_adapters())
+
+
+def test_twenty_steps_equal_ten_and_ten_through_host_memory_bitwise(ours):
+    state, first = run(train.start(start_adapters(), adam()), batches()[:10], step_of())
+    shapes, kept = jax.tree.structure(state), [np.array(x) for x in jax.tree.leaves(state)]
+    del state
+    again = jax.tree.unflatten(shapes, [jnp.asarray(x) for x in kept])
+    state, second = run(again, batches()[10:], step_of())
+    np.testing.assert_array_equal(np.concatenate([first, second]), ours[1])
+    assert furthest(state, ours[0]) == 0
+
+
+def test_every_b_moves_with_the_first_rate_above_zero_and_no_frozen_weight_does():
+    base, before = tiny.pair(NAME).params, tree.flatten(start_adapters())
+    frozen = [np.array(x) for x in jax.tree.leaves(base)]
+    state, _ = run(train.start(start_adapters(), adam()), batches()[:1], step_of())
+    assert furthest(state.trainable, start_adapters()) == 0
+    state, _ = run(state, batches()[1:2], step_of())
+    for path, leaf in tree.flatten(state.trainable).items():
+        assert all((leaf[i] != before[path][i]).any() for i in range(3)), path
+    assert furthest(base, frozen) == 0
+
+
+def test_only_b_has_a_gradient_while_it_is_zero():
+    grads, _ = gradients(batch([apart(ROWS[:4])], 4), start_adapters(FEW))
+    for path, leaf in tree.flatten(grads).items():
+        assert leaf.any() == path.endswith(".b"), path
+
+
+def drawn():
+    """Adapters with `b` random, so that every leaf has a gradient."""
+    rng = np.random.default_rng(4)
+    fill = lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), jnp.float32)
+    return tree.map_paths(lambda p, x: fill(x) if p.endswith(".b") else x, start_adapters(FEW))
+
+
+def gradients(b: Batch, adapters=None, remat: bool = True):
+    """(gradients, report) of one step from these adapters, else from `drawn`."""
+    adapters = adapters or drawn()
+    state = train.start(adapters, optax.sgd(1.0))
+    state, report = step_of(remat=remat, plain=True)(state, tiny.pair(NAME).params, b)
+    return jax.tree.map(lambda old, new: np.asarray(old - new), adapters, state.trainable), report
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Gradients and report of four uneven rows as one batch."""
+    return gradients(batch([apart(ROWS[:4])], 4))
+
+
+def assert_same_step(got, expected, tolerance):
+    (grads, report), (wanted, wanted_report) = got, expected
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(wanted))
+    assert furthest(grads, wanted) <= tolerance * largest
+    assert float(report.tokens) == float(wanted_report.tokens)
+    for field in ("loss", "grad_norm"):
+        np.testing.assert_allclose(
+            getattr(report, field), getattr(wanted_report, field), rtol=tolerance
+        )
+
+
+A, B, C, D = ROWS[:4]
+# Two micro-batches of four lines of 40 tokens, so that one program runs them all.
+SAME = {
+    "padded_further_beside_an_empty_window": [[[A], [B], [C], [D]], []],
+    "accumulated_unevenly": [[[A]], [[B], [C], [D]]],
+    "packed": [[[A, B], [D, C]], []],
+    "packed_and_accumulated": [[[C, D], [B]], [[A]]],
+    "reordered": [[[D], [], [C]], [[B], [A]]],
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_a_step_does_not_depend_on_how_its_rows_are_laid_out(whole, case):
+    assert_same_step(gradients(batch(SAME[case], 4, width=40)), whole, 1e-5)
+
+
+def test_a_step_with_other_rows_is_another_step(whole):
+    grads, _ = gradients(batch([apart(ROWS[1:5])], 4))
+    assert furthest(grads, whole[0]) > 1e-2
+
+
+def test_recomputing_layers_changes_nothing(whole):
+    assert_same_step(gradients(batch([apart(ROWS[:4])], 4), remat=False), whole, 1e-6)
+
+
+def test_the_divisor_is_the_supervised_tokens_of_the_whole_batch(whole):
+    assert float(whole[1].tokens) == sum(sum(r.mask[1:]) for r in ROWS[:4])
+    norm = np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(whole[0])))
+    np.testing.assert_allclose(whole[1].grad_norm, norm, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_step_that_is_not_finite_keeps_the_state_and_says_so(bad):
+    state, _ = run(train.start(start_adapters(), adam()), batches()[:2], step_of())
+    before = jax.tree.map(np.array, state)
+    b = batches()[0]
+    after, report = step_of()(
+        state, tiny.pair(NAME).params, b._replace(weights=b.weights.at[1, 0, 3].set(bad))
+    )
+    assert not bool(report.finite) and furthest(after, before) == 0
+    after, report = step_of()(after, tiny.pair(NAME).params, b)
+    assert bool(report.finite) and int(after.step) == 3
+
+
+def test_starting_copies_the_adapters_that_steps_donate():
+    adapters = start_adapters()
+    run(train.start(adapters, adam()), batches()[:1], step_of())
+    assert furthest(adapters, start_adapters()) == 0
+
+
+# Shapes for what is only compiled: no number of rows, widths or layers equals another product.
+BIG = dict(vocab_size=5000, hidden_size=320, intermediate_size=1216, num_attention_heads=8)
+MICRO, LINES, LENGTH = 2, 3, 448
+FLOATS = {"bf16": 2, "f16": 2, "f32": 4, "f64": 8}
+SIZES = FLOATS | {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8}
+
+
+@cache
+def big():
+    """(family, config, 4-bit parameters as shapes, adapters as shapes) of a wider llama."""
+    hf = tiny.reference(NAME).config.to_dict() | BIG | dict(head_dim=64)
+    family = tiny.family_of(hf["model_type"])
+    c = family.config(hf)
+    shapes = tree.unflatten({
+        path: jax.ShapeDtypeStruct((c.layers, *shape) if "*" in path else shape, jnp.bfloat16)
+        for path, (shape, _) in family.weights(c).items()
+    })  # fmt: skip
+    adapters = jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, 8, lora.TARGETS))
+    zeros = lambda p: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), p)
+    four_bit = lambda: quant.quantize(zeros(shapes), "nf4", lambda p: p.endswith("_proj.weight"))
+    return family, c, jax.eval_shape(four_bit), adapters
+
+
+def compiled(loss) -> str:
+    """HLO of a step over `big`, as XLA will run it; any warning is an error."""
+    _, _, params, adapters = big()
+    state = jax.eval_shape(lambda: train.start(zeros_like(adapters), adam()))
+    whole = lambda dtype: jax.ShapeDtypeStruct((MICRO, LINES, LENGTH), dtype)
+    batches = Batch(*(whole(d) for d in (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lowered = train.make_step(loss, adam()).lower(state, params, batches)
+        # The program is read and never run, so its machine code need not be good.
+        return lowered.compile(compiler_options={"xla_backend_optimization_level": 0}).as_text()
+
+
+def zeros_like(tree_of_shapes):
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), tree_of_shapes)
+
+
+def arrays(hlo: str) -> set[tuple[str, tuple[int, ...]]]:
+    """(dtype, shape) of every array in the text of a compiled program."""
+    found = re.findall(r"\b([a-z]+\d*)\[([\d,]+)\]", hlo)
+    return {(dtype, tuple(map(int, dims.split(",")))) for dtype, dims in found if dtype in SIZES}
+
+
+def large_constants(hlo: str) -> set[str]:
+    lines = [line.split(" constant(")[0] for line in hlo.splitlines() if " constant(" in line]
+    size = lambda dtype, shape: SIZES[dtype] * math.prod(shape)
+    return {line for line in lines if any(size(*a) > 2**20 for a in arrays(line))}
+
+
+def full_scores(hlo: str) -> set:
+    """Arrays with a score of every word for each token of a micro-batch, or of more."""
+    whole = LINES * LENGTH * BIG["vocab_size"]
+    return {
+        (dtype, shape)
+        for dtype, shape in arrays(hlo)
+        if dtype in FLOATS and math.prod(shape) >= whole and BIG["vocab_size"] in shape
+    }
+
+
+def whole_stacks(hlo: str) -> set:
+    """Arrays of 16 bits or more with as many numbers as a quantized stack of weights."""
+    flat = tree.flatten(big()[2])
+    sizes = {math.prod(w.shape) for path, w in flat.items() if path.endswith("_proj.weight")}
+    return {(d, s) for d, s in arrays(hlo) if SIZES[d] > 1 and math.prod(s) in sizes}
+
+
+@pytest.mark.parametrize("remat", [True, False])
+def test_the_compiled_step_holds_no_large_constant_no_full_scores_and_no_copy_of_the_base(remat):
+    family, c, _, adapters = big()
+    hlo = compiled(sft.loss(family, c, SCALE, remat))
+    assert large_constants(hlo) == full_scores(hlo) == whole_stacks(hlo) == set()
+    donated = re.search(r"input_output_alias=\{(.*)\}, ", hlo.splitlines()[0]).group(1)
+    assert donated.count("-alias") >= 3 * len(jax.tree.leaves(adapters))
+
+
+def test_a_step_that_breaks_these_rules_is_noticed():
+    family, c, _, _ = big()
+    mask = np.random.default_rng(0).random((LINES, LENGTH, 320), np.float32)
+
+    def wasteful(adapters, frozen, b) -> Total:
+        dense = tree.map_paths(
+            lambda path, w: w.dequantize() if path.endswith("_proj.weight") else w, frozen
+        )
+        params = lora.attach(dense, adapters, SCALE)
+        hidden = decoder.forward(family, c, params, b.tokens, b.positions, b.segments) * mask
+        scores = partial(losses.token_logprobs, chunk=LINES * LENGTH)
+        return losses.sft(scores(hidden, family.head(c, params), b.targets), b.weights)
+
+    hlo = compiled(wasteful)
+    assert large_constants(hlo) and full_scores(hlo) and whole_stacks(hlo)
