@@ -45,9 +45,8 @@ class Checkpoints:
         """
         step = self.latest() if step is None else step
         if step is None or step not in self._manager.all_steps():
-            raise ValueError(
-                f"{self._manager.directory} holds no checkpoint {step}; it holds {self._manager.all_steps()}"
-            )
+            there = f"it holds {list(self._manager.all_steps())}"
+            raise ValueError(f"{self._manager.directory} holds no checkpoint {step}; {there}")
         named = _named(like)
         abstract = {k: jax.ShapeDtypeStruct(np.shape(v), v.dtype) for k, v in named.items()}
         held = self._manager.item_metadata(step)["state"]

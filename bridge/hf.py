@@ -1,7 +1,7 @@
 """Checkpoints -> parameter trees. Names and orientation are the same on both sides."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -93,8 +93,11 @@ def _stack(
             return jax.tree.map(jnp.asarray, source.read_nf4(name))
         value = source.read(name)
         _finite(name, value)
-        value = value if dtype is None else value.astype(dtype)
-        return FORMATS[pack](jnp.asarray(value)) if pack else value
+        value = value if dtype is None else value.astype(dtype, copy=False)
+        if pack:
+            value = jnp.asarray(value)  # rebound, so that the host's copy is gone while it packs
+            return FORMATS[pack](value)
+        return value
 
     kind = lambda h: (h.format if keep else None, h.dtype if dtype is None else None)
     if not stacked:
@@ -102,14 +105,15 @@ def _stack(
     parts: dict[Any, list[int]] = {}
     for i, name in enumerate(wanted):
         parts.setdefault(kind(headers[name]), []).append(i)
-    filled = [fill((read(wanted[i]) for i in ids), len(ids)) for ids in parts.values()]
+    filled = [fill(lambda n, ids=ids: read(wanted[ids[n]]), len(ids)) for ids in parts.values()]
     if len(filled) == 1:
         return filled[0]
     return Stacks(tuple(filled), tuple(tuple(ids) for ids in parts.values()))
 
 
 def _finite(name: str, value: np.ndarray) -> None:
-    if not np.isfinite(value).all():
+    # The sum is not finite where a value isn't; it costs no array of flags.
+    if not np.isfinite(value.sum(dtype=np.float64)):
         raise ValueError(f"{name} holds values that are not finite")
 
 
@@ -121,11 +125,14 @@ def _put(stack: Any, leaf: Any, i: jax.Array) -> Any:
 _put = jax.jit(_put, donate_argnums=0)
 
 
-def fill(leaves: Iterator[Any], count: int) -> Any:
-    """Leaves of one kind as a stack, each written in its place as it comes."""
-    stack = None
-    for i, leaf in enumerate(leaves):
-        if stack is None:
-            stack = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), leaf)
-        stack = _put(stack, leaf, jnp.int32(i))
+def fill(read: Callable[[int], Any], count: int) -> Any:
+    """The leaves `read(0)`, ... as a stack, each written in its place as it comes.
+
+    Waits for each: else leaves that are read ahead of the device would pile up in memory.
+    """
+    leaf = read(0)
+    stack = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), leaf)
+    for i in range(count):
+        stack = jax.block_until_ready(_put(stack, leaf if i == 0 else read(i), jnp.int32(i)))
+        leaf = None
     return stack

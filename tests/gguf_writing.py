@@ -4,7 +4,6 @@ import json
 import shutil
 
 import numpy as np
-
 import xllamacpp
 
 from bridge import gguf_file

@@ -105,7 +105,7 @@ def test_values_that_are_not_finite_are_refused_by_name(copy):
 def test_a_truncated_file_is_named(copy, keep):
     path = copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match="model.safetensors is truncated or not a safetensors file"):
+    with pytest.raises(ValueError, match="model.safetensors is truncated or not a safetensors"):
         SafetensorsSource(copy)
 
 
@@ -119,7 +119,7 @@ def test_files_that_are_missing_or_foreign_are_named(copy, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/config.json").write_text("{}")
     (tmp_path / "empty/pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(ValueError, match="holds no .safetensors file; there is .*pytorch_model.bin"):
+    with pytest.raises(ValueError, match="holds no .safetensors.*there is .*pytorch_model.bin"):
         SafetensorsSource(tmp_path / "empty")
 
 
@@ -143,7 +143,9 @@ def as_4bit(folder: Path, chosen) -> dict[str, nf4.NF4]:
 
     def change(t):
         for name in [n for n in t if n.endswith("_proj.weight") and chosen(n)]:
-            leaf = nf4.quantize(jnp.asarray(t.pop(name), jnp.bfloat16), double="up_proj" not in name)
+            leaf = nf4.quantize(
+                jnp.asarray(t.pop(name), jnp.bfloat16), double="up_proj" not in name
+            )
             made[name] = leaf
             t.update(bnb_nf4.tensors(name, jax.tree.map(np.asarray, leaf)))
 
@@ -169,38 +171,46 @@ def test_a_mixed_checkpoint_loads_each_layer_in_its_own_kind(copy):
 
 
 MEMORY = """
-import sys, jax, numpy as np, jax.numpy as jnp
+import ctypes, gc, sys, threading, time
+import jax, numpy as np, jax.numpy as jnp
 sys.path.insert(0, {root!r})
 from bridge import hf
 from bridge.safetensors_file import SafetensorsSource
-def anon(): return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
-import threading, time
-warm = SafetensorsSource({warm!r}); hf.load(warm, {dtype}, {quantize!r})
+def anonymous():
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return resident()
+def resident():
+    line = next(x for x in open("/proc/self/status") if x.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+def load():
+    return jax.block_until_ready(hf.load(SafetensorsSource({folder!r}), {dtype}, {quantize!r})[2])
+load()  # compiles
 peak, done = [0], []
 def watch():
     while not done:
-        peak[0] = max(peak[0], anon()); time.sleep(0.001)
-start = anon(); threading.Thread(target=watch, daemon=True).start()
-source = SafetensorsSource({folder!r})
-params = jax.block_until_ready(hf.load(source, {dtype}, {quantize!r})[2])
+        peak[0] = max(peak[0], resident())
+        time.sleep(0.001)
+start = anonymous()
+threading.Thread(target=watch, daemon=True).start()
+params = load()
 done.append(1)
-model = sum(x.nbytes for x in jax.tree.leaves(params))
-largest = max(int(np.prod(h.shape)) * np.dtype(h.dtype).itemsize for h in source.headers().values())
-print(peak[0] - start, model, largest)
+kept = anonymous() - start
+headers = SafetensorsSource({folder!r}).headers().values()
+largest = max(int(np.prod(h.shape)) * np.dtype(h.dtype).itemsize for h in headers)
+print(peak[0] - start, kept, sum(x.nbytes for x in jax.tree.leaves(params)), largest)
 """
 
 
 @pytest.mark.parametrize("quantize, dtype", [("nf4", "jnp.bfloat16"), (None, "None")])
 def test_loading_peaks_at_the_model_and_three_of_its_largest_tensors(tmp_path, quantize, dtype):
-    sizes = dict(hidden_size=512, intermediate_size=8192, num_hidden_layers=10, vocab_size=512)
-    folders = []
-    for name, layers in (("warm", 2), ("big", 10)):
-        model = tiny.reference("llama", **(sizes | {"num_hidden_layers": layers})).to(torch.bfloat16)
-        folders.append(str(tiny.save(model, tmp_path / name, max_shard_size="40MB")))
-    code = MEMORY.format(root=str(ROOT), warm=folders[0], folder=folders[1], quantize=quantize, dtype=dtype)
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                         env={"JAX_PLATFORMS": "cpu", "PATH": "", "MALLOC_TRIM_THRESHOLD_": "0",
-                              "MALLOC_MMAP_THRESHOLD_": "65536"})  # fmt: skip
+    sizes = dict(hidden_size=512, intermediate_size=8192, num_hidden_layers=8, vocab_size=512)
+    model = tiny.reference("llama", **sizes).to(torch.bfloat16)
+    folder = tiny.save(model, tmp_path / "big", max_shard_size="40MB")
+    code = MEMORY.format(root=str(ROOT), folder=str(folder), quantize=quantize, dtype=dtype)
+    env = {"JAX_PLATFORMS": "cpu", "PATH": "", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    grown, size, largest = map(int, ran.stdout.split())
-    assert grown <= size + 3 * largest, f"{grown / 1e6:.1f} MB for {size / 1e6:.1f} and {largest / 1e6:.1f}"
+    grown, kept, size, largest = map(int, ran.stdout.split())
+    assert kept >= 0.9 * size, "the first load left memory behind, so this one shows nothing"
+    assert grown <= size + 3 * largest, (grown, size, largest)

@@ -16,7 +16,7 @@ from unsloth_jax.quant import nf4
 
 LAYERS, OUT, IN, RANK = 4, 12, 8, 2
 IDS = tiny.draw(0, 12)
-CHANGED = (0, 2)  # layers with adapters, of three
+CHANGED = (1, 2)  # layers with adapters, of three: runs of one and of two layers
 
 
 @flax.struct.dataclass

@@ -106,6 +106,16 @@ def test_nested_codes_are_the_nearest_and_the_librarys_on_its_own_grid(shape):
     np.testing.assert_array_equal(distance(grid / 65535 * 2 - 1).argmin(1), state.absmax.numpy())
 
 
+def test_unnesting_rounds_the_product_before_the_sum():
+    rng = np.random.default_rng(7)
+    codes, top = rng.integers(0, 256, 10000, np.uint8), rng.random(40, np.float32)
+    table, offset = kernel.dynamic_map(), np.float32(0.37)
+    expected = (table[codes] * np.repeat(top, 256)[:10000]).astype(np.float32) + offset
+    statistics = jax.tree.map(jnp.asarray, kernel.Statistics(codes, top, table, offset))
+    for unnest in (kernel.unnest, jax.jit(kernel.unnest)):
+        np.testing.assert_array_equal(unnest(statistics), expected)
+
+
 def test_offset_is_the_mean_and_own_values_stay_within_a_nested_step():
     ours, theirs = draw((512, 1024), "float32", seed=2)
     leaf = compiled(ours)

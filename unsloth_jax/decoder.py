@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from unsloth_jax import tree
 from unsloth_jax.dims import Params
 from unsloth_jax.layers import attention, causal_mask
-from unsloth_jax.leaves import Lora, Quantized, View, layer, linear, stacks
+from unsloth_jax.leaves import Lora, Quantized, View, layer, scores, stacks
 
 LONGEST_PATTERN = 8
 
@@ -153,7 +153,7 @@ def logits(
     family: ModuleType, c: Any, params: Params, hidden: Float[Array, "*B D"]
 ) -> Float[Array, "*B V"]:
     """Scores of every token of the vocabulary, float32."""
-    return linear(family.head(c, params), hidden).astype(jnp.float32)
+    return scores(family.head(c, params), hidden)
 
 
 def empty_cache(c: Any, batch: int, slots: int, dtype=jnp.bfloat16) -> Cache:

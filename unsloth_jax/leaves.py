@@ -76,7 +76,7 @@ def map_stacks(fn: Callable[..., Any], leaf: Any) -> Any:
 
 
 def layer(leaf: Any, i: int | Int[Array, ""]) -> Any:
-    """Layer `i` of a stacked leaf of any kind; only arrays and quantized stacks take a traced `i`."""
+    """Layer `i` of a stacked leaf; only arrays and quantized stacks take a traced `i`."""
     if isinstance(leaf, Stacks):
         found = (
             layer(part, ids.index(i))
@@ -117,6 +117,32 @@ def matmul(w: Any, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
     if isinstance(w, Quantized):
         return w.matmul(x)
     return jnp.einsum("...i,oi->...o", x, w.astype(x.dtype))
+
+
+def scores(node: Params, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+    """`linear` in float32 whatever x's dtype: for a head, whose 16-bit rounding would show."""
+    w = node["weight"]
+    if isinstance(w, Lora | Quantized):
+        return linear(node, x).astype(jnp.float32)
+    y = _wide(w, x)
+    return y + node["bias"].reshape((1,) * (y.ndim - 1) + (-1,)) if "bias" in node else y
+
+
+@jax.custom_vjp
+def _wide(w: Array, x: Array) -> Array:
+    w = w.astype(x.dtype)
+    return jnp.einsum("...i,oi->...o", x, w, preferred_element_type=jnp.float32)
+
+
+def _wide_backward(saved, dy):
+    w, x = saved
+    # In x's dtype, else the whole head would be widened to meet a float32 cotangent.
+    dy = dy.astype(x.dtype)
+    dw = jnp.einsum("...o,...i->oi", dy, x, preferred_element_type=jnp.float32)
+    return dw.astype(w.dtype), jnp.einsum("...o,oi->...i", dy, w.astype(x.dtype))
+
+
+_wide.defvjp(lambda w, x: (_wide(w, x), (w, x)), _wide_backward)
 
 
 def embed(node: Params, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from unsloth_jax import leaves
 from unsloth_jax.dims import Params, Total
-from unsloth_jax.leaves import linear
 
 CHUNK = 1024
 
@@ -28,7 +28,7 @@ def token_logprobs(
 
     @jax.checkpoint
     def one(head: Any, x: Array, y: Array) -> Array:
-        scores = linear(head, x).astype(jnp.float32)
+        scores = leaves.scores(head, x)
         picked = jnp.take_along_axis(scores, y[:, None], axis=-1)[:, 0]
         return picked - jax.nn.logsumexp(scores, axis=-1)
 

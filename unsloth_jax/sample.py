@@ -59,7 +59,8 @@ def filtered(scores: Float[Array, "B V"], s: Sampling) -> Float[Array, "B V"]:
     scores = jnp.where(scores < least, OUT, scores)
     order = jnp.where(order < least, OUT, order)
     chance = jax.nn.softmax(order, axis=-1)
-    kept = jnp.cumsum(chance, axis=-1) - chance < s.top_p
+    # A rounded sum reaches 1 before the last token, which top_p = 1 must not drop.
+    kept = (jnp.cumsum(chance, axis=-1) - chance < s.top_p) | (jnp.asarray(s.top_p) >= 1)
     least = jnp.min(jnp.where(kept, order, jnp.inf), axis=-1, keepdims=True)
     scores = jnp.where(scores < least, OUT, scores)
     chance = jax.nn.softmax(scores, axis=-1)
@@ -114,10 +115,11 @@ def decode(
     stop: Int[Array, " stops"],
     sampling: Sampling,
     steps: int,
+    limit: Any,
 ) -> tuple[Draft, Int[Array, "B steps"], Float[Array, "B steps"]]:
-    """Up to `steps` tokens a row, ending early when every row has drawn a stop token.
+    """`limit` of at most `steps` tokens a row, fewer when every row has drawn a stop token.
 
-    A row that is done repeats -1 with log-probability 0.
+    What a row does not fill is -1 with log-probability 0.
     """
     batch = draft.token.shape[0]
     tokens = jnp.full((batch, steps), -1, jnp.int32)
@@ -125,7 +127,7 @@ def decode(
 
     def going(carry):
         n, d, _, _ = carry
-        return (n < steps) & ~d.done.all()
+        return (n < jnp.minimum(limit, steps)) & ~d.done.all()
 
     def one(carry):
         n, d, tokens, logprobs = carry
@@ -156,8 +158,8 @@ def programs(family: ModuleType, c: Any) -> Programs:
     def first(params, tokens, lengths, sampling, key, slots, dtype):
         return prefill(family, c, params, tokens, lengths, slots, sampling, key, dtype)
 
-    def more(params, draft, stop, sampling, steps):
-        return decode(family, c, params, draft, stop, sampling, steps)
+    def more(params, draft, stop, sampling, limit, steps):
+        return decode(family, c, params, draft, stop, sampling, steps, limit)
 
     return Programs(
         jax.jit(first, static_argnames=("slots", "dtype")),

@@ -1,6 +1,6 @@
 """Talk to a model in a terminal.
 
-    python -m workflows.chat FOLDER
+python -m workflows.chat FOLDER
 """
 
 import argparse
@@ -37,16 +37,22 @@ def reply(model: Model, messages: list[dict], sampling: Sampling, limit: int, se
     ids = text.ids(model.tokenizer, messages, add_generation_prompt=True)
     room = model.max_seq_length - len(ids)
     if room < 1:
-        raise ValueError(f"the conversation has {len(ids)} tokens, max_seq_length is {model.max_seq_length}")
+        raise ValueError(
+            f"the conversation has {len(ids)} tokens, max_seq_length is {model.max_seq_length}"
+        )
     shown = Printed(model)
-    (answer,) = model.answers([ids], max_new_tokens=min(limit, room), sampling=sampling, streamer=shown, seed=seed)
+    (answer,) = model.answers(
+        [ids], max_new_tokens=min(limit, room), sampling=sampling, streamer=shown, seed=seed
+    )
     shown.end()
     body = answer.tokens[:-1] if answer.stopped else answer.tokens
     return model.tokenizer.decode(body)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m workflows.chat", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m workflows.chat", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("folder", help="a model or adapter folder, a GGUF file or a hub name")
     parser.add_argument("--system", help="the system message; by default the chat template's")
     parser.add_argument("--max-new-tokens", type=int, default=256)
@@ -59,7 +65,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=3407)
     parser.add_argument("--load-in-4bit", action="store_true")
     a = parser.parse_args()
-    model, _ = FastLanguageModel.from_pretrained(a.folder, a.max_seq_length, load_in_4bit=a.load_in_4bit)
+    model, _ = FastLanguageModel.from_pretrained(
+        a.folder, a.max_seq_length, load_in_4bit=a.load_in_4bit
+    )
     sampling = Sampling(a.temperature, a.top_k, a.top_p, a.min_p, a.repetition_penalty)
     start = [{"role": "system", "content": a.system}] if a.system else []
     messages = list(start)
@@ -69,7 +77,12 @@ def main() -> None:
             messages = list(start)
             continue
         messages.append({"role": "user", "content": line})
-        messages.append({"role": "assistant", "content": reply(model, messages, sampling, a.max_new_tokens, a.seed)})
+        messages.append(
+            {
+                "role": "assistant",
+                "content": reply(model, messages, sampling, a.max_new_tokens, a.seed),
+            }
+        )
 
 
 def ask() -> str:

@@ -1,6 +1,6 @@
 """The README's first command: a real model fine-tuned, exported and run in llama.cpp.
 
-    python -m workflows.demo --output demo_output
+python -m workflows.demo --output demo_output
 """
 
 import argparse
@@ -24,19 +24,20 @@ from rich.table import Table
 from bridge import export, hub
 from bridge import tokenizer as text
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer
+from unsloth_jax.sample import Sampling
 from workflows import demo_data
 from workflows.generate import Answer
 from workflows.model import Model
+from workflows.sft import memory_gib
 
 QUANTIZATIONS = ("q8_0", "q4_k_m")
 NEW_TOKENS = 24
 SHOWN = 4
-SIMILAR = 0.9  # least cosine of the merged model's logits with those of base plus adapter
 OWN_MODEL = """\
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer
 model, tokenizer = FastLanguageModel.from_pretrained("path/or/hub-name", max_seq_length=2048)
 model = FastLanguageModel.get_peft_model(model, r=16)
-SFTTrainer(model=model, train_dataset=rows, args=SFTConfig(max_steps=60, learning_rate=2e-4)).train()
+SFTTrainer(model, train_dataset=rows, args=SFTConfig(max_steps=60, learning_rate=2e-4)).train()
 model.save_pretrained_gguf("out", quantization_method="q4_k_m")"""
 
 
@@ -61,9 +62,9 @@ def config(seed: int, output: Path | None) -> SFTConfig:
         output_dir=None if output is None else str(output),
         per_device_train_batch_size=4,
         gradient_accumulation_steps=1,
-        max_steps=90,
+        max_steps=110,
         learning_rate=2e-3,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="linear",
         warmup_steps=5,
         weight_decay=0.0,
         max_seq_length=64,
@@ -79,8 +80,6 @@ def evaluated(model: Model, examples: Sequence[demo_data.Example]) -> Scored:
     prompts = [
         text.ids(model.tokenizer, demo_data.prompt(e), add_generation_prompt=True) for e in examples
     ]
-    from unsloth_jax.sample import Sampling
-
     found = model.answers(prompts, max_new_tokens=NEW_TOKENS, sampling=Sampling(temperature=0.0))
     end = text.end_of_turn(model.tokenizer)
     expected = [(*text.ids(model.tokenizer, e.record), end) for e in examples]
@@ -120,7 +119,8 @@ def picture(history: Sequence[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(steps, losses, color="#b8c4d6", linewidth=1, label="loss")
     axes.plot(steps, smooth, color="#1f4e9c", linewidth=2, label="mean of 8 steps")
-    axes.set(xlabel="step", ylabel="cross entropy, nats a token", title="QLoRA, SmolLM2-135M-Instruct")
+    axes.set(xlabel="step", ylabel="cross entropy, nats a token")
+    axes.set_title("QLoRA, SmolLM2-135M-Instruct")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -153,51 +153,50 @@ def agreement(ours: Sequence[str], theirs: Sequence[str]) -> str:
 
 def merged_agrees(folder: Path, model: Model, examples: Sequence[demo_data.Example]) -> str:
     """Loads the merged folder again and compares its logits with base plus adapter."""
-    again, _ = FastLanguageModel.from_pretrained(str(folder), max_seq_length=128, load_in_4bit=False)
-    rows = [
-        text.ids(model.tokenizer, demo_data.conversations([e])[0]["messages"]) for e in examples
-    ]
-    same = total = 0
-    for row in rows:
-        ours, theirs = (m([row]).argmax(-1)[0] for m in (model, again))
-        same, total = same + int((ours == theirs).sum()), total + len(row)
-    return f"loaded again: the likeliest token equal at {same} of {total} places"
+    again, _ = FastLanguageModel.from_pretrained(str(folder), 128, load_in_4bit=False)
+    messages = [row["messages"] for row in demo_data.conversations(examples)]
+    rows = [text.ids(model.tokenizer, m) for m in messages]
+    same = [(model([row]).argmax(-1) == again([row]).argmax(-1)).ravel() for row in rows]
+    places = np.concatenate(same)
+    return f"loaded again: the likeliest token equal at {places.sum()} of {places.size} places"
 
 
 def fresh(output: Path) -> None:
     """An empty folder; one that an earlier demo made is replaced, any other raises."""
     if output.exists() and any(output.iterdir()):
         if not (output / export.MANIFEST).exists():
-            raise FileExistsError(f"{output} is not empty and no demo made it; choose another --output")
+            raise FileExistsError(f"{output} is not empty and no demo made it: choose another")
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
     (output / export.MANIFEST).write_text("{}\n")
 
 
-def artefacts(output: Path, model: Model, after: Scored, examples) -> tuple[list[Artefact], dict[str, list[str]]]:
-    """Exports everything and checks each by opening it again."""
-    rows, said = [], {}
-    size = lambda path: sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-    add = lambda path, how: rows.append(Artefact(path.name, size(path) if path.is_dir() else path.stat().st_size, how))
+def artefact(path: Path, verified: str) -> Artefact:
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    return Artefact(path.name, sum(p.stat().st_size for p in files), verified)
+
+
+def adapter(output: Path, model: Model) -> Artefact:
+    """Saves the adapter and compares what is read back."""
     model.save_pretrained(output / "adapter")
-    again, _ = FastLanguageModel.from_pretrained(str(output / "adapter"), max_seq_length=128)
-    same = jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), model.adapters, again.adapters))
-    if not same:
+    again, _ = FastLanguageModel.from_pretrained(str(output / "adapter"), 128)
+    equal = jax.tree.map(lambda a, b: bool((a == b).all()), model.adapters, again.adapters)
+    if not jax.tree.all(equal):
         raise RuntimeError("the adapter read back differs from the one that was trained")
-    add(output / "adapter", "loaded again: every adapter equal")
-    del again
-    model.save_pretrained_merged(output / "merged")
-    add(output / "merged", merged_agrees(output / "merged", model, examples))
-    model.save_pretrained_gguf(output / "gguf", quantization_method=QUANTIZATIONS)
+    return artefact(output / "adapter", "loaded again: every adapter equal")
+
+
+def ggufs(output: Path, model: Model, after: Scored, examples) -> tuple[list[Artefact], dict, dict]:
+    """(rows, llama.cpp's answers by file, what the exports say) of one GGUF a quantization."""
+    facts = model.save_pretrained_gguf(output / "gguf", quantization_method=QUANTIZATIONS)
+    rows, said = [], {}
     for fmt in QUANTIZATIONS:
         path = output / f"model.{fmt.upper()}.gguf"
         os.replace(output / "gguf" / path.name, path)
         said[path.name] = in_llama_cpp(path, examples)
-        add(path, agreement(after.texts[: len(examples)], said[path.name]))
-    facts = json.loads((output / "gguf" / export.MANIFEST).read_text())
-    (output / "gguf.json").write_text(json.dumps(facts["quantization"], indent=2) + "\n")
+        rows.append(artefact(path, agreement(after.texts[: len(examples)], said[path.name])))
     shutil.rmtree(output / "gguf")
-    return rows, said
+    return rows, said, facts["quantization"]
 
 
 def before_and_after(console: Console, examples, before: Scored, after: Scored) -> None:
@@ -220,44 +219,64 @@ def closing(console: Console, rows: Sequence[Artefact], output: Path) -> None:
     console.print(OWN_MODEL, highlight=False, markup=False)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m workflows.demo", description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("demo_output"))
-    parser.add_argument("--seed", type=int, default=3407)
-    a = parser.parse_args()
-    console, started = Console(width=120 if not Console().is_terminal else None), time.perf_counter()
-    fresh(a.output)
+def side_by_side(console: Console, ours: Sequence[str], said: dict[str, list[str]]) -> None:
+    table = Table(title="our answers and llama.cpp's", show_lines=True)
+    for name in ("ours", *said):
+        table.add_column(name, overflow="fold")
+    for i, answer in enumerate(ours):
+        table.add_row(answer, *(texts[i] for texts in said.values()))
+    console.print(table)
+
+
+def run(output: Path, seed: int, console: Console) -> None:
+    """Everything `make demo` does and prints."""
+    fresh(output)
     console.print(f"device: {jax.devices()[0]}, JAX {jax.__version__}", highlight=False)
-    model, trainer, before, after = trained(a.seed, a.output)
-    held_out = demo_data.split(a.seed).held_out
+    model, trainer, before, after = trained(seed, output)
+    held_out = demo_data.split(seed).held_out
     best = demo_data.best_constant([e.record for e in held_out])
-    picture(trainer.log_history, a.output / "loss.png")
+    picture(trainer.log_history, output / "loss.png")
     examples = held_out[:SHOWN]
     before_and_after(console, examples, before, after)
     console.print(
-        f"exact match on {len(held_out)} held-out requests, end token included: before {before.share:.1%}, "
-        f"after {after.share:.1%} (best constant answer {best:.1%})"
+        f"exact match on {len(held_out)} held-out requests, end token included: "
+        f"before {before.share:.1%}, after {after.share:.1%} (best constant answer {best:.1%})"
     )
-    rows, said = artefacts(a.output, model, after, examples)
-    answers = Table(title="our answers and llama.cpp's", show_lines=True)
-    for name in ("ours", *said):
-        answers.add_column(name, overflow="fold")
-    for i, ours in enumerate(after.texts[:SHOWN]):
-        answers.add_row(ours, *(texts[i] for texts in said.values()))
-    console.print(answers)
-    scores = {"before": before.share, "after": after.share, "best_constant": best, "held_out": len(held_out)}
-    export.write_manifest(
-        a.output,
-        {"kind": "demo", "base_model": model.name, "seed": a.seed, "exact_match": scores,
-         "folders": ["adapter", "merged"], "verified": {row.path: row.verified for row in rows},
-         "gguf": json.loads((a.output / "gguf.json").read_text())},
-    )  # fmt: skip
-    (a.output / "gguf.json").unlink()
-    for name, how in (("loss.png", "drawn from metrics.jsonl"), ("metrics.jsonl", f"{len(trainer.log_history)} steps"),
-                      (export.MANIFEST, "sizes and hashes of all files")):  # fmt: skip
-        rows.append(Artefact(name, (a.output / name).stat().st_size, how))
-    closing(console, rows, a.output)
-    console.print(f"{time.perf_counter() - started:.0f} s in all")
+    rows = [adapter(output, model)]
+    model.save_pretrained_merged(output / "merged")
+    agrees = merged_agrees(output / "merged", model, examples)
+    rows.append(artefact(output / "merged", agrees))
+    files, said, quantization = ggufs(output, model, after, examples)
+    side_by_side(console, after.texts[:SHOWN], said)
+    rows += files
+    rows.append(artefact(output / "loss.png", "drawn from metrics.jsonl"))
+    rows.append(artefact(output / "metrics.jsonl", f"{len(trainer.log_history)} steps"))
+    facts = {
+        "kind": "demo",
+        "base_model": Path(model.name).name,
+        "seed": seed,
+        "exact_match": {"before": before.share, "after": after.share, "best_constant": best},
+        "held_out": len(held_out),
+        "verified": {row.path: row.verified for row in rows},
+        "quantization": quantization,
+    }
+    export.write_manifest(output, facts)
+    rows.append(artefact(output / export.MANIFEST, "sizes and hashes of the files beside it"))
+    closing(console, rows, output)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m workflows.demo", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--output", type=Path, default=Path("demo_output"))
+    parser.add_argument("--seed", type=int, default=demo_data.SEED)
+    a = parser.parse_args()
+    terminal, started = Console(), time.perf_counter()
+    console = terminal if terminal.is_terminal else Console(width=110)
+    run(a.output, a.seed, console)
+    peak = memory_gib()
+    console.print(f"{time.perf_counter() - started:.0f} s in all, peak memory {peak:.2f} GiB")
 
 
 if __name__ == "__main__":

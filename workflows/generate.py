@@ -44,7 +44,7 @@ def check(prompts: Sequence[Sequence[int]], s: Sampling, max_new_tokens: int, vo
         raise ValueError(f"prompts {outside} hold token ids outside 0 to {vocab - 1}")
     legal = {
         "temperature": (s.temperature >= 0, "at least 0 (0 is greedy)"),
-        "top_k": (s.top_k >= 0, "at least 0 (0 keeps all)"),
+        "top_k": (s.top_k >= 0 and s.top_k % 1 == 0, "a whole number, at least 0 (0 keeps all)"),
         "top_p": (0 < s.top_p <= 1, "in (0, 1]"),
         "min_p": (0 <= s.min_p <= 1, "in [0, 1]"),
         "repetition_penalty": (s.repetition_penalty > 0, "over 0 (1 changes nothing)"),
@@ -97,7 +97,8 @@ def stream(
     stop = jnp.asarray(sorted(set(stop_ids)) or [-2], jnp.int32)
     left, piece = max_new_tokens, burst or up(max_new_tokens)
     while left > 0:
-        draft, new, logprobs = run.decode(params, draft, stop, knobs, steps=piece)
+        limit = jnp.asarray(left, jnp.int32)
+        draft, new, logprobs = run.decode(params, draft, stop, knobs, limit, steps=piece)
         yield np.asarray(new)[:, :left], np.asarray(logprobs)[:, :left]
         left -= piece
         if bool(draft.done.all()):
@@ -119,7 +120,8 @@ def answers(
 ) -> list[Answer]:
     """Every prompt's completion. A stop string ends a row with the token that completes it.
 
-    `watch` is called with each piece of tokens [B, n]; `watched` makes the pieces short.
+    `watch` is called with each piece of tokens [B, n], -1 after an end; `watched` makes the
+    pieces short.
     """
     if stop_strings and decode is None:
         raise ValueError("stop_strings need a tokenizer to decode with")
@@ -130,9 +132,12 @@ def answers(
     for tokens, logprobs in stream(
         family, c, params, prompts, stop_ids=stop_ids, burst=burst, **settings
     ):
+        tokens = tokens.copy()
         for i in range(len(prompts)):
-            for token, logp in zip(tokens[i].tolist(), logprobs[i].tolist(), strict=True):
+            pairs = zip(tokens[i].tolist(), logprobs[i].tolist(), strict=True)
+            for n, (token, logp) in enumerate(pairs):
                 if ended[i] or token < 0:
+                    tokens[i, n:] = -1
                     break
                 rows[i].append(token)
                 logps[i].append(logp)

@@ -19,9 +19,9 @@ from bridge.peft_adapter import Settings
 from bridge.source import Source
 from unsloth_jax import decoder, lora
 from unsloth_jax.dims import Params
-from unsloth_jax.sample import Sampling
 from workflows import generate
 from workflows.generate import Answer
+from workflows.inputs import GENERATE_IGNORED, GENERATE_LATER, masked, sampling
 from workflows.keywords import say, settle
 
 SAVE_LATER = {
@@ -60,25 +60,6 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-GENERATE_IGNORED = {
-    "use_cache": "keys and values are always cached",
-    "pad_token_id": "answers are padded with the tokenizer's pad or end token",
-    "return_dict_in_generate": "token ids are returned",
-    "return_tensors": "token ids are NumPy arrays",
-    "token_type_ids": "these families have none",
-    "cache_implementation": "there is one cache",
-}
-GENERATE_LATER = {
-    "num_beams": (1, None),
-    "num_return_sequences": (1, None),
-    "length_penalty": (1.0, None),
-    "no_repeat_ngram_size": (0, None),
-    "penalty_alpha": (None,),
-    "typical_p": (1.0, None),
-    "logits_processor": (None,),
-    "stopping_criteria": (None,),
-    "assistant_model": (None,),
-}
 
 
 @dataclass
@@ -110,10 +91,7 @@ class Model:
 
     def __call__(self, input_ids: Any, attention_mask: Any = None) -> np.ndarray:
         """float32 logits [B, T, V]; where the mask is 0 they mean nothing."""
-        tokens = integers(input_ids)
-        mask = np.ones_like(tokens) if attention_mask is None else integers(attention_mask)
-        if mask.shape != tokens.shape:
-            raise ValueError(f"attention_mask has shape {mask.shape}, input_ids {tokens.shape}")
+        tokens, mask = masked(input_ids, attention_mask)
         if tokens.min() < 0 or tokens.max() >= self.config.vocab:
             raise ValueError(
                 f"input_ids lie in {tokens.min()} to {tokens.max()}, outside the vocabulary of {self.config.vocab}"
@@ -156,8 +134,7 @@ class Model:
         """
         settle("generate", other, used=("input_ids", "max_new_tokens", "temperature", "top_p"),
                ignored=GENERATE_IGNORED, later=GENERATE_LATER)  # fmt: skip
-        tokens = integers(inputs if input_ids is None else input_ids)
-        mask = np.ones_like(tokens) if attention_mask is None else integers(attention_mask)
+        tokens, mask = masked(inputs if input_ids is None else input_ids, attention_mask)
         prompts = [row[on != 0].tolist() for row, on in zip(tokens, mask, strict=True)]
         longest = max(map(len, prompts))
         if max_new_tokens is None:
@@ -403,21 +380,6 @@ class Model:
         return {"base_model": self.name, "chat_template_sha256": export.text_hash(template)}
 
 
-def integers(values: Any) -> np.ndarray:
-    """int32 [B, T] of lists, NumPy, JAX or CPU torch arrays; one row may lack its batch axis.
-
-    Raises ValueError for ragged rows, which need padding and an attention mask.
-    """
-    rows = values.tolist() if hasattr(values, "tolist") else values
-    rows = rows if len(rows) and isinstance(rows[0], list | tuple) else [rows]
-    lengths = sorted({len(row) for row in rows})
-    if len(lengths) != 1 or lengths == [0]:
-        raise ValueError(
-            f"expected rows of one length over 0, got lengths {lengths}; pad them and give attention_mask"
-        )
-    return np.asarray(rows, np.int32)
-
-
 @cache
 def logits_program(family: ModuleType, c: Any):
     """Jitted: (params, adapters, scale, tokens, mask) -> float32 logits."""
@@ -430,30 +392,6 @@ def logits_program(family: ModuleType, c: Any):
         return decoder.logits(family, c, params, hidden)
 
     return jax.jit(run)
-
-
-def sampling(config: dict[str, Any], do_sample: bool | None, given: dict[str, Any]) -> Sampling:
-    """transformers' reading of generation settings: greedy unless sampling is asked for."""
-    asked = {k: v if v is not None else config.get(k) for k, v in given.items()}
-    penalty = asked["repetition_penalty"] or 1.0
-    if do_sample is None:
-        do_sample = config.get("do_sample", False)
-        if not do_sample and any(
-            given[k] is not None for k in ("temperature", "top_k", "top_p", "min_p")
-        ):
-            say(
-                "temperature, top_k, top_p and min_p act only with do_sample=True; this answer is greedy"
-            )
-    if not do_sample:
-        return Sampling(temperature=0.0, repetition_penalty=penalty)
-    pick = lambda name, default: default if asked[name] is None else asked[name]
-    return Sampling(
-        pick("temperature", 1.0),
-        max(pick("top_k", 50), 0),
-        pick("top_p", 1.0),
-        pick("min_p", 0.0),
-        penalty,
-    )
 
 
 def _started(streamer: Any, tokens: np.ndarray) -> Any:

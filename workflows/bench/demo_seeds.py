@@ -1,6 +1,6 @@
 """The demo's exact match on several seeds, before and after training.
 
-    python -m workflows.bench.demo_seeds --output docs/results/demo_seeds.json
+python -m workflows.bench.demo_seeds --output docs/results/demo_seeds.json
 """
 
 import argparse
@@ -39,7 +39,7 @@ def measured(seed: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m workflows.bench.demo_seeds", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", default="3407,1,2")
     parser.add_argument("--output", type=Path, required=True)
     a = parser.parse_args()
