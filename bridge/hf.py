@@ -90,18 +90,18 @@ def _stack(
     def read(name: str) -> Any:
         header = headers[name]
         if header.format is not None and keep is not None:
-            return jax.tree.map(jnp.asarray, source.read_nf4(name))
+            return jax.device_put(source.read_nf4(name))
         value = source.read(name)
         _finite(name, value)
         value = value if dtype is None else value.astype(dtype, copy=False)
         if pack:
-            value = jnp.asarray(value)  # rebound, so that the host's copy is gone while it packs
+            value = jax.device_put(value)  # rebound, so that the host copy goes before it packs
             return FORMATS[pack](value)
         return value
 
     kind = lambda h: (h.format if keep else None, h.dtype if dtype is None else None)
     if not stacked:
-        return jax.tree.map(jnp.asarray, read(wanted[0]))
+        return jax.device_put(read(wanted[0]))
     parts: dict[Any, list[int]] = {}
     for i, name in enumerate(wanted):
         parts.setdefault(kind(headers[name]), []).append(i)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -66,7 +67,9 @@ class SafetensorsSource:
             if bnb_nf4.is_nf4(self._where, name):
                 state = bnb_nf4.state(self.tensor, name)
                 companions.update(bnb_nf4.members(self._where, name))
-                out[name] = Header(state.matrix, state.dtype, "nf4")
+                # Stacks hold leaves of one layout, so the layout is part of the format's name.
+                layout = f"nf4 in blocks of {state.block}, nested {state.nested_block}"
+                out[name] = Header(state.matrix, state.dtype, layout)
             else:
                 piece = file.get_slice(name)
                 out[name] = Header(tuple(piece.get_shape()), _dtype(name, piece.get_dtype()).name)
@@ -83,8 +86,11 @@ class SafetensorsSource:
     def read(self, name: str) -> np.ndarray:
         """One weight as a dense array in its header's dtype."""
         if bnb_nf4.is_nf4(self._where, name):
-            return np.asarray(self.read_nf4(name).dequantize())
+            return np.asarray(_dequantized(self.read_nf4(name)))
         return self.tensor(name)
+
+
+_dequantized = jax.jit(lambda leaf: leaf.dequantize())
 
 
 def _dtype(name: str, stored: str) -> np.dtype:

@@ -110,8 +110,9 @@ def quantize(
 ) -> tuple[UInt8[Array, " bytes"], Float[Array, " blocks"]]:
     """Packed codes [ceil(O I / 2)] and float32 scales [ceil(O I / block)] of a weight.
 
-    Finite weights only. A short last block counts as filled with zeros (bitsandbytes' CPU road
-    divides there, which can move a tie); one whose weights are all below 1.2e-38 as zeros.
+    Finite weights only; a block of none above 1.2e-38 counts as zeros. A short last block is
+    multiplied like the others (bitsandbytes' CPU road divides there: a code on a threshold may
+    differ), and a GPU's reciprocal may be an ulp off (some 2 in 1e8 codes of float32 weights).
     """
     size = w.shape[0] * w.shape[1]
     blocks = jnp.pad(w.reshape(-1), (0, -size % block)).reshape(-1, block)

@@ -18,6 +18,7 @@ from unsloth_jax.dims import Batch
 from unsloth_jax.layers import attention, causal_mask
 from unsloth_jax.leaves import Stacks
 from unsloth_jax.models import family
+from unsloth_jax.quant import nf4
 
 DENSE = jnp.zeros((12, 2, 2))
 CUTS = {
@@ -191,6 +192,10 @@ def real_step():
     return c, base, traced
 
 
+def is_nf4(leaf) -> bool:
+    return isinstance(leaf, nf4.NF4)
+
+
 def size(shape) -> int:
     return int(np.prod(shape, dtype=np.int64))
 
@@ -219,6 +224,26 @@ def test_no_scores_of_all_tokens_and_no_wide_copy_of_the_base_are_traced(real_st
     packed = [w.shape for path, w in flat.items() if path.endswith("_proj.weight")]
     wide = [shape for _, shape, dtype in arrays if shape in packed and "float" in dtype]
     assert not wide
+
+
+@pytest.mark.parametrize("remat", [True, False])
+@pytest.mark.parametrize("adapted", [None, (1, 2)])
+def test_the_backward_pass_saves_no_packed_weights(adapted, remat):
+    """Reading a layer out of a quantized stack is repeated, or the base would be held twice."""
+    pair = tiny.pair("llama")
+    pack = lambda params: quant.quantize(params, "nf4", lambda p: p.endswith("_proj.weight"))
+    base = jax.eval_shape(pack, pair.params)
+    start = lambda base: lora.init(jax.random.key(0), base, 2, layers=adapted)
+    b = batch([tiny.draw(3, 12)], 12)
+
+    def loss(adapters, base):
+        return nll(*pair[1:3], lora.attach(base, adapters, 1.0), b, remat).value
+
+    traced = jax.jit(jax.grad(loss)).trace(jax.eval_shape(start, base), base)
+    bytes_ = [shape for _, shape, dtype in programs.made(traced.jaxpr) if dtype == "uint8"]
+    packed = {w.packed.shape[1:] for w in jax.tree.leaves(base, is_leaf=is_nf4) if is_nf4(w)}
+    assert packed & set(bytes_)
+    assert not [shape for shape in bytes_ if shape[1:] in packed and shape[0] > 1]
 
 
 def test_the_program_does_not_grow_with_the_layers():

@@ -160,7 +160,9 @@ def test_a_mixed_checkpoint_loads_each_layer_in_its_own_kind(copy):
     _, c, params = hf.load(source, quantize="nf4")
     flat = tree.flatten(params)
     q = flat["model.layers.*.self_attn.q_proj.weight"]
+    down = flat["model.layers.*.mlp.down_proj.weight"]
     assert isinstance(q, Stacks) and q.layers == ((0, 1), (2,))
+    assert isinstance(down, Stacks) and down.layers == ((0,), (1,), (2,))
     for name, leaf in made.items():
         path = next(p for p in flat if p.split("*")[-1] == name.split(".", 3)[-1].join([".", ""]))
         ours = leaves.layer(flat[path], int(name.split(".")[2]))

@@ -24,6 +24,7 @@ from unsloth_jax import sample
 from unsloth_jax.sample import Sampling
 from workflows import generate
 
+filtered, draw = jax.jit(sample.filtered), jax.jit(sample.draw)
 GREEDY = Sampling(temperature=0.0)
 NEW = 16
 RAGGED = [tiny.draw(n, 1 + (7 * n) % 43) for n in range(16)]
@@ -101,7 +102,7 @@ def ours(scores: np.ndarray, ids: np.ndarray, s: Sampling) -> np.ndarray:
     np.put_along_axis(seen, ids, True, axis=1)
     s = on_device(s)
     penalized = sample.penalize(jnp.asarray(scores), jnp.asarray(seen), s.repetition_penalty)
-    return np.asarray(sample.filtered(penalized, s))
+    return np.asarray(filtered(penalized, s))
 
 
 @pytest.mark.parametrize("settings", FILTERS.values(), ids=FILTERS)
@@ -135,13 +136,13 @@ def test_top_p_keeps_all_tokens_as_likely_as_the_last_kept():
 @pytest.mark.parametrize("top_p, kept", [(0.49, 1), (0.51, 2), (0.74, 2), (0.76, 4), (0.99, 4)])
 def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p, kept):
     scores = jnp.log(jnp.asarray([[0.125, 0.5, 0.125, 0.25]]))
-    got = np.asarray(sample.filtered(scores, on_device(Sampling(top_p=top_p))))
+    got = np.asarray(filtered(scores, on_device(Sampling(top_p=top_p))))
     assert (got > sample.OUT).sum() == kept
 
 
 def test_the_defaults_drop_no_token_however_unlikely():
     scores = jnp.asarray([[40.0, *[0.0] * 5000, -60.0]])
-    got = sample.filtered(scores, on_device(Sampling()))
+    got = filtered(scores, on_device(Sampling()))
     np.testing.assert_array_equal(got, scores)
 
 
@@ -152,7 +153,7 @@ def test_a_draws_log_probability_is_of_the_unfiltered_distribution(temperature):
     seen = np.zeros(scores.shape, bool)
     np.put_along_axis(seen, ids, True, axis=1)
     key = jax.random.key(5)
-    token, logprob = sample.draw(key, jnp.asarray(scores), jnp.asarray(seen), on_device(s))
+    token, logprob = draw(key, jnp.asarray(scores), jnp.asarray(seen), on_device(s))
     plain = Sampling(temperature or 1.0, repetition_penalty=1.5)
     whole = torch.tensor(theirs(scores, ids, plain)).log_softmax(-1).numpy()
     want = np.take_along_axis(whole, np.asarray(token)[:, None], axis=1)[:, 0]
@@ -174,7 +175,7 @@ def test_draws_follow_the_filtered_distribution(settings, kept):
     chances = np.asarray([0.35, 0.08, 0.25, 0.02, 0.3])
     scores = jnp.broadcast_to(jnp.log(jnp.asarray(chances, jnp.float32)), (4000, 5))
     s = on_device(Sampling(**settings))
-    token, _ = sample.draw(jax.random.key(0), scores, jnp.zeros(scores.shape, bool), s)
+    token, _ = draw(jax.random.key(0), scores, jnp.zeros(scores.shape, bool), s)
     counts = np.bincount(np.asarray(token), minlength=5)
     want = chances[kept] ** (1 / settings.get("temperature", 1.0))
     assert counts[kept].sum() == 4000
@@ -229,13 +230,14 @@ def test_the_loop_runs_no_longer_than_it_must(limit, steps):
     draft = run.prefill(
         params, tokens, lengths, knobs, jax.random.key(0), slots=64, dtype=jnp.float32
     )
-    keys = [jax.random.key_data(draft.key)]
+    keys = [draft.key]
     for _ in range(64):
-        keys.append(jax.random.key_data(jax.random.split(jax.random.wrap_key_data(keys[-1]))[1]))
+        keys.append(jax.random.split(keys[-1])[1])
+    keys = [jax.random.key_data(key).tolist() for key in keys]
     stop = jnp.asarray([answer[8] if limit == 64 else -2], jnp.int32)
     draft, new, _ = run.decode(params, draft, stop, knobs, jnp.int32(limit), steps=64)
     # One key is split off at each step, so the last key counts the steps.
-    assert [(jax.random.key_data(draft.key) == k).all() for k in keys].index(True) == steps
+    assert keys.index(jax.random.key_data(draft.key).tolist()) == steps
     np.testing.assert_array_equal(new[0, :steps], answer[:steps])
     assert (new[0, steps:] == -1).all()
 

@@ -19,6 +19,15 @@ from workflows.keywords import neutral, say, settle
 from workflows.model import Model
 
 DTYPES = ("float32", "bfloat16", "float16")
+DEFAULT = "unsloth/Llama-3.2-1B-Instruct"
+LOAD_USED = (
+    "model_name", "max_seq_length", "dtype", "load_in_4bit", "load_in_16bit", "token", "device_map",
+    "revision", "cache_dir", "local_files_only",
+)  # fmt: skip
+PEFT_USED = (
+    "r", "target_modules", "lora_alpha", "layers_to_transform", "finetune_last_n_layers",
+    "use_gradient_checkpointing", "random_state", "use_rslora", "init_lora_weights",
+)  # fmt: skip
 LOAD_LATER = {
     "load_in_8bit": (False, None),
     "load_in_fp8": (False, None),
@@ -37,6 +46,11 @@ LOAD_LATER = {
     "trust_remote_code": (False, None),
     "subfolder": (None, ""),
     "variant": (None,),
+    "config": (None,),
+    "id2label": (None,),
+    "label2id": (None,),
+    "gguf_file": (None,),
+    "unsloth_vllm_standby": (False, None),
 }
 LOAD_IGNORED = {
     "fix_tokenizer": "the tokenizer is read and never altered",
@@ -93,7 +107,7 @@ def compute_dtype(dtype: Any) -> jnp.dtype:
 
 
 def require_device(device_map: Any) -> None:
-    """Raises RuntimeError where a GPU was asked for, or stands unused, and JAX sees only the CPU."""
+    """Raises RuntimeError where a GPU is asked for, or stands unused, and JAX sees only CPUs."""
     if jax.default_backend() != "cpu" or str(device_map) == "cpu":
         return
     asked = str(device_map).startswith(("cuda", "gpu"))
@@ -117,10 +131,11 @@ class FastLanguageModel:
 
     @staticmethod
     def from_pretrained(
-        model_name: str,
+        model_name: str | Path = DEFAULT,
         max_seq_length: int = 2048,
         dtype: Any = None,
         load_in_4bit: bool = True,
+        *,
         load_in_16bit: bool = False,
         token: str | None = None,
         device_map: Any = "sequential",
@@ -140,8 +155,7 @@ class FastLanguageModel:
         Raises ValueError for what the checkpoint or a keyword asks that is not supported, with
         what is; RuntimeError where no GPU is there and one was asked for.
         """
-        settle("from_pretrained", other, used=("model_name", "max_seq_length", "dtype", "load_in_4bit"),
-               ignored=LOAD_IGNORED, later=LOAD_LATER)  # fmt: skip
+        settle("from_pretrained", other, LOAD_USED, LOAD_IGNORED, LOAD_LATER)
         require_device(device_map)
         find = dict(
             revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
@@ -155,9 +169,10 @@ class FastLanguageModel:
         if hub.kind(path) != "adapter":
             model = _load(str(model_name), path, **load)
             return model, model.tokenizer
-        base = safetensors_file.read_json(path / peft_adapter.CONFIG).get("base_model_name_or_path")
+        config = path / peft_adapter.CONFIG
+        base = safetensors_file.read_json(config).get("base_model_name_or_path")
         if not base:
-            raise ValueError(f"{path / peft_adapter.CONFIG} names no base_model_name_or_path to load")
+            raise ValueError(f"{config} names no base_model_name_or_path to load")
         model = _load(base, hub.find(base, **(find | {"revision": None})), **load)
         model.adapters, model.peft = peft_adapter.load(path, model.params)
         if any((path / name).exists() for name in text.FILES):
@@ -170,6 +185,7 @@ class FastLanguageModel:
         r: int = 16,
         target_modules: Sequence[str] | str = lora.TARGETS,
         lora_alpha: float = 16,
+        *,
         layers_to_transform: Sequence[int] | int | None = None,
         finetune_last_n_layers: int | None = None,
         use_gradient_checkpointing: bool | str = "unsloth",
@@ -188,11 +204,11 @@ class FastLanguageModel:
         Raises TypeError where the model has adapters of other settings, ValueError for values
         that mean nothing or are not supported.
         """
-        settle("get_peft_model", other, used=("r", "target_modules", "lora_alpha", "use_rslora"),
-               ignored=PEFT_IGNORED, later=PEFT_LATER)  # fmt: skip
+        settle("get_peft_model", other, PEFT_USED, PEFT_IGNORED, PEFT_LATER)
         if use_gradient_checkpointing not in CHECKPOINTING:
             raise ValueError(
-                f"use_gradient_checkpointing must be one of {list(CHECKPOINTING)}, got {use_gradient_checkpointing!r}"
+                f"use_gradient_checkpointing must be one of {list(CHECKPOINTING)}, got "
+                f"{use_gradient_checkpointing!r}"
             )
         if not isinstance(r, int) or isinstance(r, bool) or r < 1:
             raise TypeError(f"r must be a positive integer, got {r!r}")
@@ -201,7 +217,7 @@ class FastLanguageModel:
         peft = Settings(r, lora_alpha, use_rslora, targets, layers, init_lora_weights)
         model.remat = CHECKPOINTING[use_gradient_checkpointing]
         if model.adapters is not None:
-            if model.peft[:6] != peft[:6]:
+            if _meaning(model.peft) != _meaning(peft):
                 raise TypeError(
                     f"the model already has adapters with {model.peft}, asked for {peft}"
                 )
@@ -230,6 +246,12 @@ class FastLanguageModel:
         return model
 
 
+def _meaning(s: Settings) -> tuple:
+    """What two settings must share to be the same; names in a list have no order."""
+    targets = s.targets if isinstance(s.targets, str) else frozenset(s.targets)
+    return s.rank, s.alpha, s.rslora, targets, s.layers, s.start
+
+
 def _layers(
     chosen: Sequence[int] | int | None, last: int | None, count: int
 ) -> tuple[int, ...] | None:
@@ -252,6 +274,7 @@ def _load(name: str, path: Path, *, max_seq_length: int, dtype: Any, four: bool)
     longest = source.config.get("max_position_embeddings", max_seq_length)
     if max_seq_length > longest:
         say(
-            f"max_seq_length={max_seq_length} passes the {longest} positions the model was trained on; rope is not rescaled"
+            f"max_seq_length={max_seq_length} passes the {longest} positions the model was trained "
+            "on; rope is not rescaled"
         )
     return Model(name, source, family, c, params, folder, tokenizer, max_seq_length, dtype, four)

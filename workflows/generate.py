@@ -15,6 +15,7 @@ from unsloth_jax.dims import Params
 from unsloth_jax.sample import Sampling
 
 STEP = 64  # prompts and caches are padded to a multiple of this, so few shapes are compiled
+UNCHANGED = Sampling()
 BURST = 16  # tokens a dispatch while somebody watches or a stop string may end it
 
 
@@ -68,7 +69,7 @@ def stream(
     *,
     max_new_tokens: int,
     stop_ids: Sequence[int],
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = UNCHANGED,
     seed: int = 0,
     burst: int | None = None,
     dtype: Any = None,

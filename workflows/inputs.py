@@ -1,5 +1,6 @@
 """What a caller gives a model to answer: token ids, their mask and generation settings, checked."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,11 @@ import numpy as np
 from unsloth_jax.sample import Sampling
 from workflows.keywords import say
 
+GENERATE_USED = (
+    "input_ids", "attention_mask", "inputs", "max_new_tokens", "max_length", "do_sample",
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "eos_token_id", "stop_strings",
+    "tokenizer", "streamer", "seed",
+)  # fmt: skip
 GENERATE_IGNORED = {
     "use_cache": "keys and values are always cached",
     "pad_token_id": "answers are padded with the tokenizer's pad or end token",
@@ -60,25 +66,33 @@ def masked(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]
     return tokens, (mask != 0).astype(np.int32)
 
 
-def sampling(config: dict[str, Any], do_sample: bool | None, given: dict[str, Any]) -> Sampling:
+def sampling(
+    config: Mapping[str, Any],
+    do_sample: bool | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+) -> Sampling:
     """transformers' reading of generation settings: greedy unless sampling is asked for."""
-    asked = {k: v if v is not None else config.get(k) for k, v in given.items()}
-    penalty = asked["repetition_penalty"] or 1.0
+    pick = lambda name, given, default: next(
+        x for x in (given, config.get(name), default) if x is not None
+    )
+    penalty = pick("repetition_penalty", repetition_penalty, 1.0)
     if do_sample is None:
         do_sample = config.get("do_sample", False)
-        if not do_sample and any(
-            given[k] is not None for k in ("temperature", "top_k", "top_p", "min_p")
-        ):
+        if not do_sample and any(x is not None for x in (temperature, top_k, top_p, min_p)):
             say(
-                "temperature, top_k, top_p and min_p act only with do_sample=True; this answer is greedy"
+                "temperature, top_k, top_p and min_p act only with do_sample=True; "
+                "this answer is greedy"
             )
     if not do_sample:
         return Sampling(temperature=0.0, repetition_penalty=penalty)
-    pick = lambda name, default: default if asked[name] is None else asked[name]
     return Sampling(
-        pick("temperature", 1.0),
-        max(pick("top_k", 50), 0),
-        pick("top_p", 1.0),
-        pick("min_p", 0.0),
-        penalty,
+        temperature=pick("temperature", temperature, 1.0),
+        top_k=max(pick("top_k", top_k, 50), 0),
+        top_p=pick("top_p", top_p, 1.0),
+        min_p=pick("min_p", min_p, 0.0),
+        repetition_penalty=penalty,
     )

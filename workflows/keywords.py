@@ -17,7 +17,6 @@ def say(line: str) -> None:
 def settle(
     where: str,
     given: Mapping[str, Any],
-    *,
     used: Iterable[str],
     ignored: Mapping[str, str],
     later: Mapping[str, tuple],
@@ -40,7 +39,14 @@ def settle(
 
 def neutral(where: str, name: str, value: Any, allowed: tuple) -> None:
     """Raises ValueError for a value that asks for a feature which is not there yet."""
-    if not any(value is x or (type(value) is type(x) and value == x) for x in allowed):
+    if not any(_same(value, x) for x in allowed):
         raise ValueError(
             f"{where}: {name}={value!r} is not supported yet; supported: {list(allowed)}"
         )
+
+
+def _same(value: Any, x: Any) -> bool:
+    """Equality in which 0.0 is 0, but False is not."""
+    number = lambda v: isinstance(v, int | float) and not isinstance(v, bool)
+    alike = type(value) is type(x) or (number(value) and number(x))
+    return value is x or (alike and value == x)

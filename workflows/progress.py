@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 LINES = 20  # printed in all where there is no terminal
 
 
-def bar(total: int, file: Path | None):
-    """A context that gives `show(row)`: draws the row of one log step and appends it to `file`."""
-    return _terminal(total, file) if sys.stdout.isatty() else _plain(total, file)
+def bar(total: int, file: Path | None, done: int = 0):
+    """A context that gives `show(row)`: draws the row of one log step and appends it to `file`.
+
+    Of what `file` holds, rows up to step `done` stay: those of the run that is continued.
+    """
+    write = _appended(file, done)
+    return _terminal(total, write) if sys.stdout.isatty() else _plain(total, write)
 
 
 @contextmanager
-def _terminal(total: int, file: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+def _terminal(
+    total: int, rows: AbstractContextManager
+) -> Iterator[Callable[[dict[str, Any]], None]]:
     columns = (
-        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[line]}"),
-        TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("training"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[line]}"), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console()) as drawn, _appended(file) as write:
+    with Progress(*columns, console=Console()) as drawn, rows as write:
         task = drawn.add_task("training", total=total, line="compiling")
 
         def show(row: dict[str, Any]) -> None:
@@ -35,9 +41,9 @@ def _terminal(total: int, file: Path | None) -> Iterator[Callable[[dict[str, Any
 
 
 @contextmanager
-def _plain(total: int, file: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+def _plain(total: int, rows: AbstractContextManager) -> Iterator[Callable[[dict[str, Any]], None]]:
     every = max(1, total // LINES)
-    with _appended(file) as write:
+    with rows as write:
 
         def show(row: dict[str, Any]) -> None:
             if row["step"] == 1 or row["step"] % every == 0 or row["step"] == total:
@@ -55,10 +61,13 @@ def _line(row: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _appended(file: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+def _appended(file: Path | None, done: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     if file is None:
         yield lambda row: None
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a", encoding="utf-8") as out:
+    lines = file.read_text(encoding="utf-8").splitlines() if done and file.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
+    with open(file, "w", encoding="utf-8") as out:
+        out.writelines(line + "\n" for line in kept)
         yield lambda row: (out.write(json.dumps(row) + "\n"), out.flush())

@@ -2,8 +2,11 @@
 
 import itertools
 import math
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -101,30 +104,55 @@ class Run:
     log: Log = lambda row: None
     log_every: int = 1
     saving: Saving | None = None
+    losses: list[float] = field(default_factory=list)  # one a step taken here
 
     def __call__(self) -> train.State:
         """Takes the steps that are left; raises FloatingPointError where a loss is not finite."""
-        done, clock, seen = int(self.state.step), Stopwatch(), 0
+        done, clock, seen, moved, logged = int(self.state.step), Stopwatch(), 0, False, 0
         for epoch, batch in itertools.islice(self.batches.forever(done), self.total - done):
             rate = float(self.rate(np.float32(done)))
-            self.state, report = self.step(self.state, self.frozen, jax.device_put(batch))
+            report = self._step(jax.device_put(batch))
             done, seen = done + 1, seen + int((batch.segments > 0).sum())
             _finite(report, done)
-            if done == 1:
-                _moved(self.state.trainable, rate)
+            self.losses.append(float(report.loss))
+            if rate > 0 and not moved:
+                _moved(self.state.trainable)
+                moved = True
             if done % self.log_every == 0 or done == self.total:
-                self.log(_row(done, epoch, rate, report, seen, clock()))
-                clock, seen = Stopwatch(), 0
+                mean = float(np.mean(self.losses[logged:]))
+                self.log(_row(done, epoch, rate, mean, report, seen, clock()))
+                clock, seen, logged = Stopwatch(), 0, len(self.losses)
             if self.saving and (done % self.saving.every == 0 or done == self.total):
                 self.saving.checkpoints.save(done, self.state, self.saving.facts)
         return self.state
 
+    def _step(self, batch: Batch) -> train.Report:
+        with _uninterrupted():
+            self.state, report = self.step(self.state, self.frozen, batch)
+        return report
 
-def _row(done, epoch, rate, report, seen, seconds) -> dict[str, Any]:
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C back until the block ends: a step donates the old state to the new one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[tuple] = []
+    before = signal.signal(signal.SIGINT, lambda *args: caught.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if caught and callable(before):
+            before(*caught[0])
+
+
+def _row(done, epoch, rate, loss, report, seen, seconds) -> dict[str, Any]:
     return {
         "step": done,
         "epoch": round(epoch, 4),
-        "loss": float(report.loss),
+        "loss": loss,
         "learning_rate": rate,
         "grad_norm": float(report.grad_norm),
         "supervised_tokens": int(report.tokens),
@@ -136,20 +164,19 @@ def _row(done, epoch, rate, report, seen, seconds) -> dict[str, Any]:
 
 def _finite(report: train.Report, step: int) -> None:
     if not bool(report.finite):
+        loss, norm = float(report.loss), float(report.grad_norm)
         raise FloatingPointError(
-            f"step {step}: loss {float(report.loss)} with gradient norm {float(report.grad_norm)} is not "
-            "finite; the adapters are kept as they were before it. Lower learning_rate or max_grad_norm"
+            f"step {step}: loss {loss} with gradient norm {norm} is not finite; the adapters are "
+            "kept as they were before it. Lower learning_rate or max_grad_norm"
         )
 
 
-def _moved(trainable: Params, rate: float) -> None:
+def _moved(trainable: Params) -> None:
     """After the first step with a learning rate, every `b` has left zero (`a` waits for `b`)."""
-    if rate == 0:
-        return
     still = [
         jax.tree_util.keystr(path)
         for path, leaf in jax.tree.leaves_with_path(trainable)
-        if "'b'" in jax.tree_util.keystr(path) and not bool((leaf != 0).any())
+        if "'b'" in jax.tree_util.keystr(path) and not np.asarray(leaf).any()
     ]
     if still:
         raise RuntimeError(

@@ -1,5 +1,6 @@
 """SFTConfig and SFTTrainer with the names of TRL and Unsloth."""
 
+import copy
 import hashlib
 import json
 import math
@@ -14,6 +15,7 @@ from bridge.checkpoint import Checkpoints
 from unsloth_jax import optim
 from unsloth_jax.train import State, make_step, start
 from workflows import progress, responses, rows, sft
+from workflows.generate import Stopwatch
 from workflows.keywords import say, settle
 from workflows.model import Model
 
@@ -36,6 +38,10 @@ CONFIG_IGNORED = {
     "run_name": "nothing is reported elsewhere",
     "include_num_input_tokens_seen": "tokens are always counted",
     "average_tokens_across_devices": "the loss is divided by all tokens",
+    "eval_accumulation_steps": "nothing is evaluated",
+    "gradient_checkpointing_kwargs": "get_peft_model decides",
+    "unsloth_num_chunks": "the loss chooses its own chunks",
+    "unsloth_logit_chunk_multiplier": "the loss chooses its own chunks",
 }
 CONFIG_LATER = {
     "report_to": ("none", None, [], ["none"]),
@@ -59,6 +65,10 @@ CONFIG_LATER = {
     "packing_strategy": ("bfd", None),
     "pad_to_multiple_of": (None,),
     "lr_scheduler_kwargs": (None, {}),
+    "model_init_kwargs": (None, {}),
+    "q_galore_config": (None,),
+    "vllm_sampling_params": (None,),
+    "unsloth_grpo_mini_batch": (None,),
 }
 TRAINER_IGNORED = {
     "data_collator": "rows are collated here",
@@ -72,7 +82,20 @@ TRAINER_LATER = {
     "optimizers": (None, (None, None)),
     "peft_config": (None,),
     "model_init": (None,),
+    "compute_loss_func": (None,),
+    "optimizer_cls_and_kwargs": (None,),
 }
+TRAINER_USED = (
+    "model", "tokenizer", "processing_class", "train_dataset", "args", "formatting_func",
+    "dataset_text_field", "packing", "max_seq_length",
+)  # fmt: skip
+# Settings with which the next batch or the next update would be another one.
+DECISIVE = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "optim", "packing", "seed",
+)  # fmt: skip
+STRATEGIES = ("no", "steps", "epoch")
 OLD_STYLE = ("dataset_text_field", "packing", "max_seq_length")
 
 
@@ -122,7 +145,7 @@ class SFTConfig:
     def __init__(self, **given: Any):
         known = {f.name: f.default for f in fields(type(self))}
         other = {k: v for k, v in given.items() if k not in known}
-        settle("SFTConfig", other, used=known, ignored=CONFIG_IGNORED, later=CONFIG_LATER)
+        settle("SFTConfig", other, known, CONFIG_IGNORED, CONFIG_LATER)
         for name, default in known.items():
             setattr(self, name, given.get(name, default))
         if "warmup_steps" in given and "warmup_ratio" not in given:
@@ -132,8 +155,8 @@ class SFTConfig:
     def _check(self) -> None:
         at_least = {
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "logging_steps": 1,
-            "save_steps": 1, "learning_rate": 0, "warmup_steps": 0, "warmup_ratio": 0, "weight_decay": 0,
-            "max_grad_norm": 0,
+            "save_steps": 1, "learning_rate": 0, "warmup_steps": 0, "warmup_ratio": 0,
+            "weight_decay": 0, "max_grad_norm": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             if getattr(self, name) < least:
@@ -142,21 +165,16 @@ class SFTConfig:
                 )
         if self.max_steps <= 0 and not (self.num_train_epochs or 0) > 0:
             raise ValueError(
-                f"SFTConfig: give max_steps or num_train_epochs over 0, got {self.max_steps}, {self.num_train_epochs}"
+                "SFTConfig: give max_steps or num_train_epochs over 0, got "
+                f"{self.max_steps}, {self.num_train_epochs}"
             )
-        if self.save_strategy not in ("no", "steps", "epoch"):
-            raise ValueError(
-                f"SFTConfig: save_strategy must be 'no', 'steps' or 'epoch', got {self.save_strategy!r}"
-            )
+        known = {"save_strategy": STRATEGIES, "optim": optim.OPTIMIZERS}
+        for name, values in known.items():
+            if (got := getattr(self, name)) not in values:
+                raise ValueError(f"SFTConfig: {name} {got!r} is not supported; {list(values)} are")
         optim.schedule(self.lr_scheduler_type, self.learning_rate, 0, 1)
-        if self.optim not in optim.OPTIMIZERS:
-            raise ValueError(
-                f"SFTConfig: optim {self.optim!r} is not supported; supported: {list(optim.OPTIMIZERS)}"
-            )
         if not 1e-7 <= self.learning_rate <= 1:
-            say(
-                f"learning_rate={self.learning_rate} is unusual; LoRA mostly learns between 1e-5 and 1e-2"
-            )
+            say(f"learning_rate={self.learning_rate} is unusual; LoRA learns between 1e-5 and 1e-2")
 
     def warmup(self, total: int) -> int:
         """Warm-up steps of a run of `total`; a `warmup_steps` under 1 is a share."""
@@ -187,6 +205,7 @@ class SFTTrainer:
     def __init__(
         self,
         model: Model,
+        *,
         tokenizer: Any = None,
         train_dataset: Iterable | None = None,
         args: SFTConfig | None = None,
@@ -195,15 +214,14 @@ class SFTTrainer:
         **other: Any,
     ):
         old = {k: other.pop(k) for k in OLD_STYLE if k in other}
-        settle("SFTTrainer", other, used=("model", "tokenizer", "train_dataset", "args", *OLD_STYLE),
-               ignored=TRAINER_IGNORED, later=TRAINER_LATER)  # fmt: skip
+        settle("SFTTrainer", other, TRAINER_USED, TRAINER_IGNORED, TRAINER_LATER)
         if model.adapters is None:
             raise ValueError(
                 "the model has no adapters; call FastLanguageModel.get_peft_model first"
             )
         if train_dataset is None:
             raise ValueError("SFTTrainer needs a train_dataset")
-        self.model, self.args = model, args if args is not None else SFTConfig()
+        self.model, self.args = model, copy.copy(args) if args is not None else SFTConfig()
         for name, value in old.items():
             setattr(self.args, name, value)
         self.tokenizer = processing_class or tokenizer or model.tokenizer
@@ -224,9 +242,7 @@ class SFTTrainer:
         """Tokens a row may have."""
         asked = self.args.max_seq_length or self.args.max_length or self.model.max_seq_length
         if asked > self.model.max_seq_length:
-            say(
-                f"rows are limited to the model's max_seq_length={self.model.max_seq_length}, not {asked}"
-            )
+            say(f"rows have at most the model's max_seq_length={self.model.max_seq_length} tokens")
         return min(asked, self.model.max_seq_length)
 
     def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
@@ -237,49 +253,46 @@ class SFTTrainer:
         is not finite.
         """
         a, m = self.args, self.model
-        batches = sft.Batches(self.rows, a.per_device_train_batch_size, a.gradient_accumulation_steps,
-                              self.length, a.packing, a.seed)  # fmt: skip
-        total = a.max_steps if a.max_steps > 0 else math.ceil(batches.steps(0) * a.num_train_epochs)
+        batches, total = self._batches(), self.total_steps()
         rate = optim.schedule(a.lr_scheduler_type, a.learning_rate, a.warmup(total), total)
         if a.optim == "adamw_8bit":
             say("optim='adamw_8bit' keeps float32 moments for now: the same updates, more memory")
+        clock = Stopwatch()
         optimizer = optim.make(
             a.optim, rate, weight_decay=a.weight_decay, max_grad_norm=a.max_grad_norm,
             b1=a.adam_beta1, b2=a.adam_beta2, eps=a.adam_epsilon,
         )  # fmt: skip
-        facts = {"loss": sft.LOSS, "total": total, "run": self._fingerprint(total)}
+        facts = self._facts(total)
         state = start(m.adapters, optimizer)
         if resume_from_checkpoint:
             state = self._resumed(resume_from_checkpoint, state, facts)
         step = make_step(sft.loss(m.family, m.config, m.scale, m.remat), optimizer)
-        with progress.bar(total, self._metrics_file()) as show:
+        self.log_history.clear()
+        with progress.bar(total, self._metrics_file(), int(state.step)) as show:
             log = lambda row: (self.log_history.append(row), show(row))
+            saving = self._saving(batches, facts, int(state.step))
             run = sft.Run(
-                step,
-                state,
-                m.params,
-                batches,
-                rate,
-                total,
-                log,
-                a.logging_steps,
-                self._saving(batches, facts),
-            )
+                step, state, m.params, batches, rate, total, log, a.logging_steps, saving
+            )  # fmt: skip
             try:
                 run()
             finally:
                 m.adapters = run.state.trainable
                 if run.saving:
                     run.saving.checkpoints.close()
-        return self._output(int(run.state.step))
+        return _output(int(run.state.step), run.losses, clock())
 
-    def _output(self, done: int) -> TrainOutput:
-        losses = [row["loss"] for row in self.log_history]
-        seconds = sum(row["seconds"] for row in self.log_history)
-        loss = float(np.mean(losses)) if losses else float("nan")
-        speed = done / seconds if seconds else 0.0
-        metrics = {"train_runtime": seconds, "train_steps_per_second": speed, "train_loss": loss}
-        return TrainOutput(done, loss, metrics)
+    def _batches(self) -> sft.Batches:
+        a = self.args
+        sizes = a.per_device_train_batch_size, a.gradient_accumulation_steps
+        return sft.Batches(self.rows, *sizes, self.length, a.packing, a.seed)
+
+    def total_steps(self) -> int:
+        """Optimizer steps of a whole run."""
+        a = self.args
+        if a.max_steps > 0:
+            return a.max_steps
+        return math.ceil(self._batches().steps(0) * a.num_train_epochs)
 
     def _folder(self) -> Path:
         return Path(self.args.output_dir or "unsloth_training_checkpoints")
@@ -287,17 +300,27 @@ class SFTTrainer:
     def _metrics_file(self) -> Path | None:
         return None if self.args.output_dir is None else self._folder() / "metrics.jsonl"
 
-    def _saving(self, batches: sft.Batches, facts: dict[str, Any]) -> sft.Saving | None:
+    def _saving(self, batches: sft.Batches, facts: dict[str, Any], done: int) -> sft.Saving | None:
+        """Raises FileExistsError where output_dir holds later checkpoints than this run's start."""
         if self.args.save_strategy == "no":
             return None
         every = self.args.save_steps if self.args.save_strategy == "steps" else batches.steps(0)
-        return sft.Saving(Checkpoints(self._folder(), self.args.save_total_limit), every, facts)
+        checkpoints = Checkpoints(self._folder(), self.args.save_total_limit)
+        if (latest := checkpoints.latest() or 0) > done:
+            checkpoints.close()
+            raise FileExistsError(
+                f"{self._folder()} holds checkpoint {latest} of an earlier run: continue it with "
+                "resume_from_checkpoint=True, or choose another output_dir"
+            )
+        return sft.Saving(checkpoints, every, facts)
 
     def _resumed(self, where: bool | str, fresh: State, facts: dict[str, Any]) -> State:
         folder = self._folder() if where is True else Path(where)
         step = None
         if folder.name.startswith("checkpoint_"):
             folder, step = folder.parent, int(folder.name.removeprefix("checkpoint_"))
+        if not folder.is_dir():
+            raise ValueError(f"no folder {folder} to resume from")
         checkpoints = Checkpoints(folder)
         found = checkpoints.restore(fresh, step)
         checkpoints.close()
@@ -306,20 +329,32 @@ class SFTTrainer:
         }
         if differing:
             raise ValueError(
-                f"the checkpoint in {folder} belongs to another run; (its, this run's): {differing}"
+                f"the checkpoint in {folder} belongs to another run, which differs in (its value, "
+                f"this run's): {differing}"
             )
         return found.state
 
-    def _fingerprint(self, total: int) -> str:
-        """Hash of everything that decides which batch and which update comes next."""
-        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type",
-                 "weight_decay", "max_grad_norm", "packing", "seed")  # fmt: skip
-        settings = {name: getattr(self.args, name) for name in names} | {
-            "total": total,
+    def _facts(self, total: int) -> dict[str, Any]:
+        """Everything that decides which batch and which update comes next."""
+        args = {name: getattr(self.args, name) for name in DECISIVE}
+        data = json.dumps([[row.tokens, row.mask] for row in self.rows])
+        facts = args | {
+            "loss": sft.LOSS,
+            "steps in all": total,
+            "warm-up steps": self.args.warmup(total),
             "length": self.length,
+            "data": f"{len(self.rows)} rows, sha256 {hashlib.sha256(data.encode()).hexdigest()}",
+            "base model": [Path(self.model.name).name, str(self.model.dtype), self.model.quantized],
+            "adapter scale": self.model.scale,
         }
-        data = [[row.tokens, row.mask] for row in self.rows]
-        return hashlib.sha256(json.dumps([settings, data], sort_keys=True).encode()).hexdigest()
+        return json.loads(json.dumps(facts))
+
+
+def _output(done: int, losses: list[float], seconds: float) -> TrainOutput:
+    loss = float(np.mean(losses)) if losses else float("nan")
+    speed = len(losses) / seconds
+    metrics = {"train_runtime": seconds, "train_steps_per_second": speed, "train_loss": loss}
+    return TrainOutput(done, loss, metrics)
 
 
 def train_on_responses_only(

@@ -1,0 +1,194 @@
+"""Checkpoints: a killed run continues bitwise, foreign and half-written ones are not taken."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_chat
+from tiny_chat import quick_compiles  # noqa: F401
+
+from bridge.checkpoint import Checkpoints
+from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer
+from unsloth_jax.optim import make
+from unsloth_jax.train import start
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = dict(
+    per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=1e-2,
+    lr_scheduler_type="linear", warmup_steps=2, optim="adamw_torch", max_length=64,
+    save_strategy="steps", save_steps=10, max_steps=20,
+)  # fmt: skip
+
+
+def trainer(folder: Path, output: Path, rows=tiny_chat.MESSAGES, r: int = 4, **changes):
+    model, _ = tiny_chat.load(folder)
+    FastLanguageModel.get_peft_model(model, r=r)
+    args = SFTConfig(**(SETTINGS | {"output_dir": str(output)} | changes))
+    return SFTTrainer(model=model, train_dataset=rows, args=args)
+
+
+PRELUDE = f"""
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import conftest, jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_compilation_cache_dir", str(conftest.CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+import test_checkpoint
+folder, output = map(Path, sys.argv[1:])
+"""
+KILLED = """
+test_checkpoint.trainer(folder, output / "whole").train()
+class Deadly(list):
+    def append(self, row):
+        if row["step"] == 13:
+            os.kill(os.getpid(), signal.SIGKILL)
+run = test_checkpoint.trainer(folder, output / "broken")
+run.log_history = Deadly()
+run.train()
+"""
+RESUMED = """
+run = test_checkpoint.trainer(folder, output / "broken")
+assert run.train(resume_from_checkpoint=True).global_step == 20
+run.model.save_pretrained(output / "adapter")
+"""
+
+
+def python(script: str, *paths: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", PRELUDE + script, *map(str, paths)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_chat.save(tmp_path_factory.mktemp("model") / "chat")
+
+
+@pytest.fixture(scope="module")
+def runs(folder, tmp_path_factory):
+    """A folder with a whole run of 20 steps and one that was killed and resumed."""
+    output = tmp_path_factory.mktemp("runs")
+    killed = python(KILLED, folder, output)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (output / "broken" / "checkpoint_10").is_dir()
+    assert not (output / "broken" / "checkpoint_20").exists()
+    resumed = python(RESUMED, folder, output)
+    assert resumed.returncode == 0, resumed.stderr
+    return output
+
+
+def state_of(run: SFTTrainer):
+    args = run.args
+    return start(run.model.adapters, make(args.optim, lambda n: n, max_grad_norm=1.0))
+
+
+def test_a_run_that_was_killed_and_resumed_equals_a_whole_one_bitwise(runs, folder):
+    like = state_of(trainer(folder, runs / "unused"))
+    states = []
+    for name in ("whole", "broken"):
+        checkpoints = Checkpoints(runs / name)
+        states.append(checkpoints.restore(like, 20).state)
+        checkpoints.close()
+    named = zip(*map(jax.tree.leaves_with_path, states), strict=True)
+    for (path, one), (_, other) in named:
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes(), path
+    assert int(states[0].step) == 20 and len(jax.tree.leaves(states[0].opt)) > 28
+
+
+def test_the_metrics_of_a_resumed_run_hold_every_step_once(runs):
+    read = lambda name: map(json.loads, (runs / name / "metrics.jsonl").read_text().splitlines())
+    kept = ("step", "loss", "grad_norm", "learning_rate", "epoch", "supervised_tokens")
+    whole, broken = ([{k: row[k] for k in kept} for row in read(n)] for n in ("whole", "broken"))
+    assert [row["step"] for row in whole] == [*range(1, 21)] and whole == broken
+
+
+FOREIGN = {
+    "data": dict(rows=tiny_chat.MESSAGES[::-1]),
+    "learning_rate": dict(learning_rate=2e-2),
+    "steps in all": dict(max_steps=30),
+    "warm-up steps": dict(warmup_steps=3),
+    "adam_beta2": dict(adam_beta2=0.98),
+    "seed": dict(seed=1),
+    "length": dict(max_length=128),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_checkpoint_of_another_run_is_refused_by_what_differs(runs, folder, what):
+    run = trainer(folder, runs / "whole", **FOREIGN[what])
+    with pytest.raises(ValueError, match=f"belongs to another run.*'{what}'") as error:
+        run.train(resume_from_checkpoint=True)
+    others = set(FOREIGN) - {what}
+    assert not any(f"'{name}'" in str(error.value) for name in others)
+
+
+def test_a_checkpoint_of_other_adapters_is_refused_by_their_shapes(runs, folder):
+    with pytest.raises(ValueError, match=r"does not fit this run(.|\n)*expected"):
+        trainer(folder, runs / "whole", r=8).train(resume_from_checkpoint=True)
+
+
+def test_a_new_run_does_not_mix_with_the_checkpoints_of_an_earlier_one(runs, folder):
+    with pytest.raises(FileExistsError, match="checkpoint 20 of an earlier run"):
+        trainer(folder, runs / "whole").train()
+
+
+def test_resuming_from_nothing_raises_and_makes_no_folder(folder, tmp_path):
+    with pytest.raises(ValueError, match="no folder .*nowhere"):
+        trainer(folder, tmp_path / "nowhere").train(resume_from_checkpoint=True)
+    assert not (tmp_path / "nowhere").exists()
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        trainer(folder, tmp_path).train(resume_from_checkpoint=True)
+
+
+SMALL = {"w": jnp.arange(6.0).reshape(2, 3), "n": jnp.asarray(3, jnp.int32)}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c")
+    for step in (1, 2):
+        checkpoints.save(step, jax.tree.map(lambda x, s=step: x + s, SMALL), {"step": step})
+    checkpoints.close()
+    return tmp_path / "c"
+
+
+def test_a_checkpoint_comes_back_as_it_was(saved):
+    found = Checkpoints(saved).restore(SMALL)
+    assert found.facts == {"step": 2} and int(found.state["n"]) == 5
+    assert np.array_equal(found.state["w"], np.asarray(SMALL["w"]) + 2)
+    assert Checkpoints(saved).restore(SMALL, 1).facts == {"step": 1}
+
+
+def test_a_temporary_folder_of_a_killed_writer_is_not_taken(saved):
+    shutil.copytree(saved / "checkpoint_2", saved / "checkpoint_3.orbax-checkpoint-tmp-7")
+    assert Checkpoints(saved).latest() == 2
+
+
+def files_of_a_checkpoint():
+    return ("_CHECKPOINT_METADATA", "facts/metadata", "state/_METADATA", "state/manifest.ocdbt")
+
+
+@pytest.mark.parametrize("lost", files_of_a_checkpoint())
+def test_a_checkpoint_that_lacks_a_file_is_refused(saved, lost):
+    (saved / "checkpoint_2" / lost).unlink()
+    with pytest.raises(ValueError, match=r"checkpoint_2 .*incomplete"):
+        Checkpoints(saved).restore(SMALL)
+
+
+def test_only_as_many_checkpoints_are_kept_as_asked(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "k", keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, SMALL, {})
+    checkpoints.close()
+    assert sorted(p.name for p in (tmp_path / "k").glob("checkpoint_*")) == [
+        "checkpoint_2", "checkpoint_3",
+    ]  # fmt: skip

@@ -1,0 +1,211 @@
+"""A model written to disk: adapters, a merged Hugging Face folder, GGUF files."""
+
+import copy
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bridge import export, gguf_file, merge, peft_adapter, safetensors_file
+from bridge import tokenizer as text
+from workflows.keywords import say
+
+if TYPE_CHECKING:
+    from workflows.model import Model
+
+SAVE_LATER = {
+    "push_to_hub": (False, None),
+    "token": (None, False),
+    "private": (None, False),
+    "tags": (None,),
+    "state_dict": (None,),
+    "variant": (None,),
+    "calibration_dataset": (None,),
+    "datasets": (None,),
+    "selected_adapters": (None,),
+    "save_embedding_layers": ("auto", False, None),
+}
+SAVE_IGNORED = {
+    "is_main_process": "one process writes",
+    "save_function": "safetensors are always written",
+    "safe_serialization": "safetensors are always written",
+    "save_peft_format": "adapters are always in PEFT's format",
+    "temporary_location": "the temporary folder lies beside the target",
+    "maximum_memory_usage": "weights are written one at a time",
+    "num_calibration_samples": "nothing is calibrated",
+    "max_seq_length": "nothing is calibrated",
+}
+GGUF_LATER = SAVE_LATER | {
+    "first_conversion": (None,),
+    "imatrix_file": (None, False),
+    "save_method": (None,),
+}
+GGUF_IGNORED = SAVE_IGNORED | {
+    "max_shard_size": "each format is one file",
+    "merge_is_disposable": "no merged folder is made on the way to GGUF",
+}
+MERGE_METHODS = ("merged_16bit", "lora")
+GGUF_ALIASES = {
+    "not_quantized": "bf16",
+    "fast_quantized": "q8_0",
+    "quantized": "q4_k_m",
+    "q4_k": "q4_k_m",
+    "q5_k": "q5_k_m",
+}
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def adapter(model: "Model", target: str | Path, tokenizer: Any, overwrite: bool) -> dict[str, Any]:
+    """The adapters as a PEFT folder; returns its manifest. Raises ValueError without adapters."""
+    if model.adapters is None:
+        raise ValueError("the model has no adapters: call FastLanguageModel.get_peft_model first")
+    template = export.text_hash(_given(model, tokenizer).chat_template)
+    metadata = {"chat_template_sha256": template} if template else {}
+    settings = model.peft._replace(base=model.name, metadata=metadata)
+    with export.complete(Path(target), overwrite) as folder:
+        peft_adapter.save(folder, model.adapters, settings)
+        copy_tokenizer(model, folder, tokenizer)
+        return export.write_manifest(folder, {"kind": "adapter", **_facts(model, tokenizer)})
+
+
+def merged(
+    model: "Model",
+    target: str | Path,
+    tokenizer: Any,
+    max_shard_size: str | int,
+    base: str,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """The merged model as a Hugging Face folder; returns its manifest."""
+    found = _merged(model, None, base)
+    with export.complete(Path(target), overwrite) as folder:
+        safetensors_file.check_space(folder, sum(w.nbytes for w in found.weights))
+        safetensors_file.save(folder, found.weights, max_shard_size)
+        _write_config(model, folder, found)
+        copy_tokenizer(model, folder, tokenizer)
+        facts = {
+            "kind": "merged_16bit",
+            **found.facts,
+            **_distances(model, found),
+            **_facts(model, tokenizer),
+        }
+        return export.write_manifest(folder, facts)
+
+
+def gguf(
+    model: "Model",
+    target: str | Path,
+    tokenizer: Any,
+    methods: str | Sequence[str],
+    base: str,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """The merged model as one GGUF file a method; returns the manifest."""
+    methods = [methods] if isinstance(methods, str) else list(methods)
+    formats = dict.fromkeys(GGUF_ALIASES.get(m.lower(), m.lower()) for m in methods)
+    if not formats:
+        raise ValueError("quantization_method names no format")
+    found = _merged(model, "float32", base)
+    reports = {}
+    with export.complete(Path(target), overwrite) as folder:
+        tokens = folder / "tokenizer"
+        copy_tokenizer(model, tokens, tokenizer)
+        for fmt in formats:
+            path = folder / f"model.{fmt.upper()}.gguf"
+            config = hf_config(model, "float32")
+            report = gguf_file.save(path, config, found.weights, tokens, fmt, name=model.name)
+            reports[path.name] = _gguf_facts(report)
+        shutil.rmtree(tokens)
+        facts = {
+            "kind": "gguf",
+            **found.facts,
+            "quantization": reports,
+            **_facts(model, tokenizer),
+        }
+        return export.write_manifest(folder, facts)
+
+
+def hf_config(model: "Model", dtype: str) -> dict[str, Any]:
+    """config.json of the merged model: the checkpoint's, unquantized, in another dtype."""
+    config = {k: v for k, v in model.source.config.items() if k != "quantization_config"}
+    return config | {"torch_dtype" if "torch_dtype" in config else "dtype": dtype}
+
+
+def copy_tokenizer(model: "Model", folder: Path, tokenizer: Any) -> None:
+    """The checkpoint's own files, byte for byte, unless the tokenizer was replaced or changed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    loaded = text.load(model.tokenizer_folder)
+    given = _at_rest(_given(model, tokenizer), loaded)
+    if text.state(given) != text.state(loaded):
+        given.save_pretrained(folder)
+        return
+    for name in TOKENIZER_FILES:
+        if (model.tokenizer_folder / name).exists():
+            shutil.copyfile(model.tokenizer_folder / name, folder / name)
+
+
+def _at_rest(given: Any, loaded: Any) -> Any:
+    """A copy without the padding and truncation that the last call of a tokenizer left in it."""
+    given = copy.deepcopy(given)
+    backend, settings = given.backend_tokenizer, loaded.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    if settings.padding:
+        backend.enable_padding(**settings.padding)
+    if settings.truncation:
+        backend.enable_truncation(**settings.truncation)
+    return given
+
+
+def _given(model: "Model", tokenizer: Any) -> Any:
+    return model.tokenizer if tokenizer is None else tokenizer
+
+
+def _facts(model: "Model", tokenizer: Any) -> dict[str, Any]:
+    template = _given(model, tokenizer).chat_template
+    return {"base_model": model.name, "chat_template_sha256": export.text_hash(template)}
+
+
+def _merged(model: "Model", dtype: str | None, base: str) -> merge.Merged:
+    m = model
+    return merge.merged(
+        m.family, m.config, m.params, m.adapters, m.scale, m.source, dtype, base
+    )  # fmt: skip
+
+
+def _distances(m: "Model", found: merge.Merged) -> dict[str, Any]:
+    """How far the 4-bit weights of training lie from those the delta was added to."""
+    if not (m.quantized and m.adapters and found.base == merge.ORIGINAL):
+        return {}
+    ratios = merge.distances(m.family, m.config, m.params, m.adapters, m.scale, m.source)
+    values = np.asarray(list(ratios.values()))
+    median, largest = float(np.median(values)), float(values.max())
+    say(
+        "the delta is added to the original weights; 4-bit error over delta: median "
+        f"{median:.1f}, largest {largest:.1f} (base='dequant4' merges into the weights that were "
+        "trained on)"
+    )
+    return {"base_error_over_delta": {"median": median, "largest": largest}}
+
+
+def _write_config(model: "Model", folder: Path, found: merge.Merged) -> None:
+    adapted = {w.dtype.name for w in found.weights if w.name in found.adapted}
+    dtypes = adapted or {w.dtype.name for w in found.weights}
+    config = hf_config(model, sorted(dtypes)[0])
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    settings = json.dumps(model.generation_config(), indent=2)
+    (folder / "generation_config.json").write_text(settings + "\n")
+
+
+def _gguf_facts(report: gguf_file.Report) -> dict[str, Any]:
+    return {
+        "bits_per_weight": round(report.bits_per_weight, 3),
+        "substituted": round(report.substituted, 4),
+        "notes": report.notes,
+    }
