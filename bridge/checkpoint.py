@@ -23,7 +23,10 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, step_prefix="checkpoint"
         )
-        self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "facts": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(
+            Path(folder).absolute(), options=options, item_handlers=handlers
+        )
 
     def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
         """Writes one checkpoint; `facts` must be JSON."""

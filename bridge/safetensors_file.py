@@ -45,7 +45,7 @@ class Weight(NamedTuple):
 class SafetensorsSource:
     """A Hugging Face folder with config.json and one or many safetensors files."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: str | Path):
         """Raises ValueError for a missing, truncated or foreign file, naming it."""
         self.folder = Path(folder)
         self.config = read_json(self.folder / "config.json")

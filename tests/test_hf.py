@@ -143,9 +143,8 @@ def as_4bit(folder: Path, chosen) -> dict[str, nf4.NF4]:
 
     def change(t):
         for name in [n for n in t if n.endswith("_proj.weight") and chosen(n)]:
-            leaf = nf4.quantize(
-                jnp.asarray(t.pop(name), jnp.bfloat16), double="up_proj" not in name
-            )
+            plain = "up_proj" in name or "layers.0.mlp.down" in name
+            leaf = nf4.quantize(jnp.asarray(t.pop(name), jnp.bfloat16), double=not plain)
             made[name] = leaf
             t.update(bnb_nf4.tensors(name, jax.tree.map(np.asarray, leaf)))
 

@@ -6,6 +6,7 @@ copied; arrays and adapters travel through the scan, so their gradients don't ac
 """
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ class Cache:
 
 
 def groups(kinds: tuple, flat: dict[str, Any]) -> list[Group]:
-    """Cuts the layers into the fewest rounds of equal patterns, longest coverage first."""
+    """Cuts the layers, from the first on, each time into the longest run of a repeated pattern."""
     count = len(kinds)
     parts = {path: stacks(leaf, count).layers for path, leaf in flat.items()}
     owner = {p: {i: n for n, ids in enumerate(layers) for i in ids} for p, layers in parts.items()}
@@ -84,8 +85,23 @@ def split(leaf: Any, at: list[int]) -> tuple[Any, Callable[[Any], Any]]:
     return take(leaf, at), lambda x: x
 
 
-def scan_layers(family: ModuleType, c: Any, params: Params, carry: Any, body: Callable) -> Any:
-    """Folds `body(carry, kind, weights, layer number) -> carry` over all layers."""
+def not_read(primitive: Any, *_, **__) -> bool:
+    """A remat policy that saves everything but what was read from a stack by layer number."""
+    return primitive.name not in ("dynamic_slice", "squeeze")
+
+
+def scan_layers(
+    family: ModuleType,
+    c: Any,
+    params: Params,
+    carry: Any,
+    body: Callable,
+    wrap: Callable = lambda layer: layer,
+) -> Any:
+    """Folds `body(carry, kind, weights, layer number) -> carry` over all layers.
+
+    `wrap` goes around a layer and the reading of its weights.
+    """
     node = params
     for key in family.LAYERS.split("."):
         node = node[key]
@@ -107,8 +123,13 @@ def scan_layers(family: ModuleType, c: Any, params: Params, carry: Any, body: Ca
 
         def step(carry, xs, g=g, rebuilds=rebuilds):
             for j, (flat_xs, i) in enumerate(xs):
-                w = tree.unflatten({p: rebuilds[j][p](x) for p, x in flat_xs.items()})
-                carry = body(carry, kinds[g.start + j], w, i)
+                one = lambda carry, flat_xs, i, j=j: body(
+                    carry,
+                    kinds[g.start + j],
+                    tree.unflatten({p: rebuilds[j][p](x) for p, x in flat_xs.items()}),
+                    i,
+                )
+                carry = wrap(one)(carry, flat_xs, i)
             return carry, None
 
         carry, _ = jax.lax.scan(step, carry, xs)
@@ -141,12 +162,13 @@ def forward(
             mask = causal_mask(positions, segments, positions, segments, window)
             return attention(q, k, v, mask, scale), None
 
-        run = lambda x, w: family.block(c, kind, w, x, by, attend)[0]
-        return jax.checkpoint(run, prevent_cse=False)(x, w) if remat else run(x, w)
+        return family.block(c, kind, w, x, by, attend)[0]
 
-    return family.norm(
-        c, params, scan_layers(family, c, params, family.embed(c, params, tokens), body)
-    )
+    # Quantized bytes read outside would be saved layer by layer: a second copy of the base.
+    policy = None if remat else not_read
+    wrap = partial(jax.checkpoint, prevent_cse=False, policy=policy)
+    x = family.embed(c, params, tokens)
+    return family.norm(c, params, scan_layers(family, c, params, x, body, wrap))
 
 
 def logits(

@@ -78,12 +78,10 @@ def map_stacks(fn: Callable[..., Any], leaf: Any) -> Any:
 def layer(leaf: Any, i: int | Int[Array, ""]) -> Any:
     """Layer `i` of a stacked leaf; only arrays and quantized stacks take a traced `i`."""
     if isinstance(leaf, Stacks):
-        found = (
-            layer(part, ids.index(i))
-            for part, ids in zip(leaf.parts, leaf.layers, strict=True)
-            if i in ids
-        )
-        return next(found)
+        for part, ids in zip(leaf.parts, leaf.layers, strict=True):
+            if i in ids:
+                return layer(part, ids.index(i))
+        raise IndexError(f"layer {i} is in none of the parts, which hold {leaf.layers}")
     if isinstance(leaf, View):
         return layer(leaf.stack, leaf.at[i])
     if isinstance(leaf, Lora):
@@ -161,4 +159,6 @@ def dense(w: Any) -> Array:
         base = dense(w.base)
         scale = w.scale[..., None, None]
         return (base.astype(jnp.float32) + scale * (w.b @ w.a)).astype(base.dtype)
+    if isinstance(w, View):
+        return jnp.stack([dense(layer(w, i)) for i in range(len(w.at))])
     return w.dequantize() if isinstance(w, Quantized) else w

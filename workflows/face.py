@@ -184,7 +184,7 @@ class FastLanguageModel:
         model: Model,
         r: int = 16,
         target_modules: Sequence[str] | str = lora.TARGETS,
-        lora_alpha: float = 16,
+        lora_alpha: float | int = 16,
         *,
         layers_to_transform: Sequence[int] | int | None = None,
         finetune_last_n_layers: int | None = None,

@@ -69,11 +69,11 @@ def masked(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]
 def sampling(
     config: Mapping[str, Any],
     do_sample: bool | None,
-    temperature: float | None,
+    temperature: float | int | None,
     top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    repetition_penalty: float | None,
+    top_p: float | int | None,
+    min_p: float | int | None,
+    repetition_penalty: float | int | None,
 ) -> Sampling:
     """transformers' reading of generation settings: greedy unless sampling is asked for."""
     pick = lambda name, given, default: next(

@@ -60,8 +60,8 @@ class Model:
                 f"input_ids lie in {tokens.min()} to {tokens.max()}, outside the vocabulary of "
                 f"{self.config.vocab}"
             )
-        run = logits_program(self.family, self.config)
-        return np.asarray(run(self.params, self.adapters, self.scale, tokens, mask))
+        run = logits_program(self.family, self.config, self.scale)
+        return np.asarray(run(self.params, self.adapters, tokens, mask))
 
     def generate(
         self,
@@ -72,11 +72,11 @@ class Model:
         max_new_tokens: int | None = None,
         max_length: int | None = None,
         do_sample: bool | None = None,
-        temperature: float | None = None,
+        temperature: float | int | None = None,
         top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
+        top_p: float | int | None = None,
+        min_p: float | int | None = None,
+        repetition_penalty: float | int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         stop_strings: str | Sequence[str] | None = None,
         tokenizer: Any = None,
@@ -241,10 +241,10 @@ class Model:
 
 
 @cache
-def logits_program(family: ModuleType, c: Any):
-    """Jitted: (params, adapters, scale, tokens, mask) -> float32 logits."""
+def logits_program(family: ModuleType, c: Any, scale: float):
+    """Jitted: (params, adapters, tokens, mask) -> float32 logits."""
 
-    def run(params, adapters, scale, tokens, mask):
+    def run(params, adapters, tokens, mask):
         if adapters is not None:
             params = lora.attach(params, adapters, scale)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
