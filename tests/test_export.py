@@ -115,7 +115,9 @@ def test_the_kinds_of_files_are_those_asked_for(saved):
         "config.json", "generation_config.json", "model.safetensors.index.json",
     }  # fmt: skip
     facts = saved["gguf"][1]["quantization"]
-    assert facts["model.Q8_0.gguf"]["bits_per_weight"] > facts["model.Q4_K_M.gguf"]["bits_per_weight"]
+    assert (
+        facts["model.Q8_0.gguf"]["bits_per_weight"] > facts["model.Q4_K_M.gguf"]["bits_per_weight"]
+    )
 
 
 def test_merged_weights_are_base_plus_adapters_cast_once(saved, model, folder):
@@ -317,7 +319,8 @@ def test_unknown_methods_are_refused_with_the_known_ones(model, tmp_path):
 
 
 def test_adapters_of_no_weight_are_refused(model):
-    adapters = tree.unflatten({"model.layers.*.nothing.a": np.zeros((2, 4, 8), np.float32),
-                               "model.layers.*.nothing.b": np.zeros((2, 8, 4), np.float32)})  # fmt: skip
+    shapes = {"a": (2, 4, 8), "b": (2, 8, 4)}
+    pair = {f"model.layers.*.nothing.{k}": np.zeros(v, np.float32) for k, v in shapes.items()}
+    adapters = tree.unflatten(pair)
     with pytest.raises(ValueError, match="nothing.* belong to no weight"):
         merge.merged(model.family, model.config, model.params, adapters, 1.0, model.source)

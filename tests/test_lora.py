@@ -1,8 +1,4 @@
-"""LoRA and its files against PEFT on torch, and merged weights against plain NumPy."""
-
-import json
-import re
-from pathlib import Path
+"""LoRA against PEFT on torch, and merged weights against plain NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +7,7 @@ import peft
 import pytest
 import tiny
 import torch
-from safetensors.numpy import load_file, save_file
+from adapted import LORA, SOME_LAYERS, drawn, in_peft, names_adapted, scale
 
 from bridge import peft_adapter
 from bridge.peft_adapter import Settings
@@ -21,15 +17,6 @@ from unsloth_jax.leaves import Lora, Stacks, dense, layer
 LENGTH = 24
 ROWS = [tiny.draw(11, LENGTH), tiny.draw(12, LENGTH)]
 TOLERANCE = 1e-4  # of the logits' standard deviation
-SOME_LAYERS = r"model\.layers\.(0|2)\.mlp\.(up|down)_proj"
-LORA = {
-    "llama": Settings(4, 8.0, targets=lora.TARGETS),
-    "mistral": Settings(4, 6.0, rslora=True, targets=("q_proj", "v_proj")),
-    "qwen2": Settings(3, 7.5, targets="all-linear", start="gaussian"),
-    "qwen3": Settings(4, 16.0, targets=("k_proj", "o_proj", "gate_proj"), layers=(0, 2)),
-    "llama_tied_biased": Settings(2, 8.0, targets=SOME_LAYERS),
-    "llama_gelu": Settings(2, 8.0, targets=("lm_head", "down_proj"), layers=(1,)),
-}
 CHOICES = [
     ("all-linear", None),
     (["q_proj"], None),
@@ -41,18 +28,6 @@ CHOICES = [
 ]
 
 
-def scale(s: Settings) -> float:
-    return lora.scaling(s.alpha, s.rank, s.rslora)
-
-
-def drawn(params, s: Settings, seed: int = 5):
-    """Adapters of these settings with `b` random, so that they change the result."""
-    adapters = lora.init(jax.random.key(seed), params, s.rank, s.targets, s.layers, s.start)
-    rng = np.random.default_rng(seed)
-    fill = lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), jnp.float32)
-    return tree.map_paths(lambda p, x: jax.tree.map(fill, x) if p.endswith(".b") else x, adapters)
-
-
 def scores(pair: tiny.Pair, params) -> np.ndarray:
     return np.asarray(tiny.logits(pair.family, pair.config, params, *tiny.padded(ROWS, LENGTH)))
 
@@ -60,33 +35,6 @@ def scores(pair: tiny.Pair, params) -> np.ndarray:
 def theirs(model: torch.nn.Module) -> np.ndarray:
     with torch.no_grad():
         return model(torch.tensor(ROWS)).logits.numpy()
-
-
-def in_peft(name: str, s: Settings, seed: int = 9) -> peft.PeftModel:
-    """PEFT's own adapter of the same settings on transformers' model, `lora_B` redrawn."""
-    targets = s.targets if isinstance(s.targets, str) else list(s.targets)
-    fields = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=s.rank, lora_alpha=s.alpha, use_rslora=s.rslora,
-        target_modules=targets, layers_to_transform=s.layers and list(s.layers),
-        init_lora_weights=s.start, lora_dropout=0.0,
-    )  # fmt: skip
-    model = peft.get_peft_model(tiny.reference(name), fields).eval()
-    rng = np.random.default_rng(seed)
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            if "lora_B" in key:
-                p.copy_(torch.tensor(rng.normal(0, 0.2, p.shape)))
-    return model
-
-
-def names_adapted(params, targets, layers=None) -> set[str]:
-    found = lora.modules(params, targets, layers)
-    return {p.replace("*", str(i), 1) for p, ids in found.items() for i in ids or (0,)}
-
-
-def arrays_equal(x, y) -> bool:
-    same = jax.tree.map(lambda a, b: bool((a == b).all()), x, y)
-    return jax.tree.structure(x) == jax.tree.structure(y) and all(jax.tree.leaves(same))
 
 
 @pytest.mark.parametrize("name", LORA)
@@ -116,39 +64,6 @@ def test_an_adapter_of_peft_gives_the_same_logits_here(name, tmp_path):
         s.alpha,
         s.rslora,
         s.layers,
-    )
-
-
-@pytest.mark.parametrize("name", LORA)
-def test_saved_files_hold_the_names_and_fields_that_peft_writes(name, tmp_path):
-    pair, s = tiny.pair(name), LORA[name]
-    peft_adapter.save(tmp_path / "ours", drawn(pair.params, s), s)
-    in_peft(name, s).save_pretrained(tmp_path / "theirs")
-    ours, theirs = (load_file(tmp_path / who / peft_adapter.WEIGHTS) for who in ("ours", "theirs"))
-    shapes = lambda x: {k: (v.shape, v.dtype) for k, v in x.items() if "base_layer" not in k}
-    assert shapes(ours) == shapes(theirs)
-    mine, other = (read_config(tmp_path / who) for who in ("ours", "theirs"))
-    assert set(mine) <= set(other)
-    assert {k for k in mine if mine[k] != other[k]} <= {"target_modules", "base_model_name_or_path"}
-
-
-def read_config(folder: Path) -> dict:
-    return json.loads((folder / peft_adapter.CONFIG).read_text())
-
-
-@pytest.mark.parametrize("name", LORA)
-def test_saved_adapters_load_bit_for_bit_with_their_settings(name, tmp_path):
-    pair = tiny.pair(name)
-    notes = {"chat_template_sha256": "12ab"}
-    s = LORA[name]._replace(base="some/model", revision="main", metadata=notes)
-    adapters = drawn(pair.params, s)
-    peft_adapter.save(tmp_path / "a", adapters, s)
-    again, read = peft_adapter.load(tmp_path / "a", pair.params)
-    assert arrays_equal(adapters, again)
-    kept = lambda s: s._replace(targets=None, metadata=None)
-    assert kept(read) == kept(s) and read.metadata == notes
-    assert names_adapted(pair.params, read.targets, read.layers) == names_adapted(
-        pair.params, s.targets, s.layers
     )
 
 
@@ -309,163 +224,3 @@ def test_scaling_is_alpha_by_rank_or_by_its_root(alpha, rank, rslora, expected):
 def test_wrong_settings_are_refused_by_name(key, change, message):
     with pytest.raises(ValueError, match=message):
         lora.init(key, tiny.pair("llama").params, **dict(rank=4) | change)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A good adapter of llama on q_proj, to be spoilt."""
-    s = Settings(2, 4.0, targets=("q_proj",))
-    peft_adapter.save(tmp_path / "adapter", drawn(tiny.pair("llama").params, s), s)
-    return tmp_path / "adapter"
-
-
-def spoil_config(folder: Path, **fields):
-    (folder / peft_adapter.CONFIG).write_text(json.dumps(read_config(folder) | fields))
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        dict(use_dora=True), dict(modules_to_save=["lm_head"]), dict(alpha_pattern={"q_proj": 2}),
-        dict(rank_pattern={"q_proj": 2}), dict(bias="all"), dict(lora_bias=True), dict(r="four"),
-        dict(fan_in_fan_out=True), dict(target_parameters=["w"]), dict(corda_config={"x": 1}),
-        dict(eva_config={"rho": 2.0}), dict(trainable_token_indices=[1]), dict(peft_type="IA3"),
-        dict(task_type="SEQ_CLS"), dict(init_lora_weights="pissa"), dict(init_lora_weights="eva"),
-        dict(layer_replication=[[0, 2]]), dict(megatron_config={"x": 1}), dict(use_qalora=True),
-        dict(layers_pattern="blocks"), dict(alora_invocation_tokens=[3]), dict(lora_alpha=None),
-        dict(a_field_of_tomorrow="on"),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_config_fields_that_cannot_be_honoured_are_refused_by_name(folder, fields):
-    spoil_config(folder, **fields)
-    with pytest.raises(ValueError, match=next(iter(fields))):
-        peft_adapter.load(folder, tiny.pair("llama").params)
-
-
-def test_every_field_that_cannot_be_honoured_stands_in_one_error(folder):
-    spoil_config(folder, use_dora=True, bias="all")
-    with pytest.raises(ValueError, match="use_dora=True.*bias='all'"):
-        peft_adapter.load(folder, tiny.pair("llama").params)
-
-
-def test_config_fields_of_every_peft_default_are_understood(folder):
-    spoil_config(folder, **json.loads(json.dumps(peft.LoraConfig().to_dict(), default=list))
-                 | read_config(folder))  # fmt: skip
-    peft_adapter.load(folder, tiny.pair("llama").params)
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        (dict(target_modules=r".*\.q_proj"), "all"),
-        (dict(target_modules=["q_proj", "k_proj"], exclude_modules=["k_proj"]), "all"),
-        (dict(target_modules=["q_proj", "k_proj"], exclude_modules=r".*k_proj"), "all"),
-        (dict(layers_to_transform=[0, 1, 2], layers_pattern="layers"), "all"),
-        (dict(layers_to_transform=1), "too many"),
-        (dict(target_modules="all-linear"), "too few"),
-        (dict(target_modules=["q_proj", "v_proj"]), "too few"),
-        (dict(target_modules=["embed_tokens"]), "embedding"),
-        (dict(target_modules=["W_pack"]), "no module"),
-    ],
-    ids=str,
-)
-def test_the_file_must_hold_what_its_config_names(folder, fields, expected):
-    spoil_config(folder, **fields)
-    load = lambda: peft_adapter.load(folder, tiny.pair("llama").params)
-    if expected == "all":
-        adapters, read = load()
-        again = names_adapted(tiny.pair("llama").params, read.targets, read.layers)
-        assert again == {f"model.layers.{i}.self_attn.q_proj" for i in range(3)}
-    else:
-        words = {"too many": "unexpected.*layers.0", "too few": "missing.*layers.0"}
-        with pytest.raises(ValueError, match="(?s)" + words.get(expected, expected)):
-            load()
-
-
-def test_missing_unexpected_misshapen_and_broken_tensors_stand_in_one_error(folder):
-    path, key = (
-        folder / peft_adapter.WEIGHTS,
-        "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight",
-    )
-    values = load_file(path)
-    del values[key.format(0, "A")]
-    values["base_model.model.vision.lora_A.weight"] = np.zeros((2, 2), np.float32)
-    values[key.format(1, "A")] = np.zeros((2, 65), np.float32)
-    values[key.format(1, "B")] = values[key.format(1, "B")] * np.float32(np.nan)
-    values[key.format(2, "A")] = np.zeros((2, 64), np.int32)
-    save_file(values, path)
-    with pytest.raises(ValueError) as caught:
-        peft_adapter.load(folder, tiny.pair("llama").params)
-    for words in (
-        r"missing .*layers.0.*lora_A.weight \(2, 64\)", r"unexpected .*vision.lora_A",
-        r"layers.1.*lora_A.* has shape \(2, 65\), rank and base say \(2, 64\)",
-        "layers.1.*lora_B.*not finite", "layers.2.*lora_A.*dtype int32",
-    ):  # fmt: skip
-        assert re.search(words, str(caught.value)), words
-
-
-def test_a_head_that_was_changed_beside_its_adapter_is_refused(tmp_path):
-    pair, s = tiny.pair("llama_gelu"), LORA["llama_gelu"]
-    in_peft("llama_gelu", s).save_pretrained(tmp_path)
-    path, key = tmp_path / peft_adapter.WEIGHTS, "base_model.model.lm_head.base_layer.weight"
-    values = load_file(path)
-    assert key in values
-    save_file(values | {key: values[key] + 1}, path)
-    with pytest.raises(ValueError, match=f"unexpected {key}"):
-        peft_adapter.load(tmp_path, pair.params)
-
-
-@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
-def test_16_bit_adapter_files_load_as_float32(folder, dtype):
-    path = folder / peft_adapter.WEIGHTS
-    values = {k: v.astype(dtype) for k, v in load_file(path).items()}
-    save_file(values, path)
-    adapters, _ = peft_adapter.load(folder, tiny.pair("llama").params)
-    a = adapters["model"]["layers"]["*"]["self_attn"]["q_proj"]["a"]
-    assert a.dtype == jnp.float32
-    expected = values["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"]
-    np.testing.assert_array_equal(a[1], expected.astype(np.float32))
-
-
-@pytest.mark.parametrize("name", [peft_adapter.WEIGHTS, peft_adapter.CONFIG])
-def test_a_missing_or_truncated_file_is_named(folder, name):
-    path = folder / name
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=name):
-        peft_adapter.load(folder, tiny.pair("llama").params)
-    path.unlink()
-    with pytest.raises(ValueError, match=f"{name} is missing"):
-        peft_adapter.load(folder, tiny.pair("llama").params)
-
-
-@pytest.mark.parametrize(
-    ("said", "spoil", "message"),
-    [
-        (Settings(3, 4.0, targets=("q_proj",)), lambda x: x, r"rank \[2\].*rank 3"),
-        (Settings(2, 4.0, targets=("k_proj",)), lambda x: x, "q_proj.*targets .'k_proj'"),
-        (Settings(2, 4.0, targets=("q_proj",), layers=(1,)), lambda x: x, "layers.0"),
-        (Settings(2, 4.0, targets=("q_proj",)), lambda x: x * np.inf, "not finite"),
-    ],
-    ids=["rank", "targets", "layers", "values"],
-)
-def test_nothing_is_written_of_adapters_that_are_not_what_is_said(tmp_path, said, spoil, message):
-    adapters = drawn(tiny.pair("llama").params, Settings(2, 4.0, targets=("q_proj",)))
-    with pytest.raises(ValueError, match=message):
-        peft_adapter.save(tmp_path / "a", jax.tree.map(spoil, adapters), said)
-    assert not list(tmp_path.iterdir())
-
-
-def test_adapters_on_the_embedding_are_not_written(tmp_path):
-    s = Settings(2, 4.0, targets=("embed_tokens",))
-    with pytest.raises(ValueError, match="model.embed_tokens can't be written"):
-        peft_adapter.save(tmp_path / "a", drawn(tiny.pair("llama").params, s), s)
-
-
-def test_a_folder_that_holds_files_is_left_as_it_is(folder):
-    before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    s = Settings(2, 4.0, targets=("q_proj",))
-    with pytest.raises(FileExistsError, match="not empty"):
-        peft_adapter.save(folder, drawn(tiny.pair("llama").params, s, seed=6), s)
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
-    assert sorted(before) == [peft_adapter.CONFIG, peft_adapter.WEIGHTS]

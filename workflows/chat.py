@@ -25,11 +25,14 @@ class Printed:
         self._tokens += [t for t in np.atleast_1d(tokens).tolist() if t >= 0 and t not in stops]
         whole = self._model.tokenizer.decode(self._tokens)
         if not whole.endswith("\ufffd"):
-            print(whole[self._length :], end="", flush=True)
-            self._length = len(whole)
+            self._show(whole, end="")
 
     def end(self) -> None:
-        print(flush=True)
+        self._show(self._model.tokenizer.decode(self._tokens), end="\n")
+
+    def _show(self, whole: str, end: str) -> None:
+        print(whole[self._length :], end=end, flush=True)
+        self._length = len(whole)
 
 
 def reply(model: Model, messages: list[dict], sampling: Sampling, limit: int, seed: int) -> str:

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bridge.checkpoint import Checkpoints
@@ -110,7 +111,7 @@ class Run:
         """Takes the steps that are left; raises FloatingPointError where a loss is not finite."""
         done, clock, seen, moved, logged = int(self.state.step), Stopwatch(), 0, False, 0
         for epoch, batch in itertools.islice(self.batches.forever(done), self.total - done):
-            rate = float(self.rate(np.float32(done)))
+            rate = float(self.rate(jnp.asarray(done)))
             report = self._step(jax.device_put(batch))
             done, seen = done + 1, seen + int((batch.segments > 0).sum())
             _finite(report, done)

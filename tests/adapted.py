@@ -1,0 +1,66 @@
+"""LoRA settings, one for each way to choose modules, here and in PEFT on torch."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import tiny
+import torch
+
+from bridge import peft_adapter
+from bridge.peft_adapter import Settings
+from unsloth_jax import lora, tree
+
+SOME_LAYERS = r"model\.layers\.(0|2)\.mlp\.(up|down)_proj"
+LORA = {
+    "llama": Settings(4, 8.0, targets=lora.TARGETS),
+    "mistral": Settings(4, 6.0, rslora=True, targets=("q_proj", "v_proj")),
+    "qwen2": Settings(3, 7.5, targets="all-linear", start="gaussian"),
+    "qwen3": Settings(4, 16.0, targets=("k_proj", "o_proj", "gate_proj"), layers=(0, 2)),
+    "llama_tied_biased": Settings(2, 8.0, targets=SOME_LAYERS),
+    "llama_gelu": Settings(2, 8.0, targets=("lm_head", "down_proj"), layers=(1,)),
+}
+
+
+def scale(s: Settings) -> float:
+    """What the product of a pair is multiplied with."""
+    return lora.scaling(s.alpha, s.rank, s.rslora)
+
+
+def drawn(params, s: Settings, seed: int = 5):
+    """Adapters of these settings with `b` random, so that they change the result."""
+    adapters = lora.init(jax.random.key(seed), params, s.rank, s.targets, s.layers, s.start)
+    rng = np.random.default_rng(seed)
+    fill = lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), jnp.float32)
+    return tree.map_paths(lambda p, x: jax.tree.map(fill, x) if p.endswith(".b") else x, adapters)
+
+
+def in_peft(name: str, s: Settings, seed: int = 9) -> peft.PeftModel:
+    """PEFT's own adapter of the same settings on transformers' model, `lora_B` redrawn."""
+    targets = s.targets if isinstance(s.targets, str) else list(s.targets)
+    fields = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=s.rank, lora_alpha=s.alpha, use_rslora=s.rslora,
+        target_modules=targets, layers_to_transform=s.layers and list(s.layers),
+        init_lora_weights=s.start, lora_dropout=0.0,
+    )  # fmt: skip
+    model = peft.get_peft_model(tiny.reference(name), fields).eval()
+    rng = np.random.default_rng(seed)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if "lora_B" in key:
+                p.copy_(torch.tensor(rng.normal(0, 0.2, p.shape)))
+    return model
+
+
+def names_adapted(params, targets, layers=None) -> set[str]:
+    """Full names of the modules that `lora.modules` chooses."""
+    found = lora.modules(params, targets, layers)
+    return {p.replace("*", str(i), 1) for p, ids in found.items() for i in ids or (0,)}
+
+
+def read_config(folder: Path) -> dict:
+    """The content of an adapter folder's adapter_config.json."""
+    return json.loads((folder / peft_adapter.CONFIG).read_text())

@@ -1,0 +1,475 @@
+"""Unsloth's names: signatures, defaults, keywords; answers and logits against transformers."""
+
+import inspect
+import io
+import runpy
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_chat
+import torch
+import transformers
+from tiny_chat import quick_compiles  # noqa: F401
+
+import unsloth_jax
+from bridge import tokenizer as text
+from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer
+from unsloth_jax.sample import Sampling
+from workflows import chat, face
+from workflows.model import Model
+
+NOTEBOOKS = Path(__file__).parent / "notebooks"
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NEW = 16
+PROMPTS = ["What is the capital of France?", "one two", "def add(a, b):\n    return a +"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_chat.save(tmp_path_factory.mktemp("model") / "chat")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return tiny_chat.load(folder)[0]
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    return tiny_chat.reference(folder)
+
+
+# Keywords and defaults of Unsloth's signatures; None stands for torch.save.
+LOAD = dict(
+    max_seq_length=2048, dtype=None, load_in_4bit=True, load_in_8bit=False, load_in_16bit=False,
+    full_finetuning=False, token=None, device_map="sequential", rope_scaling=None,
+    fix_tokenizer=True, trust_remote_code=False, use_gradient_checkpointing="unsloth",
+    resize_model_vocab=None, revision=None, use_exact_model_name=False, offload_embedding=False,
+    float32_mixed_precision=None, fast_inference=False, gpu_memory_utilization=0.5,
+    float8_kv_cache=False, random_state=3407, max_lora_rank=64, disable_log_stats=True,
+    qat_scheme=None, load_in_fp8=False, unsloth_tiled_mlp=False, text_only=False,
+    quantization_config=None, num_labels=None, id2label=None, label2id=None, config=None,
+    cache_dir=None, attn_implementation="sdpa", local_files_only=False, subfolder=None,
+    variant=None, gguf_file=None, unsloth_vllm_standby=False,
+)  # fmt: skip
+PEFT = dict(
+    r=16, target_modules=SEVEN, lora_alpha=16, lora_dropout=0.0, bias="none",
+    layers_to_transform=None, layers_pattern=None, finetune_last_n_layers=None,
+    use_gradient_checkpointing="unsloth", random_state=3407, max_seq_length=2048, use_rslora=False,
+    modules_to_save=None, init_lora_weights=True, loftq_config={},
+    temporary_location="_unsloth_temporary_saved_buffers", qat_scheme=None, target_parameters=None,
+    ensure_weight_tying=False, use_dora=False,
+)  # fmt: skip
+CONFIG = dict(
+    output_dir=None, logging_steps=1, logging_nan_inf_filter=False, per_device_train_batch_size=4,
+    gradient_accumulation_steps=2, weight_decay=0.001, warmup_ratio=0.1, seed=3407,
+    optim="adamw_8bit", learning_rate=5e-5, per_device_eval_batch_size=4,
+    eval_accumulation_steps=2, torch_empty_cache_steps=250, report_to="none", bf16=False,
+    fp16=False, auto_find_batch_size=False, dataloader_pin_memory=True, padding_free=None,
+    max_seq_length=None, vllm_sampling_params=None, unsloth_num_chunks=-1,
+    unsloth_logit_chunk_multiplier=None, unsloth_grpo_mini_batch=None,
+    embedding_learning_rate=None, q_galore_config=None, gradient_checkpointing=True,
+    model_init_kwargs=None, chat_template_path=None, dataset_text_field="text",
+    dataset_kwargs=None, dataset_num_proc=None, eos_token=None, pad_token=None, packing=False,
+    packing_strategy="bfd", pad_to_multiple_of=None, eval_packing=None, completion_only_loss=None,
+    assistant_only_loss=False, loss_type="nll", activation_offloading=False, num_train_epochs=3,
+    max_steps=-1, lr_scheduler_type="linear", eval_strategy="no", save_strategy="no",
+    save_total_limit=None, max_grad_norm=1.0, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8,
+    neftune_noise_alpha=None, label_smoothing_factor=0.0, push_to_hub=False,
+)  # fmt: skip
+MERGED = dict(
+    save_method="merged_16bit", push_to_hub=False, token=None, is_main_process=True,
+    state_dict=None, save_function=None, max_shard_size="5GB", safe_serialization=True,
+    variant=None, save_peft_format=True, tags=None,
+    temporary_location="_unsloth_temporary_saved_buffers", maximum_memory_usage=0.75,
+    datasets=None, calibration_dataset=None, num_calibration_samples=512, max_seq_length=2048,
+)  # fmt: skip
+GGUF = dict(
+    quantization_method="fast_quantized", first_conversion=None, push_to_hub=False, token=None,
+    private=None, is_main_process=True, state_dict=None, save_function=None, max_shard_size="5GB",
+    safe_serialization=True, variant=None, save_peft_format=True, tags=None,
+    temporary_location="_unsloth_temporary_saved_buffers", maximum_memory_usage=0.85,
+    save_method=None, imatrix_file=None, merge_is_disposable=True,
+)  # fmt: skip
+SIGNATURES = {
+    FastLanguageModel.from_pretrained: LOAD | {"model_name": "unsloth/Llama-3.2-1B-Instruct"},
+    FastLanguageModel.get_peft_model: PEFT | {"target_modules": tuple(SEVEN)},
+    Model.save_pretrained_merged: MERGED | {"tokenizer": None},
+    Model.save_pretrained_gguf: GGUF | {"tokenizer": None},
+}
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda f: f.__name__)
+def test_what_a_signature_names_has_unsloths_default(function):
+    given = inspect.signature(function).parameters
+    named = {name: p.default for name, p in given.items() if p.default is not p.empty}
+    theirs = SIGNATURES[function]
+    ours = {"base", "overwrite"}
+    assert {n: theirs[n] for n in named.keys() - ours} == {n: named[n] for n in named.keys() - ours}
+
+
+def test_the_config_has_unsloths_defaults():
+    made = vars(SFTConfig())
+    assert {n: v for n, v in made.items() if n in CONFIG} == {
+        n: CONFIG[n] for n in made if n in CONFIG
+    }
+    others = {"max_length", "warmup_steps", "save_steps", "logging_dir", "truncation"}
+    assert made.keys() - CONFIG.keys() == others
+    assert vars(SFTConfig(**CONFIG)) == made
+
+
+def test_every_reference_keyword_with_its_default_is_taken(folder, tmp_path):
+    model, _ = FastLanguageModel.from_pretrained(str(folder), **(LOAD | {"max_seq_length": 64}))
+    assert model.quantized
+    assert FastLanguageModel.get_peft_model(model, **PEFT) is model
+    model.save_pretrained_merged(tmp_path / "m", None, **MERGED)
+    model.save_pretrained_gguf(tmp_path / "g", None, **GGUF)
+    assert (tmp_path / "g" / "model.Q8_0.gguf").exists()
+    SFTTrainer(
+        model=model, args=SFTConfig(**CONFIG), train_dataset=tiny_chat.TEXTS, eval_dataset=None,
+        processing_class=None, compute_loss_func=None, compute_metrics=None, callbacks=None,
+        optimizers=(None, None), optimizer_cls_and_kwargs=None, formatting_func=None,
+        preprocess_logits_for_metrics=None, peft_config=None, data_collator=None,
+    )  # fmt: skip
+
+
+REFUSED = {
+    "from_pretrained": dict(
+        load_in_8bit=True, load_in_fp8="block", full_finetuning=True, fast_inference=True,
+        rope_scaling={"type": "linear"}, qat_scheme="int4", num_labels=2, trust_remote_code=True,
+        resize_model_vocab=8, offload_embedding=True, quantization_config={}, text_only=True,
+        unsloth_tiled_mlp="arctic", gguf_file="x.gguf", config={}, float8_kv_cache=True,
+    ),
+    "get_peft_model": dict(
+        lora_dropout=0.1, bias="all", modules_to_save=["lm_head"], use_dora=True,
+        loftq_config={"bits": 4}, qat_scheme="int4", target_parameters=["x"],
+        layers_pattern="h", ensure_weight_tying=True, rank_pattern={"q_proj": 2},
+    ),
+    "SFTConfig": dict(
+        neftune_noise_alpha=5, eval_strategy="steps", report_to="wandb", loss_type="dft",
+        push_to_hub=True, load_best_model_at_end=True, label_smoothing_factor=0.1,
+        embedding_learning_rate=1e-5, packing_strategy="wrapped", eos_token="<x>",
+        group_by_length=True, activation_offloading=True, q_galore_config=1,
+    ),
+    "SFTTrainer": dict(eval_dataset=[1], compute_metrics=len, callbacks=[1], peft_config=1),
+    "save_pretrained": dict(push_to_hub=True, state_dict={}, selected_adapters=["x"]),
+    "save_pretrained_merged": dict(push_to_hub=True, token="x", tags=["x"], datasets=["x"]),
+    "save_pretrained_gguf": dict(
+        push_to_hub=True, first_conversion="f16", imatrix_file="x", save_method="lora",
+    ),
+    "generate": dict(num_beams=2, num_return_sequences=2, no_repeat_ngram_size=3, typical_p=0.5),
+}  # fmt: skip
+
+
+def call(where: str, model: Model, folder: Path, **keywords):
+    return {
+        "from_pretrained": lambda **k: FastLanguageModel.from_pretrained(str(folder), **k),
+        "get_peft_model": lambda **k: FastLanguageModel.get_peft_model(model, **k),
+        "SFTConfig": SFTConfig,
+        "SFTTrainer": lambda **k: SFTTrainer(model=model, **k),
+        "save_pretrained": lambda **k: model.save_pretrained("never", **k),
+        "save_pretrained_merged": lambda **k: model.save_pretrained_merged("never", **k),
+        "save_pretrained_gguf": lambda **k: model.save_pretrained_gguf("never", **k),
+        "generate": lambda **k: model.generate([[3]], **k),
+    }[where](**keywords)
+
+
+@pytest.mark.parametrize(
+    "where, name, value", [(w, n, v) for w, k in REFUSED.items() for n, v in k.items()]
+)
+def test_a_later_feature_is_refused_by_name(model, folder, where, name, value):
+    with pytest.raises(ValueError, match=f"{where}: {name}=.* is not supported yet; supported"):
+        call(where, model, folder, **{name: value})
+
+
+UNKNOWN = {
+    "from_pretrained": ("load_in_4bits", "load_in_4bit"),
+    "get_peft_model": ("lora_alfa", "lora_alpha"),
+    "SFTConfig": ("learning_rates", "learning_rate"),
+    "SFTTrainer": ("train_data", "train_dataset"),
+    "save_pretrained": ("save_dir", "save_directory"),
+    "save_pretrained_merged": ("save_methods", "save_method"),
+    "save_pretrained_gguf": ("quantisation_method", "quantization_method"),
+    "generate": ("top_kk", "top_k"),
+}
+
+
+@pytest.mark.parametrize("where", UNKNOWN)
+def test_an_unknown_keyword_names_the_nearest(model, folder, where):
+    wrong, right = UNKNOWN[where]
+    with pytest.raises(TypeError, match=f"{where} got an unknown keyword '{wrong}'.*'{right}'"):
+        call(where, model, folder, **{wrong: 1})
+
+
+def test_a_keyword_without_effect_says_why_once(capsys):
+    for _ in range(2):
+        SFTConfig(run_name="mine", data_seed=7)
+    assert capsys.readouterr().out.splitlines() == [
+        "unsloth_jax: SFTConfig(run_name='mine') has no effect: nothing is reported elsewhere",
+        "unsloth_jax: SFTConfig(data_seed=7) has no effect: seed decides",
+    ]
+
+
+BAD_CONFIGS = [
+    (dict(optim="sgd"), "optim 'sgd' .*adamw_8bit"),
+    (dict(lr_scheduler_type="wave"), "wave.*cosine"),
+    (dict(save_strategy="best"), "save_strategy 'best'.*steps"),
+    (dict(learning_rate=-1), "learning_rate must be at least 0"),
+    (dict(gradient_accumulation_steps=0), "gradient_accumulation_steps must be at least 1"),
+    (dict(num_train_epochs=0), "max_steps or num_train_epochs over 0"),
+]
+
+
+@pytest.mark.parametrize("given, message", BAD_CONFIGS, ids=str)
+def test_settings_without_meaning_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        SFTConfig(**given)
+
+
+DTYPES = [
+    (None, "float32"), ("bfloat16", "bfloat16"), (np.float16, "float16"),
+    (jnp.bfloat16, "bfloat16"), (np.dtype("float32"), "float32"), (torch.float16, "float16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given, name", DTYPES, ids=str)
+def test_a_dtype_is_a_name_or_an_array_dtype(given, name):
+    assert face.compute_dtype(given) == jnp.dtype(name)
+
+
+def test_an_unknown_dtype_and_a_missing_gpu_are_refused(folder):
+    with pytest.raises(ValueError, match="float64.*supported.*bfloat16"):
+        FastLanguageModel.from_pretrained(str(folder), dtype="float64")
+    with pytest.raises(RuntimeError, match="asks for a GPU, but JAX sees only"):
+        FastLanguageModel.from_pretrained(str(folder), device_map="cuda:0")
+    assert unsloth_jax.is_bfloat16_supported() is True
+
+
+def test_the_package_gives_the_names_of_the_face():
+    for name in ("FastLanguageModel", "SFTTrainer", "SFTConfig", "get_chat_template",
+                 "train_on_responses_only", "standardize_sharegpt"):  # fmt: skip
+        assert callable(getattr(unsloth_jax, name)) and name in dir(unsloth_jax)
+    with pytest.raises(AttributeError, match="no attribute 'FastModels'; it has .*SFTConfig"):
+        _ = unsloth_jax.FastModels
+
+
+BAD_ADAPTERS = [
+    (dict(r=0), TypeError, "r must be a positive integer, got 0"),
+    (dict(r=True), TypeError, "r must be a positive integer"),
+    (dict(target_modules=["nothing"]), ValueError, "nothing.*q_proj"),
+    (dict(init_lora_weights="pissa"), ValueError, "pissa"),
+    (dict(use_gradient_checkpointing="never"), ValueError, "unsloth.*'never'"),
+    (dict(layers_to_transform=[0], finetune_last_n_layers=1), ValueError, "not both"),
+    (dict(layers_to_transform=[7]), ValueError, "7"),
+]
+
+
+@pytest.mark.parametrize("given, error, message", BAD_ADAPTERS, ids=str)
+def test_adapter_settings_without_meaning_are_refused(model, given, error, message):
+    with pytest.raises((error, jaxtyping_error(error)), match=message):
+        FastLanguageModel.get_peft_model(model, **given)
+    assert model.adapters is None
+
+
+def jaxtyping_error(error: type) -> type:
+    """What the shape checks of the tests raise before our own, for a wrong Python type."""
+    import jaxtyping
+
+    return jaxtyping.TypeCheckError if error is TypeError else error
+
+
+def test_the_last_layers_are_counted_from_the_end(folder):
+    model, _ = tiny_chat.load(folder)
+    FastLanguageModel.get_peft_model(model, r=2, finetune_last_n_layers=1)
+    assert model.peft.layers == (1,)
+    assert FastLanguageModel.for_training(FastLanguageModel.for_inference(model)) is model
+    for upload in (model.push_to_hub, model.push_to_hub_merged, model.push_to_hub_gguf):
+        with pytest.raises(ValueError, match="uploads to the hub are not supported yet"):
+            upload("me/model", token="x")
+
+
+@pytest.fixture(scope="module")
+def ragged(model):
+    """(ids, mask) of prompts of several lengths, padded on the left."""
+    tokenizer = text.load(model.tokenizer_folder)
+    tokenizer.padding_side = "left"
+    got = tokenizer(PROMPTS, padding=True, return_tensors="np")
+    assert len({int(row.sum()) for row in got["attention_mask"]}) == 3
+    return got["input_ids"], got["attention_mask"]
+
+
+def to_torch(*arrays):
+    return [torch.tensor(np.asarray(a)) for a in arrays]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_equal_those_of_transformers_where_the_mask_is_on(model, theirs, ragged, side):
+    ids, mask = ragged
+    if side == "right":
+        ids, mask = (
+            np.stack([np.roll(r, -int(n)) for r, n in zip(x, (mask == 0).sum(1), strict=True)])
+            for x in (ids, mask)
+        )
+    with torch.no_grad():
+        expected = theirs(*to_torch(ids, mask)).logits.numpy()
+    got = model(ids, mask)
+    assert got.dtype == np.float32 and got.shape == expected.shape
+    on = mask.astype(bool)
+    assert np.abs(got - expected)[on].max() < 1e-4 * expected[on].std()
+
+
+def test_logits_refuse_ids_and_masks_that_do_not_fit(model):
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 2\), input_ids \(1, 3\)"):
+        model([[3, 4, 5]], [[1, 1]])
+    with pytest.raises(ValueError, match="outside the vocabulary of 482"):
+        model([[3, 482]])
+    with pytest.raises(ValueError, match=r"rows of one length over 0, got lengths \[1, 2\]"):
+        model([[3], [3, 4]])
+    with pytest.raises(TypeError, match="expected integers"):
+        model([[1.5, 2.0]])
+
+
+def answered(model, theirs, ids, mask, **options):
+    with torch.no_grad():
+        expected = theirs.generate(
+            *to_torch(ids), attention_mask=to_torch(mask)[0], do_sample=False,
+            max_new_tokens=NEW, pad_token_id=tiny_chat.EOS, **options,
+        )  # fmt: skip
+    got = model.generate(ids, mask, max_new_tokens=NEW, **options)
+    return got, expected.numpy()
+
+
+def test_greedy_answers_of_a_ragged_batch_equal_those_of_transformers(model, theirs, ragged):
+    got, expected = answered(model, theirs, *ragged)
+    assert got.dtype == np.int32 and np.array_equal(got, expected)
+    # The token in the middle of the first answer ends it; the other rows go on.
+    end = int(expected[0, ragged[0].shape[1] + NEW // 2])
+    shorter, expected = answered(model, theirs, *ragged, eos_token_id=end)
+    assert np.array_equal(shorter, expected)
+    assert shorter[0, -1] == tiny_chat.EOS != end and (shorter[0] == end).any()
+
+
+def test_ids_may_be_lists_arrays_or_torch_tensors(model, ragged):
+    ids, mask = ragged
+    wanted = model.generate(ids, mask, max_new_tokens=NEW)
+    tensors = dict(zip(("input_ids", "attention_mask"), to_torch(ids, mask), strict=True))
+    lists = dict(inputs=ids.tolist(), attention_mask=mask.tolist())
+    rows = dict(input_ids=[*map(np.asarray, ids)], attention_mask=jnp.asarray(mask))
+    for given in (tensors, lists, rows):
+        assert np.array_equal(model.generate(max_new_tokens=NEW, **given), wanted)
+    with pytest.raises(ValueError, match="give input_ids"):
+        model.generate(max_new_tokens=NEW)
+
+
+@pytest.fixture(scope="module")
+def prompt(model):
+    return np.asarray([text.encode(model.tokenizer, PROMPTS[0]).ids])
+
+
+def streamed(model, prompt, **options) -> tuple[np.ndarray, str]:
+    with redirect_stdout(io.StringIO()) as out:
+        shown = transformers.TextStreamer(model.tokenizer, skip_prompt=True)
+        got = model.generate(prompt, max_new_tokens=NEW, streamer=shown, **options)
+    return got[0, prompt.shape[1] :], out.getvalue()
+
+
+def test_a_stream_is_the_answer_as_text(model, theirs, prompt):
+    tokens, shown = streamed(model, prompt)
+    with torch.no_grad():
+        expected = theirs.generate(*to_torch(prompt), do_sample=False, max_new_tokens=NEW)
+    assert np.array_equal(tokens, expected[0, prompt.shape[1] :].numpy())
+    assert shown == model.tokenizer.decode(tokens) + "\n"
+
+
+def test_a_stop_string_ends_answer_and_stream(model, theirs, prompt):
+    whole, _ = streamed(model, prompt)
+    stop = model.tokenizer.decode(whole[5:7])
+    tokens, shown = streamed(model, prompt, stop_strings=stop, tokenizer=model.tokenizer)
+    with torch.no_grad():
+        expected = theirs.generate(
+            *to_torch(prompt), do_sample=False, max_new_tokens=NEW, stop_strings=[stop],
+            tokenizer=model.tokenizer,
+        )  # fmt: skip
+    assert np.array_equal(tokens, expected[0, prompt.shape[1] :].numpy())
+    assert 0 < len(tokens) < NEW and shown == model.tokenizer.decode(tokens) + "\n"
+
+
+def test_draws_repeat_with_their_seed(model, prompt):
+    draw = lambda seed: streamed(model, prompt, do_sample=True, temperature=1.5, seed=seed)[0]
+    assert np.array_equal(draw(1), draw(1)) and not np.array_equal(draw(1), draw(2))
+    coldest = streamed(model, prompt, do_sample=True, temperature=1.5, top_k=1)[0]
+    assert np.array_equal(coldest, streamed(model, prompt)[0])
+
+
+BAD_REQUESTS = [
+    (dict(max_new_tokens=125), "pass max_seq_length=128"),
+    (dict(max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
+    (dict(do_sample=True, temperature=-1.0), "temperature must be at least 0"),
+    (dict(do_sample=True, top_p=1.5), r"top_p must be in \(0, 1\]"),
+    (dict(repetition_penalty=0.0), "repetition_penalty must be over 0"),
+]
+
+
+@pytest.mark.parametrize("given, message", BAD_REQUESTS, ids=str)
+def test_requests_without_meaning_are_refused(model, prompt, given, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(prompt, **({"max_new_tokens": 4} | given))
+
+
+def test_a_reply_in_the_terminal_is_the_text_without_its_end(model, capsys):
+    said = chat.reply(model, [{"role": "user", "content": "one"}], Sampling(0.0), NEW, seed=0)
+    assert capsys.readouterr().out == said + "\n"
+    ids = text.ids(
+        model.tokenizer, [{"role": "user", "content": "one"}], add_generation_prompt=True
+    )
+    (answer,) = model.answers([ids], max_new_tokens=NEW, sampling=Sampling(0.0))
+    kept = answer.tokens[:-1] if answer.stopped else answer.tokens
+    assert said == model.tokenizer.decode(kept)
+    with pytest.raises(ValueError, match="the conversation has .* tokens, max_seq_length is 128"):
+        chat.reply(model, [{"role": "user", "content": "one " * 200}], Sampling(0.0), NEW, seed=0)
+
+
+def notebook(name: str, folder: Path, place: Path, monkeypatch) -> dict:
+    """The variables of a notebook that ran where the model's folder is called `chat`."""
+    (place / "chat").symlink_to(folder)
+    monkeypatch.chdir(place)
+    return runpy.run_path(str(NOTEBOOKS / f"{name}.py"))
+
+
+def test_the_alpaca_notebook_runs(folder, tmp_path, monkeypatch):
+    seen = notebook("alpaca", folder, tmp_path, monkeypatch)
+    losses = [row["loss"] for row in seen["trainer"].log_history]
+    assert len(losses) == 8 == seen["trainer_stats"].global_step
+    assert losses[-1] < 0.6 * losses[0]
+    assert seen["text"][0].startswith("### Instruction:\nWrite the next number")
+    assert (tmp_path / "outputs" / "metrics.jsonl").exists()
+
+
+def test_the_conversation_notebook_runs(folder, tmp_path, monkeypatch):
+    seen = notebook("conversation", folder, tmp_path, monkeypatch)
+    assert seen["learnt"] == "Paris.<|im_end|>\n"
+    assert seen["trainer"].log_history[-1]["loss"] < 0.3
+    assert seen["answer"].startswith("Paris.<|im_end|>")
+
+
+def test_the_saving_notebook_runs(folder, tmp_path, monkeypatch):
+    seen = notebook("saving", folder, tmp_path, monkeypatch)
+    files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*") if "chat/" not in str(p)}
+    assert files >= {
+        "lora_model/adapter_model.safetensors", "lora_model/tokenizer.json",
+        "merged/model.safetensors", "adapters/adapter_config.json", "gguf/model.Q8_0.gguf",
+        "gguf_small/model.Q4_K_M.gguf", "gguf_full/model.F16.gguf", "gguf_full/model.Q5_K_M.gguf",
+    }  # fmt: skip
+    equal = jax.tree.map(lambda a, b: bool((a == b).all()), seen["model"].adapters,
+                         seen["again"].adapters)  # fmt: skip
+    assert jax.tree.all(equal) and seen["again"].quantized
+
+
+def test_the_notebooks_say_which_lines_they_changed():
+    for path in NOTEBOOKS.glob("*.py"):
+        head, marked = path.read_text().split("\n\n")[0], path.read_text().count("  ##\n")
+        assert "double hash" in head and "return_tensors" in head and marked >= 4, path.name
