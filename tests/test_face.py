@@ -161,7 +161,7 @@ REFUSED = {
     "save_pretrained_gguf": dict(
         push_to_hub=True, first_conversion="f16", imatrix_file="x", save_method="lora",
     ),
-    "generate": dict(num_beams=2, num_return_sequences=2, no_repeat_ngram_size=3, typical_p=0.5),
+    "generate": dict(num_beams=2, num_return_sequences=True, no_repeat_ngram_size=3, typical_p=0.5),
 }  # fmt: skip
 
 
