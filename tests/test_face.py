@@ -261,6 +261,7 @@ BAD_ADAPTERS = [
     (dict(r=0), TypeError, "r must be a positive integer, got 0"),
     (dict(r=True), TypeError, "r must be a positive integer"),
     (dict(target_modules=["nothing"]), ValueError, "nothing.*q_proj"),
+    (dict(target_modules=["q_proj", "embed_tokens"]), ValueError, "embedding.*not supported yet"),
     (dict(init_lora_weights="pissa"), ValueError, "pissa"),
     (dict(use_gradient_checkpointing="never"), ValueError, "unsloth.*'never'"),
     (dict(layers_to_transform=[0], finetune_last_n_layers=1), ValueError, "not both"),

@@ -217,6 +217,12 @@ def test_responses_only_leaves_the_answers(fresh):
     assert tokenizer.decode(learnt) == "The capital of France is Paris.<|im_end|>"
 
 
+def test_an_adapter_with_dropout_is_not_trained_without_it(fresh):
+    fresh.peft = fresh.peft._replace(dropout=0.05)
+    with pytest.raises(ValueError, match="lora_dropout=0.05.*not supported yet"):
+        SFTTrainer(fresh, train_dataset=[LONG])
+
+
 def test_a_trainer_needs_adapters_and_data(base):
     base.adapters = None
     with pytest.raises(ValueError, match="no adapters; call FastLanguageModel.get_peft_model"):

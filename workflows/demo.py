@@ -96,7 +96,10 @@ def shown(model: Model, answer: Answer) -> str:
 def load(seed: int) -> Model:
     """The embedded model in 4 bits with fresh adapters."""
     model, _ = FastLanguageModel.from_pretrained(str(hub.embedded_smollm2()), max_seq_length=128)
-    return FastLanguageModel.get_peft_model(model, r=16, lora_alpha=16, random_state=seed)
+    # Rows are so short that keeping every activation costs less than computing it again.
+    return FastLanguageModel.get_peft_model(
+        model, r=16, lora_alpha=16, random_state=seed, use_gradient_checkpointing=False
+    )
 
 
 def trained(seed: int, output: Path | None = None) -> tuple[Model, SFTTrainer, Scored, Scored]:

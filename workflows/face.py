@@ -224,6 +224,12 @@ class FastLanguageModel:
             say("the model already has adapters with these settings; they are kept")
             return model
         key = jax.random.key(random_state)
+        if any(
+            path.endswith("embed_tokens") for path in lora.modules(model.params, targets, layers)
+        ):
+            raise ValueError(
+                f"target_modules={targets!r} names the embedding, which is not supported yet"
+            )
         model.adapters = lora.init(key, model.params, r, targets, layers, init_lora_weights)
         model.peft = peft
         return model

@@ -219,6 +219,10 @@ class SFTTrainer:
             raise ValueError(
                 "the model has no adapters; call FastLanguageModel.get_peft_model first"
             )
+        if model.peft.dropout:
+            raise ValueError(
+                f"lora_dropout={model.peft.dropout} of the adapter is not supported yet: only 0"
+            )
         if train_dataset is None:
             raise ValueError("SFTTrainer needs a train_dataset")
         self.model, self.args = model, copy.copy(args) if args is not None else SFTConfig()
