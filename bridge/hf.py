@@ -22,6 +22,9 @@ BUFFERS = re.compile(
 )
 
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
 def names(path: str, layers: int) -> list[str]:
     """ "model.layers.*.mlp.up_proj.weight" -> its full name in every layer."""
     return [path.replace("*", str(i), 1) for i in range(layers)] if ".*." in path else [path]
@@ -41,12 +44,23 @@ def check(model: ModuleType, c: Any, headers: dict[str, Header], where: str) -> 
                 wrong.append(
                     f"{name} has dtype {headers[name].dtype}, expected a float or 4-bit NF4 blocks"
                 )
-    tied = {"lm_head.weight"} if c.tied else set()
+    tied = {HEAD} if c.tied else set()
     surplus = set(headers) - used - tied
     wrong += [f"unexpected {name}" for name in sorted(surplus) if not BUFFERS.fullmatch(name)]
     if wrong:
         more = f"\n  and {len(wrong) - 30} more" if len(wrong) > 30 else ""
         raise ValueError(f"{where} does not fit its config:\n  " + "\n  ".join(wrong[:30]) + more)
+
+
+def _same_head(source: Source, headers: dict[str, Header], c: Any) -> None:
+    """A tied checkpoint may carry its head again, but not another one."""
+    if not c.tied or HEAD not in headers:
+        return
+    if not np.array_equal(source.read(HEAD), source.read(EMBEDDING)):
+        raise ValueError(
+            f"tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; set it to false to "
+            "use the head, or remove the head from the file"
+        )
 
 
 def is_linear(path: str) -> bool:
@@ -66,12 +80,15 @@ def load(
     unless the checkpoint is already quantized: then its blocks are taken as they are. With
     `quantize=None` quantized weights are dequantized. Raises ValueError as `check` does.
     """
+    if "model_type" not in source.config:
+        raise ValueError(f"config.json names no model_type; it has {sorted(source.config)}")
     model = family(source.config["model_type"])
     c = model.config(source.config)
     headers = source.headers()
     check(
         model, c, headers, str(getattr(source, "path", getattr(source, "folder", "the checkpoint")))
     )
+    _same_head(source, headers, c)
     stored = any(h.format for h in headers.values())
     flat = {}
     for path in model.weights(c):

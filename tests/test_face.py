@@ -260,6 +260,11 @@ def test_the_package_gives_the_names_of_the_face():
 BAD_ADAPTERS = [
     (dict(r=0), TypeError, "r must be a positive integer, got 0"),
     (dict(r=True), TypeError, "r must be a positive integer"),
+    (dict(lora_alpha=0), ValueError, "lora_alpha must be over 0"),
+    (dict(lora_alpha=-3), ValueError, "lora_alpha must be over 0"),
+    (dict(use_rslora="yes"), TypeError, "use_rslora"),
+    (dict(random_state=None), TypeError, "random_state"),
+    (dict(target_modules=None), TypeError, "target_modules"),
     (dict(target_modules=["nothing"]), ValueError, "nothing.*q_proj"),
     (dict(target_modules=["q_proj", "embed_tokens"]), ValueError, "embedding.*not supported yet"),
     (dict(init_lora_weights="pissa"), ValueError, "pissa"),
@@ -474,3 +479,22 @@ def test_the_notebooks_say_which_lines_they_changed():
     for path in NOTEBOOKS.glob("*.py"):
         head, marked = path.read_text().split("\n\n")[0], path.read_text().count("  ##\n")
         assert "double hash" in head and "return_tensors" in head and marked >= 4, path.name
+
+
+@pytest.mark.parametrize("device_map", [0, "cuda:0", {"": 0}, {"": "cuda:0"}], ids=str)
+def test_a_gpu_that_is_asked_for_in_any_form_has_to_be_there(folder, device_map):
+    with pytest.raises(RuntimeError, match="asks for a GPU"):
+        FastLanguageModel.from_pretrained(str(folder), device_map=device_map)
+
+
+LOAD_WRONG = [
+    (dict(max_seq_length=0), ValueError),
+    (dict(max_seq_length=None), TypeError),
+    (dict(load_in_4bit="no"), TypeError),
+]
+
+
+@pytest.mark.parametrize("given, error", LOAD_WRONG, ids=str)
+def test_loading_settings_without_meaning_are_refused(folder, given, error):
+    with pytest.raises((error, jaxtyping_error(error)), match=next(iter(given))):
+        FastLanguageModel.from_pretrained(str(folder), **given)

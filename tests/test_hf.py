@@ -137,6 +137,21 @@ def test_a_tied_checkpoint_may_carry_its_head_twice(tmp_path):
     assert c.tied and "lm_head" not in params
 
 
+def test_a_tied_checkpoint_with_another_head_is_refused(tmp_path):
+    folder = tiny.save(tiny.reference("qwen2"), tmp_path / "m")
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        hf.load(SafetensorsSource(folder))
+
+
+def test_a_config_without_model_type_is_refused(copy):
+    config = json.loads((copy / "config.json").read_text())
+    del config["model_type"]
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="names no model_type"):
+        hf.load(SafetensorsSource(copy))
+
+
 def as_4bit(folder: Path, chosen) -> dict[str, nf4.NF4]:
     """Stores the layers' matrices that `chosen` names as bitsandbytes blocks, in place."""
     made = {}

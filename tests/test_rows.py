@@ -1,6 +1,7 @@
 """workflows.rows and workflows.responses: each schema gives the rows that its loss asks for."""
 
 import datasets
+import jaxtyping
 import pytest
 from small_tokenizers import SYSTEM, TALK, TEMPLATES, TOKENIZERS, USER, byte_level
 
@@ -273,3 +274,20 @@ def test_bad_markers_are_refused(chatml, llama2):
         responses_only(made, chatml, USER_PART, "### Answer:")
     with pytest.raises(ValueError, match="no distinct token ids"):
         markers(chatml, "a", "a")
+
+
+def test_an_empty_data_set_and_a_dictionary_of_splits_are_refused(chatml):
+    with pytest.raises(ValueError, match="data set is empty"):
+        rows([], chatml, max_length=None)
+    with pytest.raises((TypeError, jaxtyping.TypeCheckError)):
+        rows({"train": [{"text": "a"}]}, chatml, max_length=None)
+
+
+def test_rows_without_columns_or_content_are_refused(chatml):
+    with pytest.raises((TypeError, jaxtyping.TypeCheckError)):
+        rows(["text"], chatml, max_length=None)
+    silent = {"messages": [{"role": "user", "content": None}]}
+    with pytest.raises((TypeError, ValueError), match="row 1: "):
+        rows([{"messages": TALK}, silent], chatml, max_length=None)
+    with pytest.raises(ValueError, match=r"row 0: columns \['text'\] \(None in \['text'\]\)"):
+        rows([{"text": None}], chatml, max_length=None)

@@ -5,6 +5,7 @@ import os
 import signal
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 import tiny_chat
@@ -254,3 +255,34 @@ def test_models_of_two_families_train_in_one_process(fresh, tmp_path):
     again = trainer(FastLanguageModel.get_peft_model(fresh, r=4), max_steps=1)
     again.train()
     assert again.log_history[0]["loss"] == alone.log_history[0]["loss"]
+
+
+WRONG_KIND = dict(
+    packing="False", max_steps=2.5, learning_rate="2e-4", per_device_train_batch_size=2.5,
+    seed=None, save_steps=True, lr_scheduler_type=3, num_train_epochs="3",
+)  # fmt: skip
+OUT_OF_RANGE = dict(warmup_ratio=3, adam_beta1=2, max_length=0, weight_decay=-1, save_total_limit=0)
+
+
+@pytest.mark.parametrize("name", WRONG_KIND)
+def test_a_value_of_another_kind_is_refused_by_name(name):
+    with pytest.raises(TypeError, match=f"SFTConfig: {name} must be"):
+        SFTConfig(**{name: WRONG_KIND[name]})
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_a_value_out_of_range_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"SFTConfig: {name} must be"):
+        SFTConfig(**{name: OUT_OF_RANGE[name]})
+
+
+def test_no_clipping_is_none_or_zero():
+    assert SFTConfig(max_grad_norm=None).max_grad_norm is None
+    assert SFTConfig(max_grad_norm=0).max_grad_norm == 0
+
+
+def test_an_empty_data_set_and_a_dictionary_for_a_config_are_refused(fresh):
+    with pytest.raises(ValueError, match="data set is empty"):
+        SFTTrainer(fresh, train_dataset=[])
+    with pytest.raises((TypeError, jaxtyping.TypeCheckError), match="args"):
+        SFTTrainer(fresh, train_dataset=[LONG], args={"max_steps": 1})

@@ -68,9 +68,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=3407)
     parser.add_argument("--load-in-4bit", action="store_true")
     a = parser.parse_args()
-    model, _ = FastLanguageModel.from_pretrained(
-        a.folder, a.max_seq_length, load_in_4bit=a.load_in_4bit
-    )
+    try:
+        model, _ = FastLanguageModel.from_pretrained(
+            a.folder, a.max_seq_length, load_in_4bit=a.load_in_4bit
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        parser.error(str(error))
     sampling = Sampling(a.temperature, a.top_k, a.top_p, a.min_p, a.repetition_penalty)
     start = [{"role": "system", "content": a.system}] if a.system else []
     messages = list(start)

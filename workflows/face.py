@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from bridge import tokenizer as text
 from bridge.gguf_source import GGUFSource
 from bridge.peft_adapter import Settings
 from unsloth_jax import lora
-from workflows.keywords import neutral, say, settle
+from workflows.keywords import neutral, ranged, say, settle, typed
 from workflows.model import Model
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -110,7 +110,8 @@ def require_device(device_map: Any) -> None:
     """Raises RuntimeError where a GPU is asked for, or stands unused, and JAX sees only CPUs."""
     if jax.default_backend() != "cpu" or str(device_map) == "cpu":
         return
-    asked = str(device_map).startswith(("cuda", "gpu"))
+    wanted = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+    asked = any(isinstance(d, int) or str(d).startswith(("cuda", "gpu")) for d in wanted)
     unused = Path("/proc/driver/nvidia/version").exists() and "cpu" not in os.environ.get(
         "JAX_PLATFORMS", ""
     )
@@ -156,6 +157,9 @@ class FastLanguageModel:
         what is; RuntimeError where no GPU is there and one was asked for.
         """
         settle("from_pretrained", other, LOAD_USED, LOAD_IGNORED, LOAD_LATER)
+        given = dict(max_seq_length=max_seq_length, load_in_4bit=load_in_4bit, in_16=load_in_16bit)
+        typed("from_pretrained", given, dict(max_seq_length=int, load_in_4bit=bool, in_16=bool))
+        ranged("from_pretrained", given, {"max_seq_length": (1, None)})
         require_device(device_map)
         find = dict(
             revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
@@ -212,6 +216,12 @@ class FastLanguageModel:
             )
         if not isinstance(r, int) or isinstance(r, bool) or r < 1:
             raise TypeError(f"r must be a positive integer, got {r!r}")
+        given = dict(lora_alpha=lora_alpha, use_rslora=use_rslora, random_state=random_state)
+        typed("get_peft_model", given, dict(lora_alpha=float, use_rslora=bool, random_state=int))
+        if lora_alpha <= 0:
+            raise ValueError(f"lora_alpha must be over 0, got {lora_alpha!r}")
+        if not isinstance(target_modules, str | list | tuple | set | frozenset):
+            raise TypeError(f"target_modules must be names or a regex, got {target_modules!r}")
         targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
         layers = _layers(layers_to_transform, finetune_last_n_layers, model.config.layers)
         peft = Settings(r, lora_alpha, use_rslora, targets, layers, init_lora_weights)

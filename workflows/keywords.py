@@ -1,8 +1,11 @@
 """What becomes of a keyword: used, accepted with a stated reason, or refused by name."""
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from numbers import Integral, Real
+from types import NoneType
+from typing import Any, get_args
 
 _said: set[str] = set()
 
@@ -50,3 +53,31 @@ def _same(value: Any, x: Any) -> bool:
     number = lambda v: isinstance(v, int | float) and not isinstance(v, bool)
     alike = type(value) is type(x) or (number(value) and number(x))
     return value is x or (alike and value == x)
+
+
+# What counts as a value of an annotation; True is no number, though Python says so.
+KINDS = {
+    bool: lambda x: isinstance(x, bool),
+    int: lambda x: isinstance(x, Integral) and not isinstance(x, bool),
+    float: lambda x: isinstance(x, Real) and not isinstance(x, bool),
+    str: lambda x: isinstance(x, str | os.PathLike),
+    NoneType: lambda x: x is None,
+}
+
+
+def typed(where: str, values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    """Raises TypeError for a value whose kind (`int`, `float | None`, ...) is another."""
+    for name, kind in kinds.items():
+        if not any(KINDS[one](values[name]) for one in get_args(kind) or (kind,)):
+            expected = getattr(kind, "__name__", None) or str(kind)
+            raise TypeError(f"{where}: {name} must be {expected}, got {values[name]!r}")
+
+
+def ranged(where: str, values: Mapping[str, Any], limits: Mapping[str, tuple]) -> None:
+    """Raises ValueError for a value outside its (least, most), either of which may be None."""
+    for name, (least, most) in limits.items():
+        value = values[name]
+        low = value is not None and least is not None and value < least
+        if low or (value is not None and most is not None and value > most):
+            span = f"at least {least}" if most is None else f"from {least} to {most}"
+            raise ValueError(f"{where}: {name} must be {span}, got {value!r}")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from bridge.chat_templates import ALIASES, standard_messages
@@ -52,21 +53,33 @@ def rows(
     learn, and one longer than `max_length` unless `truncate`.
     """
     loss = Loss(completion_only_loss, assistant_only_loss, last_response_only, dataset_text_field)
+    if isinstance(dataset, Mapping | str):
+        raise TypeError(
+            f"a data set must be rows of columns, got {type(dataset).__name__} "
+            + (f"with {sorted(map(str, dataset))[:10]}; name the split" if dataset else "")
+        )
     if formatting_func is not None:
         texts = formatted(dataset, formatting_func)
         dataset = ({dataset_text_field: text} for text in texts)
-    return [
+    out = [
         _row(index, example, tokenizer, loss, max_length, truncate)
         for index, example in enumerate(dataset)
     ]
+    if not out:
+        raise ValueError("the data set is empty: there is nothing to train on")
+    return out
 
 
 def _row(index, example, tokenizer, loss, max_length, truncate) -> Row:
     try:
+        if not isinstance(example, Mapping):
+            raise TypeError(f"expected a row of named columns, got {type(example).__name__}")
         read = SCHEMAS[schema(example, loss.text_field)]
         tokens, mask = read(example, tokenizer, loss)
     except (ValueError, TypeError) as error:
         raise type(error)(f"row {index}: {error}") from error
+    except TemplateError as error:
+        raise ValueError(f"row {index}: the chat template refuses it: {error}") from error
     cut = max_length is not None and len(tokens) > max_length
     if cut and not truncate:
         raise ValueError(
@@ -100,9 +113,10 @@ def schema(example: Example, text_field: str = "text") -> str:
     }
     found = next((name for name, columns in needs.items() if columns <= has), None)
     if found is None:
+        empty = sorted(name for name, value in example.items() if value is None)
         raise ValueError(
-            f"columns {sorted(example)} are of no known schema; expected a text column "
-            f"({text_field!r}), 'messages' or 'conversations', 'prompt' and 'completion', "
+            f"columns {sorted(example)} (None in {empty}) are of no known schema; expected a text "
+            f"column ({text_field!r}), 'messages' or 'conversations', 'prompt' and 'completion', "
             "'input_ids' (with 'labels', 'attention_mask', 'completion_mask', "
             "'assistant_masks'), or a formatting_func"
         )

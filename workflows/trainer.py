@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from unsloth_jax import optim
 from unsloth_jax.train import State, make_step, start
 from workflows import progress, responses, rows, sft
 from workflows.generate import Stopwatch
-from workflows.keywords import say, settle
+from workflows.keywords import ranged, say, settle, typed
 from workflows.model import Model
 
 CONFIG_IGNORED = {
@@ -99,6 +99,16 @@ STRATEGIES = ("no", "steps", "epoch")
 OLD_STYLE = ("dataset_text_field", "packing", "max_seq_length")
 
 
+RANGES = {
+    "per_device_train_batch_size": (1, None), "gradient_accumulation_steps": (1, None),
+    "logging_steps": (1, None), "save_steps": (1, None), "save_total_limit": (1, None),
+    "max_seq_length": (1, None), "max_length": (1, None), "learning_rate": (0, None),
+    "warmup_steps": (0, None), "warmup_ratio": (0, 1), "weight_decay": (0, None),
+    "max_grad_norm": (0, None), "adam_beta1": (0, 1), "adam_beta2": (0, 1),
+    "adam_epsilon": (0, None), "seed": (0, None),
+}  # fmt: skip
+
+
 @dataclass(init=False)
 class SFTConfig:
     """How to train; defaults are Unsloth's. Unknown names raise TypeError with the nearest.
@@ -126,7 +136,7 @@ class SFTConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = 1.0
     optim: str = "adamw_8bit"
     seed: int = 3407
     logging_steps: int = 1
@@ -153,16 +163,8 @@ class SFTConfig:
         self._check()
 
     def _check(self) -> None:
-        at_least = {
-            "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "logging_steps": 1,
-            "save_steps": 1, "learning_rate": 0, "warmup_steps": 0, "warmup_ratio": 0,
-            "weight_decay": 0, "max_grad_norm": 0,
-        }  # fmt: skip
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"SFTConfig: {name} must be at least {least}, got {getattr(self, name)}"
-                )
+        typed("SFTConfig", vars(self), get_type_hints(SFTConfig))
+        ranged("SFTConfig", vars(self), RANGES)
         if self.max_steps <= 0 and not (self.num_train_epochs or 0) > 0:
             raise ValueError(
                 "SFTConfig: give max_steps or num_train_epochs over 0, got "
@@ -225,6 +227,8 @@ class SFTTrainer:
             )
         if train_dataset is None:
             raise ValueError("SFTTrainer needs a train_dataset")
+        if args is not None and not isinstance(args, SFTConfig):
+            raise TypeError(f"SFTTrainer: args must be an SFTConfig, got {type(args).__name__}")
         self.model, self.args = model, copy.copy(args) if args is not None else SFTConfig()
         for name, value in old.items():
             setattr(self.args, name, value)
@@ -263,7 +267,7 @@ class SFTTrainer:
             say("optim='adamw_8bit' keeps float32 moments for now: the same updates, more memory")
         clock = Stopwatch()
         optimizer = optim.make(
-            a.optim, rate, weight_decay=a.weight_decay, max_grad_norm=a.max_grad_norm,
+            a.optim, rate, weight_decay=a.weight_decay, max_grad_norm=a.max_grad_norm or 0.0,
             b1=a.adam_beta1, b2=a.adam_beta2, eps=a.adam_epsilon,
         )  # fmt: skip
         facts = self._facts(total)
