@@ -54,10 +54,8 @@ def rows(
     """
     loss = Loss(completion_only_loss, assistant_only_loss, last_response_only, dataset_text_field)
     if isinstance(dataset, Mapping | str):
-        raise TypeError(
-            f"a data set must be rows of columns, got {type(dataset).__name__} "
-            + (f"with {sorted(map(str, dataset))[:10]}; name the split" if dataset else "")
-        )
+        what = f"{type(dataset).__name__} {str(list(dataset))[:60]}"
+        raise TypeError(f"a data set must be rows of named columns, got {what}; name a split")
     if formatting_func is not None:
         texts = formatted(dataset, formatting_func)
         dataset = ({dataset_text_field: text} for text in texts)
