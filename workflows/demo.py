@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bridge import export, hub
+from bridge import export, hub, peft_adapter
 from bridge import tokenizer as text
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer
 from unsloth_jax.sample import Sampling
@@ -32,7 +32,7 @@ from workflows.model import Model
 from workflows.sft import memory_gib
 
 QUANTIZATIONS = ("q8_0", "q4_k_m")
-NEW_TOKENS = 24
+LENGTH, NEW_TOKENS = 64, 24
 SHOWN, CHECKED = 4, 12
 OWN_MODEL = """\
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer
@@ -69,7 +69,7 @@ def config(seed: int, output: Path | None) -> SFTConfig:
         lr_scheduler_type="linear",
         warmup_steps=5,
         weight_decay=0.0,
-        max_seq_length=64,
+        max_seq_length=LENGTH,
         packing=True,
         assistant_only_loss=True,
         logging_steps=1,
@@ -139,7 +139,7 @@ def in_llama_cpp(path: Path, examples: Sequence[demo_data.Example]) -> list[str]
 
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
-    params.n_ctx, params.n_parallel, params.warmup = 256, 1, False
+    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 256, 1, False, -1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = min(4, os.cpu_count() or 1)
     server = xllamacpp.Server(params)
     out = []
@@ -161,14 +161,16 @@ def agreement(ours: Sequence[str], theirs: Sequence[str], examples) -> str:
 def merged_agrees(folder: Path, model: Model, examples: Sequence[demo_data.Example]) -> str:
     """Loads the merged folder again and compares its answers with base plus adapter."""
     again, _ = FastLanguageModel.from_pretrained(str(folder), 128, load_in_4bit=False)
-    same = []
-    for row in demo_data.conversations(examples):
-        tokens, mask = text.conversation_row(model.tokenizer, row["messages"])
-        ours, theirs = (m([tokens]).argmax(-1)[0, :-1] for m in (model, again))
-        same += (ours == theirs)[np.asarray(mask[1:]) == 1].tolist()
-    return (
-        f"loaded again: the likeliest token equal at {sum(same)} of {len(same)} places of answers"
-    )
+    messages = [row["messages"] for row in demo_data.conversations(examples)]
+    rows = [text.conversation_row(model.tokenizer, m) for m in messages]
+    batch, answers = np.zeros((2, len(rows), LENGTH), np.int32)
+    there = np.zeros_like(batch)
+    for i, (tokens, mask) in enumerate(rows):
+        batch[i, : len(tokens)], there[i, : len(tokens)] = tokens, 1
+        answers[i, : len(mask) - 1] = mask[1:]
+    ours, theirs = (m(batch, there).argmax(-1)[answers == 1] for m in (model, again))
+    same = (ours == theirs).sum()
+    return f"loaded again: the likeliest token equal at {same} of {ours.size} places of answers"
 
 
 def fresh(output: Path) -> None:
@@ -189,11 +191,11 @@ def artefact(path: Path, verified: str) -> Artefact:
 def adapter(output: Path, model: Model) -> Artefact:
     """Saves the adapter and compares what is read back."""
     model.save_pretrained(output / "adapter")
-    again, _ = FastLanguageModel.from_pretrained(str(output / "adapter"), 128)
-    equal = jax.tree.map(lambda a, b: bool((a == b).all()), model.adapters, again.adapters)
+    again, _ = peft_adapter.load(output / "adapter", model.params)
+    equal = jax.tree.map(lambda a, b: bool((a == b).all()), model.adapters, again)
     if not jax.tree.all(equal):
         raise RuntimeError("the adapter read back differs from the one that was trained")
-    return artefact(output / "adapter", "loaded again: every adapter equal")
+    return artefact(output / "adapter", "read back: every adapter equal")
 
 
 def ggufs(output: Path, model: Model, after: Scored, examples) -> tuple[list[Artefact], dict, dict]:
