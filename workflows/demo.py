@@ -34,10 +34,9 @@ from workflows.sft import memory_gib
 QUANTIZATIONS = ("q8_0", "q4_k_m")
 LENGTH, NEW_TOKENS = 64, 24
 SHOWN, CHECKED = 4, 12
+IMPORTS = "from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer"
 OWN_MODEL = """\
-from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer
-model, tokenizer = FastLanguageModel.from_pretrained("path/or/hub-name", max_seq_length=2048)
-model = FastLanguageModel.get_peft_model(model, r=16)
+model = FastLanguageModel.get_peft_model(FastLanguageModel.from_pretrained("path/or/hub-name")[0])
 SFTTrainer(model, train_dataset=rows, args=SFTConfig(max_steps=60, learning_rate=2e-4)).train()
 model.save_pretrained_gguf("out", quantization_method="q4_k_m")"""
 
@@ -228,7 +227,7 @@ def closing(console: Console, rows: Sequence[Artefact], output: Path) -> None:
         table.add_row(row.path, f"{row.bytes / 1e6:,.1f} MB", row.verified)
     console.print(table)
     console.print(f"the loss curve: {output / 'loss.png'}\n\nthe same for your own model:\n")
-    console.print(OWN_MODEL, highlight=False, markup=False)
+    console.print(f"{IMPORTS}\n{OWN_MODEL}", highlight=False, markup=False, soft_wrap=True)
 
 
 def side_by_side(console: Console, ours: Sequence[str], said: dict[str, list[str]]) -> None:
