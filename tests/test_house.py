@@ -20,7 +20,7 @@ ALLOWED = {
     ),
     "workflows": (
         ("pallas_kernels", "unsloth_jax", "bridge"),
-        "jax numpy optax transformers datasets rich matplotlib xllamacpp",
+        "jax numpy optax transformers jinja2 datasets rich matplotlib xllamacpp",
     ),
 }
 # The core from the bottom up: a module imports earlier ones only.

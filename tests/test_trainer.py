@@ -148,7 +148,15 @@ def test_warm_up_is_a_tenth_unless_steps_or_a_ratio_are_given():
     assert SFTConfig(warmup_steps=5, warmup_ratio=0.5).warmup(60) == 5
 
 
-def test_ctrl_c_leaves_the_adapters_of_the_last_step(fresh):
+@pytest.fixture
+def ctrl_c():
+    """Python's own answer to Ctrl-C, which a shell's background jobs start without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_leaves_the_adapters_of_the_last_step(fresh, ctrl_c):
     start = fresh.adapters
     trainer(fresh, max_steps=3).train()
     three = fresh.adapters
@@ -160,7 +168,7 @@ def test_ctrl_c_leaves_the_adapters_of_the_last_step(fresh):
     assert len(run.log_history) == 3 and same(fresh.adapters, three)
 
 
-def test_ctrl_c_waits_for_the_end_of_a_step():
+def test_ctrl_c_waits_for_the_end_of_a_step(ctrl_c):
     ended = []
     with pytest.raises(KeyboardInterrupt), sft._uninterrupted():
         os.kill(os.getpid(), signal.SIGINT)
