@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_chat
-from tiny_chat import quick_compiles  # noqa: F401
+from tiny_chat import quick_compiles  # noqa: F401  (an autouse fixture: importing it is its use)
 
 from bridge.checkpoint import Checkpoints
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer

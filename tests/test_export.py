@@ -15,7 +15,7 @@ import tiny_chat
 import torch
 import transformers
 from safetensors import safe_open
-from tiny_chat import quick_compiles  # noqa: F401
+from tiny_chat import quick_compiles  # noqa: F401  (an autouse fixture: importing it is its use)
 
 from bridge import export, gguf_header, merge
 from bridge import tokenizer as text

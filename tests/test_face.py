@@ -13,7 +13,7 @@ import pytest
 import tiny_chat
 import torch
 import transformers
-from tiny_chat import quick_compiles  # noqa: F401
+from tiny_chat import quick_compiles  # noqa: F401  (an autouse fixture: importing it is its use)
 
 import unsloth_jax
 from bridge import tokenizer as text
