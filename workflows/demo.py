@@ -33,7 +33,7 @@ from workflows.sft import memory_gib
 
 QUANTIZATIONS = ("q8_0", "q4_k_m")
 LENGTH, NEW_TOKENS = 64, 24
-SHOWN, CHECKED = 4, 12
+SHOWN, CHECKED = 4, 8
 IMPORTS = "from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer"
 OWN_MODEL = """\
 model = FastLanguageModel.get_peft_model(FastLanguageModel.from_pretrained("path/or/hub-name")[0])

@@ -30,7 +30,8 @@ def loss(model: ModuleType, c: Any, scale: float, remat: bool = True) -> train.L
     def fn(adapters: Params, frozen: Params, b: Batch) -> Total:
         params = lora.attach(frozen, adapters, scale)
         hidden = decoder.forward(model, c, params, b.tokens, b.positions, b.segments, remat=remat)
-        logps = losses.token_logprobs(hidden, model.head(c, params), b.targets)
+        head = model.head(c, params)
+        logps = losses.token_logprobs(hidden, head, b.targets, weights=b.weights)
         return losses.sft(logps, b.weights)
 
     return fn
