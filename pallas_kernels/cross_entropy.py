@@ -29,6 +29,9 @@ class Rule(NamedTuple):
     entropy: bool = False  # whether it is asked for
 
 
+PLAIN = Rule()
+
+
 class Result(NamedTuple):
     """float32 [N] each; rows that were not wanted hold 0."""
 
@@ -41,7 +44,7 @@ def reference(
     w: Float[Array, "V D"],
     targets: Int[Array, " N"],
     wanted: Bool[Array, " N"],
-    rule: Rule = Rule(),
+    rule: Rule = PLAIN,
 ) -> Result:
     """The same from all scores at once."""
     logps = jax.nn.log_softmax(_scores(x, w, rule)[0], axis=-1)
@@ -66,7 +69,7 @@ def token_logprobs(
     w: Float[Array, "V D"],
     targets: Int[Array, " N"],
     wanted: Bool[Array, " N"] | None = None,
-    rule: Rule = Rule(),
+    rule: Rule = PLAIN,
 ) -> Result:
     """log p(target) and entropy of each wanted row; the others cost nothing and hold 0.
 

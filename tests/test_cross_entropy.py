@@ -36,7 +36,8 @@ def in_torch(rule, wanted):
     x, w = (torch.tensor(np.asarray(a), requires_grad=True) for a in (X, W))
     s = x @ w.T * rule.scale
     s = s if rule.cap is None else rule.cap * torch.tanh(s / rule.cap)
-    nll = torch.nn.functional.cross_entropy(s, torch.tensor(np.asarray(TARGETS)).long(), reduction="none")  # fmt: skip
+    targets = torch.tensor(np.asarray(TARGETS)).long()
+    nll = torch.nn.functional.cross_entropy(s, targets, reduction="none")
     logps = -nll * torch.tensor(np.asarray(wanted))
     entropy = torch.distributions.Categorical(logits=s).entropy() * torch.tensor(np.asarray(wanted))
     (logps * torch.tensor(np.asarray(G))).sum().backward()
@@ -83,7 +84,8 @@ def test_rows_that_are_not_wanted_cost_no_chunk():
 
 
 def test_entropy_has_no_gradient():
-    total = lambda x: cross_entropy.token_logprobs(x, W, TARGETS, None, RULES["entropy"]).entropy.sum()  # fmt: skip
+    rule = RULES["entropy"]
+    total = lambda x: cross_entropy.token_logprobs(x, W, TARGETS, None, rule).entropy.sum()
     assert not np.any(jax.grad(total)(X))
 
 

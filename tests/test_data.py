@@ -59,7 +59,7 @@ def test_a_batch_holds_shifted_targets_restarting_positions_and_one_segment_a_ro
     assert got.weights.tolist() == [[1, 1, 0, 1, 0, 0], [0] * 6, [0] * 6]
     assert got.positions.tolist() == [[0, 1, 2, 0, 1, 0], [0] * 6, [0] * 6]
     assert got.segments.tolist() == [[1, 1, 1, 2, 2, 0], [1, 0, 0, 0, 0, 0], [0] * 6]
-    assert {x.dtype for x in got} == {np.dtype(np.int32), np.dtype(np.float32)}
+    assert {x.dtype for x in got[:5]} == {np.dtype(np.int32), np.dtype(np.float32)}
 
 
 def test_a_token_counts_where_its_own_mask_says_so():

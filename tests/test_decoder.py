@@ -12,13 +12,14 @@ import pytest
 import tiny
 from hub_configs import HUB
 
+from pallas_kernels.attention import Rule, reference
 from unsloth_jax import decoder, leaves, lora, losses, quant, train, tree
 from unsloth_jax.decoder import Group, groups
 from unsloth_jax.dims import Batch
-from unsloth_jax.layers import attention, causal_mask
 from unsloth_jax.leaves import Stacks
 from unsloth_jax.models import family
 from unsloth_jax.quant import nf4
+from unsloth_jax.remat import KEPT, Memory
 
 DENSE = jnp.zeros((12, 2, 2))
 CUTS = {
@@ -65,21 +66,22 @@ def batch(rows: list[list[int]], length: int) -> Batch:
     return Batch(tokens, targets, segments.astype(jnp.float32), positions, segments)
 
 
-def nll(module, c, params, b: Batch, remat: bool, chunk: int = losses.CHUNK):
-    x = decoder.forward(module, c, params, b.tokens, b.positions, b.segments, remat)
+def nll(module, c, params, b: Batch, keep: str, chunk: int = losses.CHUNK):
+    x = decoder.forward(module, c, params, b.tokens, b.positions, b.segments, Memory(keep))
     return losses.sft(losses.token_logprobs(x, module.head(c, params), b.targets, chunk), b.weights)
 
 
-def test_remat_leaves_loss_and_gradients_as_they_are():
+@pytest.mark.parametrize("keep", [name for name in KEPT if name not in ("none", "offload")])
+def test_remat_leaves_loss_and_gradients_as_they_are(keep):
     pair = tiny.pair("llama_tied_biased")
     b = batch([tiny.draw(1, 20), tiny.draw(2, 12)], 20)
 
-    def both(remat):
-        loss = lambda params: nll(*pair[1:3], params, b, remat).mean()
+    def both(keep):
+        loss = lambda params: nll(*pair[1:3], params, b, keep).mean()
         value = jax.jit(jax.value_and_grad(loss), compiler_options=tiny.QUICK)(pair.params)
         return jax.tree.map(np.asarray, value)
 
-    (plain, plain_gradient), (saved, saved_gradient) = both(False), both(True)
+    (plain, plain_gradient), (saved, saved_gradient) = both("none"), both(keep)
     assert abs(plain - saved) <= 1e-6 * abs(plain)
     for (path, x), y in zip(
         tree.flatten(plain_gradient).items(), tree.flatten(saved_gradient).values(), strict=True
@@ -96,8 +98,8 @@ def unrolled(module, c, params, b: Batch):
     for i, window in enumerate(module.kinds(c)):
 
         def attend(q, k, v, *, scale, window):
-            mask = causal_mask(b.positions, b.segments, b.positions, b.segments, window)
-            return attention(q, k, v, mask, scale), None
+            y = reference(Rule(scale, window), q, k, v, b.segments, b.positions)
+            return y.reshape(*q.shape[:2], -1), None
 
         w = tree.unflatten({path: leaves.layer(leaf, i) for path, leaf in stacked.items()})
         x, _ = module.block(c, window, w, x, by, attend)
@@ -130,31 +132,6 @@ def test_the_scan_equals_a_plain_loop(windows, adapted):
     np.testing.assert_allclose(run(params), want, atol=2e-5 * want.std())
 
 
-extend = tiny.quick_jit(decoder.extend)
-
-
-def continued(pair, room, row: list[int], size: int):
-    """Hidden states of `row` after what is cached; filler 77 makes it `size` tokens long."""
-    tokens = jnp.asarray([row + [77] * (size - len(row))], jnp.int32)
-    hidden, room = extend(*pair[1:], room, tokens, jnp.asarray([len(row)], jnp.int32))
-    return hidden[:, : len(row)], room
-
-
-def test_prefill_in_parts_padded_or_not_and_single_steps_equal_forward():
-    pair = tiny.pair("qwen2_yarn_window")
-    row = tiny.draw(7, 96)
-    want = np.asarray(tiny.logits(*pair[1:], *tiny.padded([row, row], 96)))[0]
-    room = decoder.empty_cache(pair.config, 1, 96, jnp.float32)
-    found, at = [], 0
-    for new, size in ((33, 40), (40, 40), (1, 1), (1, 1), (7, 40)):
-        hidden, room = continued(pair, room, row[at : at + new], size)
-        found.append(decoder.logits(*pair[1:], hidden)[0])
-        at += new
-        assert room.used.tolist() == [at] and room.context.tolist() == [33]
-    found = np.concatenate(found)
-    assert np.abs(found - want[:at]).max() <= 2e-5 * want.std()
-
-
 def shapes_of(module, c, dtype=jnp.float32):
     """The parameter tree as shapes, so that a large model can be traced without its weights."""
     stack = lambda path, shape: (c.layers, *shape) if ".*." in path else shape
@@ -173,7 +150,7 @@ def lowered_step(c, module, length: int, micro: int = 2):
     optimizer = optax.adamw(1e-3)
 
     def loss(trainable, frozen, b):
-        return nll(module, c, lora.attach(frozen, trainable, 2.0), b, remat=True)
+        return nll(module, c, lora.attach(frozen, trainable, 2.0), b, keep="full")
 
     step = train.make_step(loss, optimizer)
     first = jax.jit(lambda adapters, base, b: step(train.start(adapters, optimizer), base, b))
@@ -226,9 +203,9 @@ def test_no_scores_of_all_tokens_and_no_wide_copy_of_the_base_are_traced(real_st
     assert not wide
 
 
-@pytest.mark.parametrize("remat", [True, False])
+@pytest.mark.parametrize("keep", list(KEPT))
 @pytest.mark.parametrize("adapted", [None, (1, 2)])
-def test_the_backward_pass_saves_no_packed_weights(adapted, remat):
+def test_the_backward_pass_saves_no_packed_weights(adapted, keep):
     """Reading a layer out of a quantized stack is repeated, or the base would be held twice."""
     pair = tiny.pair("llama")
     pack = lambda params: quant.quantize(params, "nf4", lambda p: p.endswith("_proj.weight"))
@@ -237,7 +214,7 @@ def test_the_backward_pass_saves_no_packed_weights(adapted, remat):
     b = batch([tiny.draw(3, 12)], 12)
 
     def loss(adapters, base):
-        return nll(*pair[1:3], lora.attach(base, adapters, 1.0), b, remat).value
+        return nll(*pair[1:3], lora.attach(base, adapters, 1.0), b, keep).value
 
     traced = jax.jit(jax.grad(loss)).trace(jax.eval_shape(start, base), base)
     bytes_ = [shape for _, shape, dtype in programs.made(traced.jaxpr) if dtype == "uint8"]

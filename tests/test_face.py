@@ -108,7 +108,7 @@ def test_what_a_signature_names_has_unsloths_default(function):
     given = inspect.signature(function).parameters
     named = {name: p.default for name, p in given.items() if p.default is not p.empty}
     theirs = SIGNATURES[function]
-    ours = {"base", "overwrite"}
+    ours = {"base", "overwrite", "memory_budget"}
     assert {n: theirs[n] for n in named.keys() - ours} == {n: named[n] for n in named.keys() - ours}
 
 
@@ -117,8 +117,8 @@ def test_the_config_has_unsloths_defaults():
     assert {n: v for n, v in made.items() if n in CONFIG} == {
         n: CONFIG[n] for n in made if n in CONFIG
     }
-    others = {"max_length", "warmup_steps", "save_steps", "logging_dir", "truncation"}
-    assert made.keys() - CONFIG.keys() == others
+    others = "max_length warmup_steps save_steps logging_dir truncation memory_budget"
+    assert made.keys() - CONFIG.keys() == set(others.split())
     assert vars(SFTConfig(**CONFIG)) == made
 
 

@@ -13,8 +13,10 @@ import pytest
 
 from bridge import hf
 from bridge.safetensors_file import SafetensorsSource
-from unsloth_jax import data, decoder, lora, train, tree
+from pallas_kernels import attention, nf4_dequantize
+from unsloth_jax import data, decoder, lora, optim, train, tree
 from unsloth_jax.quant import FORMATS
+from unsloth_jax.remat import KEPT, Memory
 from workflows import sft
 
 pytestmark = pytest.mark.gpu
@@ -104,3 +106,78 @@ def test_qlora_learns_in_bfloat16(folder):
         seen.append(float(report.loss))
     assert seen[-1] < 0.7 * seen[0], seen
     assert all(leaf.dtype == jnp.float32 for leaf in tree.flatten(state.trainable).values())
+
+
+# The float32 reference, then every policy in bfloat16 with the kernels.
+WAYS = [Memory(), *map(Memory, KEPT), Memory("none", unroll=True), Memory("full", tiles=4)]
+STEPS = 20
+
+
+def losses_of(family, c, params, adapters, batch, memory, documents):
+    optimizer = optim.make("adamw_8bit", optim.schedule("constant", 5e-3, 0, STEPS))
+    step = train.make_step(sft.loss(family, c, 1.0, memory, documents), optimizer)
+    state, seen = train.start(adapters, optimizer), []
+    for _ in range(STEPS):
+        state, report = step(state, params, sft.embedded(params, batch))
+        seen.append(float(report.loss))
+    return np.array(seen)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_plan_follows_the_float32_reference(folder, packed):
+    family, c, exact = hf.load(SafetensorsSource(folder), jnp.float32, "nf4")
+    params = hf.load(SafetensorsSource(folder), jnp.bfloat16, "nf4")[2]
+    rng = np.random.default_rng(3)
+    sizes = [[40, 70, 18], [128], [64, 30], [5, 100, 23]] if packed else [[128]] * 4
+    rows = [[data.Row(rng.integers(3, 256, n).tolist(), [1] * n) for n in row] for row in sizes]
+    batch = data.stacked([data.collate(rows, 4, 128)])
+    documents = max(map(len, sizes))
+    adapters = lora.init(jax.random.key(0), params, 16)
+    with jax.default_matmul_precision("highest"):
+        wanted = losses_of(family, c, exact, adapters, batch, Memory(), documents)
+    assert wanted[-1] < 0.7 * wanted[0]
+    for memory in WAYS:
+        got = losses_of(family, c, params, adapters, batch, memory, documents)
+        # bfloat16 keeps 8 bits; the losses differ by less, and start within a thousandth.
+        assert abs(got[0] - wanted[0]) <= 2e-3 * wanted[0], memory
+        assert np.abs(got - wanted).max() <= 2e-2 * wanted[0], (memory, got, wanted)
+    if "lm_head" in params:
+        lean = losses_of(
+            family, c, sft.hosted(params), adapters, batch, Memory("offload"), documents
+        )
+        np.testing.assert_allclose(lean, got, atol=2e-2 * wanted[0])
+
+
+def test_the_dequantizing_kernel_is_exact_here():
+    w = jax.random.normal(jax.random.key(0), (2, 1024, 4096), jnp.bfloat16) * 0.02
+    leaf = FORMATS["nf4"](w)
+    for i in range(2):
+        args = leaf.layout, leaf.packed, leaf.statistics, i
+        read = lambda how, args=args: nf4_dequantize.dequantize(*args, implementation=how)
+        np.testing.assert_array_equal(read("pallas"), jax.jit(read, static_argnums=0)("xla"))
+
+
+@pytest.mark.parametrize("documents", [1, 3])
+@pytest.mark.parametrize("window", [None, 100])
+def test_cudnn_agrees_with_the_reference(documents, window):
+    sizes = [[300, 7, 150], [512], [200, 100]] if documents > 1 else [[512], [400], [512]]
+    rows = [[data.Row([1] * n, [1] * n) for n in row] for row in sizes]
+    b = jax.tree.map(jnp.asarray, data.collate(rows, 3, 512))
+    keys = jax.random.split(jax.random.key(1), 4)
+    draw = lambda key, n: jax.random.normal(key, (3, 512, n, 128), jnp.bfloat16)
+    q, k, v, g = (draw(key, n) for key, n in zip(keys, (8, 2, 2, 8), strict=True))
+    rule = attention.Rule(128**-0.5, window, documents=documents)
+    real = (b.segments > 0)[..., None, None]
+
+    def values(how, dtype):
+        def out(*qkv):
+            y = attention.attention(rule, *qkv, b.segments, b.positions, how)
+            return jnp.where(real, y, 0)
+
+        y, back = jax.vjp(out, *(x.astype(dtype) for x in (q, k, v)))
+        return y, *back(jnp.where(real, g, 0).astype(dtype))
+
+    got, wanted = values("cudnn", jnp.bfloat16), values("xla", jnp.float32)
+    for ours, exact in zip(got, wanted, strict=True):
+        error = jnp.linalg.norm(ours.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+        assert error <= 8e-3, error

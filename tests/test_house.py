@@ -24,14 +24,22 @@ ALLOWED = {
     ),
 }
 # The core from the bottom up: a module imports earlier ones only.
-CORE = ["dims", "tree", "leaves", "rope", "layers", "quant", "lora", "models", "decoder", "sample"]
-ASIDE = {"losses": {"dims", "leaves"}, "train": {"dims"}, "optim": set(), "data": {"dims"}}
+CORE = ["dims", "tree", "leaves", "rope", "layers", "quant", "lora", "models"]
+CORE += ["remat", "decoder", "unstack", "decoding", "sample"]
+ASIDE = {
+    "losses": {"dims", "leaves"},
+    "train": {"dims"},
+    "optim": {"adam8"},
+    "adam8": set(),
+    "data": {"dims"},
+    "plan": {"dims", "tree", "leaves", "remat", "train"},
+}
 LAZY = {"unsloth_jax/__init__.py", "unsloth_jax/chat_templates.py"}
 TORCH = "bridge/vllm.py"
 FILES = {
     str(path.relative_to(ROOT)): path for top in ALLOWED for path in (ROOT / top).rglob("*.py")
 }
-LONGEST_FILE, LONGEST_FUNCTION = 400, 60
+LONGEST_FILE, LONGEST_FUNCTION, LONGEST_KERNEL = 400, 60, 80
 
 
 @cache
@@ -89,7 +97,8 @@ def test_files_and_functions_are_short_and_catch_nothing_broadly(name):
     for node in ast.walk(parsed(name)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = node.end_lineno - node.lineno + 1
-            assert length <= LONGEST_FUNCTION, f"{node.name} has {length} lines"
+            longest = LONGEST_KERNEL if "kernel" in node.name else LONGEST_FUNCTION
+            assert length <= longest, f"{node.name} has {length} lines"
         if isinstance(node, ast.ExceptHandler):
             caught = {n.id for n in ast.walk(node.type or node) if isinstance(n, ast.Name)}
             broad = node.type is None or caught & {"Exception", "BaseException"}

@@ -217,7 +217,7 @@ def loss_and_gradient(adapters, base):
     def loss(adapters):
         params = lora.attach(base, adapters, 0.5)
         family, c = pair.family, pair.config
-        x = decoder.forward(family, c, params, tokens, positions, segments, remat=True)
+        x = decoder.forward(family, c, params, tokens, positions, segments)
         logps = losses.token_logprobs(x, family.head(c, params), jnp.roll(tokens, -1, 1))
         return -logps.sum(), decoder.logits(family, c, params, x)
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers.activations import ACT2FN
 
-from unsloth_jax import decoder, rope, tree
+from unsloth_jax import decoder, decoding, rope, tree
 from unsloth_jax.layers import ACTIVATIONS
 from unsloth_jax.models import fields
 
@@ -50,24 +50,29 @@ def logits_turned(family, c, params, tokens, positions, segments, by):
 
 
 @tiny.quick_jit
-def extend(family, c, params, room, tokens, lengths):
-    """Scores [B, V] after each row's last token, and the cache; one shape serves all steps."""
-    hidden, room = decoder.extend(family, c, params, room, tokens, lengths)
-    last = hidden[jnp.arange(len(lengths)), lengths - 1][:, None]
-    return decoder.logits(family, c, params, last)[:, 0], room
+def start(family, c, params, tokens, lengths):
+    """Scores [B, V] after each row's last token, and a cache with room for NEW more."""
+    slots = tokens.shape[1] + NEW
+    hidden, room = decoding.prefill(family, c, params, tokens, lengths, slots, jnp.float32)
+    last = hidden[jnp.arange(len(lengths)), lengths - 1]
+    return decoder.logits(family, c, params, last), room
+
+
+@tiny.quick_jit
+def more(family, c, params, room, tokens):
+    """Scores [B, V] after one more token a row, and the cache; one shape serves all steps."""
+    hidden, room = decoding.step(family, c, params, room, tokens, jnp.ones_like(tokens))
+    return decoder.logits(family, c, params, hidden), room
 
 
 def answer(pair: tiny.Pair, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     """NEW greedy tokens of each row and the scores that chose them, [B, NEW] and [B, NEW, V]."""
     tokens, _, _ = tiny.padded(rows, max(map(len, rows)))
-    lengths = jnp.asarray([len(row) for row in rows], jnp.int32)
-    room = decoder.empty_cache(pair.config, len(rows), tokens.shape[1] + NEW, jnp.float32)
-    seen = []
-    for _ in range(NEW):
-        scores, room = extend(*pair[1:], room, tokens, lengths)
+    scores, room = start(*pair[1:], tokens, jnp.asarray([len(row) for row in rows], jnp.int32))
+    seen = [np.asarray(scores)]
+    for _ in range(NEW - 1):
+        scores, room = more(*pair[1:], room, scores.argmax(-1).astype(jnp.int32))
         seen.append(np.asarray(scores))
-        lengths = jnp.ones_like(lengths)
-        tokens = jnp.zeros_like(tokens).at[:, 0].set(scores.argmax(-1).astype(jnp.int32))
     scores = np.stack(seen, 1)
     return scores.argmax(-1), scores
 

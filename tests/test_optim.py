@@ -70,6 +70,7 @@ CASES = {
     "plain": dict(weight_decay=0.0, max_grad_norm=0.0),
     "decay": dict(weight_decay=0.1, max_grad_norm=0.0),
     "clip": dict(weight_decay=0.01, max_grad_norm=1.0),
+    "no_momentum": dict(weight_decay=0.0, max_grad_norm=0.0, betas=(0.0, 0.999)),
     "betas": dict(weight_decay=0.01, max_grad_norm=0.3, betas=(0.8, 0.95), eps=1e-3),
 }
 
@@ -89,6 +90,17 @@ def test_adamw_takes_the_steps_of_torchs(case, name):
         for key in PARAMS:
             np.testing.assert_allclose(params[key], wanted[key], rtol=1e-5, atol=1e-6)
     assert np.abs(params["a"] - PARAMS["a"]).max() > 2 * PEAK
+
+
+def test_adamw_8bit_keeps_8_bits_of_leaves_of_4096_elements_and_more():
+    leaves = {"below": jnp.ones((63, 65)), "at": jnp.ones((64, 64)), "above": jnp.ones((241, 17))}
+    adam, *_ = optim.make("adamw_8bit", lambda step: step).init(leaves)
+    for moment in (adam.mu, adam.nu):
+        dtypes = {name: {x.dtype.name for x in jax.tree.leaves(moment[name])} for name in leaves}
+        assert dtypes == {"below": {"float32"}} | dict.fromkeys(
+            ("at", "above"), {"uint8", "float32"}
+        )
+        assert moment["above"].codes.shape == (241, 17) and moment["above"].absmax.shape == (17,)
 
 
 @pytest.mark.parametrize(

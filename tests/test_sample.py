@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 import scipy.stats
 import tiny
@@ -25,6 +26,7 @@ from unsloth_jax.sample import Sampling
 from workflows import generate
 
 filtered, draw = jax.jit(sample.filtered), jax.jit(sample.draw)
+on_device = generate.on_device
 GREEDY = Sampling(temperature=0.0)
 NEW = 16
 # The last, beyond the first bucket of lengths, gives all others more padding than they have alone.
@@ -72,11 +74,6 @@ def pieces(prompts: list, **settings: Any) -> tuple[np.ndarray, np.ndarray]:
     plain = dict(max_new_tokens=NEW, stop_ids=[], sampling=GREEDY)
     found = list(generate.stream(*model(), prompts, **(plain | settings)))
     return tuple(np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
-
-
-def on_device(s: Sampling) -> Sampling:
-    kind = lambda name: jnp.int32 if name == "top_k" else jnp.float32
-    return Sampling(*(jnp.asarray(x, kind(name)) for name, x in s._asdict().items()))
 
 
 def scores_and_seen(decimals: int) -> tuple[np.ndarray, np.ndarray]:
@@ -278,6 +275,18 @@ def test_short_pieces_join_to_the_whole_answer(s):
     assert whole[0].shape == (1, 21) and generate.BURST < 21
     np.testing.assert_array_equal(whole[0], cut[0])
     np.testing.assert_array_equal(whole[1], cut[1])
+
+
+def test_only_a_filter_sorts_the_vocabulary():
+    scores = jnp.zeros((2, 7000))
+    closed = jax.make_jaxpr(sample.draw)(
+        jax.random.key(0), scores, scores > 0, on_device(Sampling())
+    )
+    made = lambda jaxpr: {eqn.primitive.name for eqn in programs.equations(jaxpr)}
+    (choice,) = [e for e in programs.equations(closed.jaxpr) if e.primitive.name == "cond"]
+    greedy, plain, filters = (made(branch.jaxpr) for branch in choice.params["branches"])
+    assert "sort" in filters and "sort" not in greedy | plain
+    assert "sort" not in {eqn.primitive.name for eqn in closed.jaxpr.eqns}
 
 
 def test_a_seed_repeats_its_answer_and_another_gives_another():

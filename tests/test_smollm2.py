@@ -137,7 +137,7 @@ def strings() -> list[str]:
 def test_loss_on_a_text_equals_transformers(ours, theirs, figure):
     ids = text.ids(ours.tokenizer, STORY)
     batch = jax.tree.map(jnp.asarray, collate([[Row(ids, [1] * len(ids))]], 1, 96))
-    total = jax.jit(sft.loss(ours.family, ours.config, 1.0, remat=False))({}, ours.params, batch)
+    total = jax.jit(sft.loss(ours.family, ours.config, 1.0))({}, ours.params, batch)
     row = torch.tensor([ids])
     with torch.no_grad():
         want = theirs(input_ids=row, labels=row).loss.item()

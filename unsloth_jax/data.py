@@ -88,4 +88,5 @@ def _check_bins(bins: Sequence[Sequence[Row]], batch: int, length: int) -> None:
 
 def stacked(micro: Sequence[Batch]) -> Batch:
     """Micro-batches of one shape as one batch with a leading micro-batch axis."""
-    return Batch(*(np.stack(parts) for parts in zip(*micro, strict=True)))
+    present = lambda parts: None if parts[0] is None else np.stack(parts)
+    return Batch(*(present(parts) for parts in zip(*micro, strict=True)))

@@ -10,16 +10,18 @@ from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from unsloth_jax import tree
+from pallas_kernels.attention import Rule
+from unsloth_jax import remat, tree
 from unsloth_jax.dims import Params
-from unsloth_jax.layers import attention, causal_mask
+from unsloth_jax.layers import gated_mlp, self_attention
 from unsloth_jax.leaves import Lora, Quantized, View, layer, scores, stacks
+from unsloth_jax.remat import Memory
 
 LONGEST_PATTERN = 8
 
@@ -30,16 +32,6 @@ class Group(NamedTuple):
     start: int
     period: int
     repeats: int
-
-
-@flax.struct.dataclass
-class Cache:
-    """Keys and values of every layer; slot s of a row holds the token at position s."""
-
-    k: Any  # [L, B, S, K, h]
-    v: Any  # [L, B, S, K, h]
-    used: Any  # int32 [B]: slots that hold tokens
-    context: Any  # int32 [B]: the document length that rotary scaling saw at the start
 
 
 def groups(kinds: tuple, flat: dict[str, Any]) -> list[Group]:
@@ -85,11 +77,6 @@ def split(leaf: Any, at: list[int]) -> tuple[Any, Callable[[Any], Any]]:
     return take(leaf, at), lambda x: x
 
 
-def not_read(primitive: Any, *_, **__) -> bool:
-    """A remat policy that saves everything but what was read from a stack by layer number."""
-    return primitive.name not in ("dynamic_slice", "squeeze")
-
-
 def scan_layers(
     family: ModuleType,
     c: Any,
@@ -97,10 +84,12 @@ def scan_layers(
     carry: Any,
     body: Callable,
     wrap: Callable = lambda layer: layer,
+    unroll: bool = False,
 ) -> Any:
     """Folds `body(carry, kind, weights, layer number) -> carry` over all layers.
 
-    `wrap` goes around a layer and the reading of its weights.
+    `wrap` goes around a layer and the reading of its weights. `unroll` writes the layers one
+    after the other instead of a loop.
     """
     node = params
     for key in family.LAYERS.split("."):
@@ -121,19 +110,32 @@ def scan_layers(
             xs.append(({p: x for p, (x, _) in here.items()}, jnp.asarray(list(ids), jnp.int32)))
             rebuilds.append({p: build for p, (_, build) in here.items()})
 
-        def step(carry, xs, g=g, rebuilds=rebuilds):
-            for j, (flat_xs, i) in enumerate(xs):
-                one = lambda carry, flat_xs, i, j=j: body(
-                    carry,
-                    kinds[g.start + j],
-                    tree.unflatten({p: rebuilds[j][p](x) for p, x in flat_xs.items()}),
-                    i,
-                )
-                carry = wrap(one)(carry, flat_xs, i)
+        def one(carry, flat_xs, i, j, g=g, rebuilds=rebuilds):
+            w = tree.unflatten({p: rebuilds[j][p](x) for p, x in flat_xs.items()})
+            return body(carry, kinds[g.start + j], w, i)
+
+        layers = [wrap(partial(one, j=j)) for j in range(g.period)]
+        # One function for all rounds, so that writing them out traces each layer once.
+        layers = [jax.jit(layer) for layer in layers] if unroll else layers
+
+        def step(carry, xs, layers=layers):
+            for layer_of, (flat_xs, i) in zip(layers, xs, strict=True):
+                carry = layer_of(carry, flat_xs, i)
             return carry, None
 
-        carry, _ = jax.lax.scan(step, carry, xs)
+        if unroll:
+            for round_ in _apart(xs, g.repeats):
+                carry, _ = step(carry, round_)
+        else:
+            carry, _ = jax.lax.scan(step, carry, xs)
     return carry
+
+
+def _apart(xs: Any, count: int) -> list[Any]:
+    """The slices that a scan would make; their gradients are put together once, not summed."""
+    split = lambda x: [part[0] for part in jax.lax.split(x, [1] * count)]
+    leaves, kind = jax.tree.flatten(xs)
+    return [kind.unflatten(parts) for parts in zip(*map(split, leaves), strict=True)]
 
 
 def document_lengths(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -149,26 +151,30 @@ def forward(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
-    remat: bool = False,
+    memory: Memory = remat.PLAIN,
+    documents: int | None = None,
+    embedded: Float[Array, "B T D"] | None = None,
 ) -> Float[Array, "B T D"]:
     """Tokens to final hidden states; `logits` turns those into scores.
 
-    `remat` recomputes each layer in the backward pass, so that only its input is kept.
+    `documents` is the most that a row holds, where that is known (`pallas_kernels.attention`);
+    `embedded` the rows of a `leaves.Hosted` embedding table.
     """
     by = family.angles(c, positions, document_lengths(segments))
 
     def body(x, kind, w, i):
         def attend(q, k, v, *, scale, window):
-            mask = causal_mask(positions, segments, positions, segments, window)
-            return attention(q, k, v, mask, scale), None
+            rule = Rule(scale, window, documents=documents)
+            return self_attention(rule, q, k, v, segments, positions), None
 
-        return family.block(c, kind, w, x, by, attend)[0]
+        x = checkpoint_name(x, remat.INPUT)
+        return family.block(c, kind, w, x, by, attend, partial(gated_mlp, tiles=memory.tiles))[0]
 
     # Quantized bytes read outside would be saved layer by layer: a second copy of the base.
-    policy = None if remat else not_read
-    wrap = partial(jax.checkpoint, prevent_cse=False, policy=policy)
-    x = family.embed(c, params, tokens)
-    return family.norm(c, params, scan_layers(family, c, params, x, body, wrap))
+    policy = remat.policy(memory.keep)
+    wrap = partial(jax.checkpoint, prevent_cse=memory.unroll, policy=policy)
+    x = family.embed(c, params, tokens) if embedded is None else embedded
+    return family.norm(c, params, scan_layers(family, c, params, x, body, wrap, memory.unroll))
 
 
 def logits(
@@ -176,51 +182,3 @@ def logits(
 ) -> Float[Array, "*B V"]:
     """Scores of every token of the vocabulary, float32."""
     return scores(family.head(c, params), hidden)
-
-
-def empty_cache(c: Any, batch: int, slots: int, dtype=jnp.bfloat16) -> Cache:
-    """A cache of `slots` tokens a row."""
-    kv = jnp.zeros((c.layers, batch, slots, c.kv_heads, c.head_width), dtype)
-    none = jnp.zeros((batch,), jnp.int32)
-    return Cache(kv, kv, none, none)
-
-
-def extend(
-    family: ModuleType,
-    c: Any,
-    params: Params,
-    cache: Cache,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-) -> tuple[Float[Array, "B T D"], Cache]:
-    """`forward` for tokens that continue a cache: prefill with many, decode with one.
-
-    Row b adds its first `lengths[b]` tokens; what follows is padding, whose hidden states mean
-    nothing and whose slots the next call overwrites.
-    """
-    batch, new = tokens.shape
-    fresh = jnp.where(cache.used == 0, lengths, cache.context)
-    positions = cache.used[:, None] + jnp.arange(new, dtype=jnp.int32)[None]
-    slots = jnp.broadcast_to(
-        jnp.arange(cache.k.shape[2], dtype=jnp.int32)[None], (batch, cache.k.shape[2])
-    )
-    rows = jnp.arange(batch)[:, None]
-    by = family.angles(c, positions, jnp.broadcast_to(fresh[:, None], (batch, new)))
-    one = lambda x: jnp.ones_like(x)
-
-    def body(carry, kind, w, i):
-        x, k_all, v_all = carry
-
-        def attend(q, k, v, *, scale, window):
-            put = lambda old, x: old.at[i, rows, positions].set(x.astype(old.dtype), mode="drop")
-            kept = put(k_all, k), put(v_all, v)
-            keys, values = (jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in kept)
-            mask = causal_mask(positions, one(positions), slots, one(slots), window)
-            return attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask, scale), kept
-
-        x, kept = family.block(c, kind, w, x, by, attend)
-        return x, *kept
-
-    x = family.embed(c, params, tokens)
-    x, k, v = scan_layers(family, c, params, (x, cache.k, cache.v), body)
-    return family.norm(c, params, x), Cache(k, v, cache.used + lengths, fresh)

@@ -14,13 +14,17 @@ Params = dict[str, Any]  # nested dict of leaves: arrays, quantized weights, Lor
 
 
 class Batch(NamedTuple):
-    """One device batch. Padding has segment 0; `weights` is 1 where the target counts."""
+    """One device batch. Padding has segment 0; `weights` is 1 where the target counts.
+
+    `embedded` holds the tokens' rows where the embedding table stays in host memory.
+    """
 
     tokens: Int[Array, "*M B T"]
     targets: Int[Array, "*M B T"]
     weights: Float[Array, "*M B T"]
     positions: Int[Array, "*M B T"]
     segments: Int[Array, "*M B T"]
+    embedded: Float[Array, "*M B T D"] | None = None
 
 
 class Total(NamedTuple):

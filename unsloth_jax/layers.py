@@ -5,13 +5,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
+from pallas_kernels import attention as kernel
 from unsloth_jax.dims import Params
 from unsloth_jax.leaves import linear, linears
 
 # attend(q, k, v, *, scale, window) -> (mixed values [B, T, H*h], what the cache keeps)
 Attend = Callable[..., tuple[Array, Any]]
+# mlp(weights, x [B, T, D], activation) -> [B, T, D]
+Mlp = Callable[[Params, Array, str], Array]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -28,37 +32,37 @@ def rms_norm(w: Float[Array, " D"], x: Float[Array, "*B D"], eps: float) -> Floa
     return unit.astype(x.dtype) * w.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-def gated_mlp(node: Params, x: Float[Array, "B T D"], activation: str) -> Float[Array, "B T D"]:
-    """down(act(gate(x)) * up(x)) (arXiv:2002.05202)."""
+def gated_mlp(
+    node: Params, x: Float[Array, "B T D"], activation: str, tiles: int = 1
+) -> Float[Array, "B T D"]:
+    """down(act(gate(x)) * up(x)) (arXiv:2002.05202).
+
+    With `tiles` the tokens pass in as many parts, each computed again in the backward pass
+    (arXiv:2501.01039). Raises ValueError unless they divide the tokens.
+    """
+    if tiles > 1:
+        return _tiled(lambda x: gated_mlp(node, x, activation), x, tiles)
     gate, up = linears((node["gate_proj"], node["up_proj"]), x)
+    gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
     return linear(node["down_proj"], ACTIVATIONS[activation](gate) * up)
 
 
-def causal_mask(
-    q_pos: Int[Array, "B T"],
-    q_seg: Int[Array, "B T"],
-    k_pos: Int[Array, "B S"],
-    k_seg: Int[Array, "B S"],
-    window: int | None = None,
-) -> Bool[Array, "B 1 1 T S"]:
-    """The mask rule of training, prefill and decoding: same segment, not later, in the window."""
-    back = q_pos[:, :, None] - k_pos[:, None, :]
-    seen = (back >= 0) & (k_seg[:, None, :] == q_seg[:, :, None])
-    if window is not None:
-        seen = seen & (back < window)
-    return seen[:, None, None]
+def _tiled(mlp: Callable[[Array], Array], x: Array, tiles: int) -> Array:
+    tokens = x.shape[0] * x.shape[1]
+    if tokens % tiles:
+        raise ValueError(f"{tiles} tiles don't divide {x.shape[0]} x {x.shape[1]} tokens")
+    parts = x.reshape(tiles, 1, tokens // tiles, x.shape[2])
+    return jax.lax.map(jax.checkpoint(mlp, prevent_cse=False), parts).reshape(x.shape)
 
 
-def attention(
+def self_attention(
+    rule: kernel.Rule,
     q: Float[Array, "B T H h"],
-    k: Float[Array, "B S K h"],
-    v: Float[Array, "B S K h"],
-    mask: Bool[Array, "B 1 1 T S"],
-    scale: float,
+    k: Float[Array, "B T K h"],
+    v: Float[Array, "B T K h"],
+    segments: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
 ) -> Float[Array, "B T H*h"]:
-    """Grouped-query attention (arXiv:2305.13245), softmax in float32."""
-    batch, length, heads, width = q.shape
-    q = q.reshape(batch, length, k.shape[2], -1, width)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
-    probs = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(batch, length, heads * width)
+    """Attention of whole rows to themselves, by the fastest kernel that takes them."""
+    y = kernel.attention(rule, q, k, v, segments, positions)
+    return y.reshape(*q.shape[:2], -1)

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from unsloth_jax.dims import Params
@@ -27,6 +28,15 @@ class Quantized(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     def dequantize(self) -> Array: ...
     def matmul(self, x: Array) -> Array: ...
+
+
+@runtime_checkable
+class Fused(Quantized, Protocol):
+    """A format whose kernels read a stack by layer number and take several weights at once."""
+
+    def at(self, i: int | Int[Array, ""]) -> Any: ...
+    @staticmethod
+    def products(bases: Sequence[Any], pairs: Sequence[Any], x: Array) -> list[Array]: ...
 
 
 @flax.struct.dataclass
@@ -63,6 +73,22 @@ class View:
         return (len(self.at), *self.stack.shape[1:])
 
 
+@jax.tree_util.register_static
+class Hosted:
+    """An embedding table [V, D] that stays in host memory; no part of it reaches a program."""
+
+    def __init__(self, table: np.ndarray):
+        self.table = table
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.table.shape
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """[*ids, D] in the table's dtype."""
+        return self.table[ids]
+
+
 def stacks(leaf: Any, layers: int) -> Stacks:
     """`leaf` as `Stacks`: a leaf that holds every layer is one part."""
     return leaf if isinstance(leaf, Stacks) else Stacks((leaf,), (tuple(range(layers)),))
@@ -86,6 +112,8 @@ def layer(leaf: Any, i: int | Int[Array, ""]) -> Any:
         return layer(leaf.stack, leaf.at[i])
     if isinstance(leaf, Lora):
         return Lora(layer(leaf.base, i), leaf.a[i], leaf.b[i], leaf.scale[i])
+    if isinstance(leaf, Fused):
+        return leaf.at(i)
     if isinstance(i, int):
         return jax.tree.map(lambda x: x[i], leaf)
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), leaf)
@@ -93,25 +121,33 @@ def layer(leaf: Any, i: int | Int[Array, ""]) -> Any:
 
 def linear(node: Params, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
     """x @ weight.T + bias for a `{weight, bias}` node, in x's dtype."""
-    y = matmul(node["weight"], x)
-    return (
-        y + node["bias"].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-        if "bias" in node
-        else y
-    )
+    return linears([node], x)[0]
 
 
 def linears(nodes: Sequence[Params], x: Float[Array, "*B I"]) -> list[Array]:
     """`linear` for projections that share their input."""
-    return [linear(node, x) for node in nodes]
+    ys = products([node["weight"] for node in nodes], x)
+    bias = lambda y, b: y + b.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+    return [
+        bias(y, node["bias"]) if "bias" in node else y for y, node in zip(ys, nodes, strict=True)
+    ]
 
 
-def matmul(w: Any, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-    """x @ w.T for one weight of any kind, accumulated in float32, in x's dtype."""
+def products(weights: Sequence[Any], x: Float[Array, "*B I"]) -> list[Array]:
+    """x @ w.T for weights of any kinds, accumulated in float32, in x's dtype."""
+    bases = [w.base if isinstance(w, Lora) else w for w in weights]
+    kind = type(bases[0])
+    if isinstance(bases[0], Fused) and all(type(base) is kind for base in bases):
+        pairs = [(w.a, w.b, w.scale) if isinstance(w, Lora) else None for w in weights]
+        return kind.products(bases, pairs, x)
+    return [_product(w, x) for w in weights]
+
+
+def _product(w, x):
     if isinstance(w, Lora):
         low = jnp.einsum("...i,ri->...r", x, w.a.astype(x.dtype))
         up = jnp.einsum("...r,or->...o", low, w.b.astype(x.dtype))
-        return matmul(w.base, x) + w.scale.astype(x.dtype) * up
+        return _product(w.base, x) + w.scale.astype(x.dtype) * up
     if isinstance(w, Quantized):
         return w.matmul(x)
     return jnp.einsum("...i,oi->...o", x, w.astype(x.dtype))
@@ -146,6 +182,8 @@ _wide.defvjp(lambda w, x: (_wide(w, x), (w, x)), _wide_backward)
 def embed(node: Params, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Rows of an embedding table; an adapter's rows are gathered before its product."""
     w = node["weight"]
+    if isinstance(w, Hosted):
+        raise TypeError("the embedding table is in host memory: look its rows up there")
     if isinstance(w, Lora):
         base = dense(w.base)[ids]
         low = jnp.einsum("btr,rd->btd", w.b[ids], w.a)

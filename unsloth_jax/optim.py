@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from unsloth_jax import adam8
+
 Schedule = Callable[[jax.Array], jax.Array]  # step number, from 0 -> learning rate
 
 
@@ -27,8 +29,11 @@ SCHEDULES: dict[str, Callable[[float, int, int], Schedule]] = {
     "constant": lambda peak, warmup, steps: lambda step: jnp.full(jnp.shape(step), peak),
     "constant_with_warmup": _decay(lambda done: jnp.ones_like(done)),
 }
-# adamw_8bit keeps float32 moments for now: same updates, more memory.
-OPTIMIZERS = ("adamw_torch", "adamw_8bit")
+# How the moments are kept; adamw_8bit is bitsandbytes' AdamW8bit.
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw_torch": optax.scale_by_adam,
+    "adamw_8bit": adam8.scale_by_adam,
+}
 
 
 def schedule(name: str, peak: float, warmup: int, steps: int) -> Schedule:
@@ -63,11 +68,15 @@ def make(
     b2: float = 0.999,
     eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """Clipping (0 for none), then AdamW (arXiv:1711.05101) in float32.
+    """Clipping (0 for none), then AdamW (arXiv:1711.05101), computed in float32.
 
     Raises ValueError for an unknown name.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optim {name!r} is not supported; supported: {list(OPTIMIZERS)}")
-    adamw = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    adamw = optax.chain(
+        OPTIMIZERS[name](b1=b1, b2=b2, eps=eps),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(rate),
+    )
     return optax.chain(clip_by_norm(max_grad_norm), adamw) if max_grad_norm else adamw

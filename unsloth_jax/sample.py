@@ -5,6 +5,7 @@ transformers: repetition penalty, temperature, top-k, top-p, min-p.
 """
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -13,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from unsloth_jax import decoder
+from unsloth_jax import decoder, decoding
 from unsloth_jax.dims import Params
+from unsloth_jax.unstack import Unstacked
 
 OUT = -1e30  # the score of a token that can't be drawn
 
@@ -33,7 +35,7 @@ class Sampling(NamedTuple):
 class Draft:
     """A generation under way: what one dispatch hands to the next."""
 
-    cache: decoder.Cache
+    cache: decoding.Cache
     token: Any  # int32 [B]: drawn, not yet in the cache
     logprob: Any  # float32 [B]
     seen: Any  # bool [B, V]: tokens of prompt and answer
@@ -70,17 +72,29 @@ def filtered(scores: Float[Array, "B V"], s: Sampling) -> Float[Array, "B V"]:
 def draw(
     key: jax.Array, scores: Float[Array, "B V"], seen: Bool[Array, "B V"], s: Sampling
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """A token a row and its log-probability under the unfiltered, tempered distribution."""
+    """A token a row and its log-probability under the unfiltered, tempered distribution.
+
+    The vocabulary is sorted only where a filter is on.
+    """
     scores = penalize(scores, seen, s.repetition_penalty)
     greedy = jnp.asarray(s.temperature) == 0
     s = s._replace(temperature=jnp.where(greedy, 1.0, s.temperature))
-    token = jax.lax.cond(
-        greedy,
-        lambda: jnp.argmax(scores, axis=-1),
-        lambda: jax.random.categorical(key, filtered(scores, s), axis=-1),
+    tempered = scores / s.temperature
+    likeliest = jnp.argmax(scores, axis=-1)
+    filters = (jnp.asarray(s.top_k) > 0) | (jnp.asarray(s.top_p) < 1) | (jnp.asarray(s.min_p) > 0)
+    token = jax.lax.switch(
+        jnp.where(greedy, 0, jnp.where(filters, 2, 1)),
+        [
+            lambda: likeliest,
+            lambda: jax.random.categorical(key, tempered, axis=-1),
+            lambda: jax.random.categorical(key, filtered(scores, s), axis=-1),
+        ],
     ).astype(jnp.int32)
-    logps = jax.nn.log_softmax(scores / s.temperature, axis=-1)
-    return token, jnp.take_along_axis(logps, token[:, None], axis=-1)[:, 0]
+    # By hand: log_softmax would look for the largest score, which is known, in another pass.
+    of = lambda ids: jnp.take_along_axis(tempered, ids[:, None], axis=-1)
+    most = of(likeliest)
+    logprob = of(token) - most - jnp.log(jnp.exp(tempered - most).sum(-1, keepdims=True))
+    return token, logprob[:, 0]
 
 
 def prefill(
@@ -94,10 +108,14 @@ def prefill(
     key: jax.Array,
     dtype: Any,
 ) -> Draft:
-    """Reads the prompts (padded on the right) and draws the first token of each answer."""
+    """Reads the prompts (padded on the right) and draws the first token of each answer.
+
+    Raises ValueError where the cache has fewer slots than the prompts.
+    """
     batch, length = tokens.shape
-    cache = decoder.empty_cache(c, batch, slots, dtype)
-    hidden, cache = decoder.extend(family, c, params, cache, tokens, lengths)
+    if slots < length:
+        raise ValueError(f"prompts of {length} tokens do not fit in a cache of {slots} slots")
+    hidden, cache = decoding.prefill(family, c, params, tokens, lengths, slots, dtype)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     inside = jnp.arange(length)[None] < lengths[:, None]
     rows = jnp.broadcast_to(jnp.arange(batch)[:, None], (batch, length))
@@ -110,7 +128,7 @@ def prefill(
 def decode(
     family: ModuleType,
     c: Any,
-    params: Params,
+    params: Params | Unstacked,
     draft: Draft,
     stop: Int[Array, " stops"],
     sampling: Sampling,
@@ -119,9 +137,11 @@ def decode(
 ) -> tuple[Draft, Int[Array, "B steps"], Float[Array, "B steps"]]:
     """`limit` of at most `steps` tokens a row, fewer when every row has drawn a stop token.
 
-    What a row does not fill is -1 with log-probability 0.
+    What a row does not fill is -1 with log-probability 0. Weights that are not `Unstacked` are
+    read as they are stored, a layer at a time, for every token.
     """
     batch = draft.token.shape[0]
+    rest = params.rest if isinstance(params, Unstacked) else params
     tokens = jnp.full((batch, steps), -1, jnp.int32)
     logprobs = jnp.zeros((batch, steps), jnp.float32)
 
@@ -136,13 +156,34 @@ def decode(
         seen = d.seen.at[jnp.arange(batch), d.token].set(True)
         done = d.done | (d.token[:, None] == stop[None]).any(-1)
         grow = jnp.where(done, 0, 1).astype(jnp.int32)
-        hidden, cache = decoder.extend(family, c, params, d.cache, d.token[:, None], grow)
+        hidden, cache = decoding.step(family, c, params, d.cache, d.token, grow)
         now, key = jax.random.split(d.key)
-        token, logprob = draw(now, decoder.logits(family, c, params, hidden[:, 0]), seen, sampling)
+        scores = decoder.logits(family, c, rest, hidden)
+        token, logprob = draw(now, scores, seen, sampling)
         return n + 1, Draft(cache, token, logprob, seen, done, key), tokens, logprobs
 
     _, draft, tokens, logprobs = jax.lax.while_loop(going, one, (0, draft, tokens, logprobs))
     return draft, tokens, logprobs
+
+
+def roomier(draft: Draft, slots: int) -> Draft:
+    """The draft with a cache of `slots`; the given one's keys and values are deleted.
+
+    One array at a time, so that no more than one is held twice. Not for use inside jit.
+    """
+
+    def wider(x):
+        new = _padded(x, slots)
+        x.delete()
+        return new
+
+    keys, values = (tuple(map(wider, xs)) for xs in (draft.cache.keys, draft.cache.values))
+    return draft.replace(cache=draft.cache.replace(keys=keys, values=values))
+
+
+@partial(jax.jit, static_argnums=1)
+def _padded(x, slots):
+    return jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)))
 
 
 class Programs(NamedTuple):

@@ -55,8 +55,14 @@ def make_step(loss: LossFn, optimizer: optax.GradientTransformation):
             (_, new), g = jax.value_and_grad(summed, has_aux=True)(state.trainable, frozen, batch)
             return (jax.tree.map(jnp.add, grads, g), jax.tree.map(jnp.add, total, new)), None
 
-        zero = jax.tree.map(jnp.zeros_like, state.trainable), Total(jnp.zeros(()), jnp.zeros(()))
-        (grads, total), _ = jax.lax.scan(micro, zero, batches)
+        if jax.tree.leaves(batches)[0].shape[0] == 1:
+            only = jax.tree.map(lambda x: x[0], batches)
+            (_, total), grads = jax.value_and_grad(summed, has_aux=True)(
+                state.trainable, frozen, only
+            )
+        else:
+            zero = jax.tree.map(jnp.zeros_like, state.trainable), Total(*jnp.zeros((2,)))
+            (grads, total), _ = jax.lax.scan(micro, zero, batches)
         grads = jax.tree.map(lambda g: g / jnp.where(total.count == 0, 1.0, total.count), grads)
         norm = optax.tree.norm(grads)
         updates, opt = optimizer.update(grads, state.opt, state.trainable)

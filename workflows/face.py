@@ -17,6 +17,7 @@ from bridge.peft_adapter import Settings
 from unsloth_jax import lora
 from workflows.keywords import neutral, ranged, say, settle, typed
 from workflows.model import Model
+from workflows.plan import CHECKPOINTING, check_budget
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT = "unsloth/Llama-3.2-1B-Instruct"
@@ -27,6 +28,7 @@ LOAD_USED = (
 PEFT_USED = (
     "r", "target_modules", "lora_alpha", "layers_to_transform", "finetune_last_n_layers",
     "use_gradient_checkpointing", "random_state", "use_rslora", "init_lora_weights",
+    "memory_budget",
 )  # fmt: skip
 LOAD_LATER = {
     "load_in_8bit": (False, None),
@@ -80,8 +82,6 @@ PEFT_IGNORED = {
     "temporary_location": "nothing is spilled to disk",
     "task_type": "the model is a causal language model",
 }
-# Whether each decoder layer is recomputed in the backward pass.
-CHECKPOINTING = {"unsloth": True, True: True, False: False}
 
 
 def is_bfloat16_supported() -> bool:
@@ -196,6 +196,7 @@ class FastLanguageModel:
         random_state: int = 3407,
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
+        memory_budget: int | float | str | None = None,
         **other: Any,
     ) -> Model:
         """The same model with fresh adapters; one that has the same settings is returned as it is.
@@ -204,6 +205,9 @@ class FastLanguageModel:
             target_modules: last names of modules, a regular expression over whole paths, or
                 "all-linear".
             layers_to_transform: layer numbers that get adapters; the others get none.
+            use_gradient_checkpointing: True computes layers again in the backward pass, "unsloth"
+                is the leanest plan, "auto" the fastest that fits; on a CPU both mean True.
+            memory_budget: what training may take: bytes, a share or "24GB"; else what is free.
 
         Raises TypeError where the model has adapters of other settings, ValueError for values
         that mean nothing or are not supported.
@@ -214,18 +218,15 @@ class FastLanguageModel:
                 f"use_gradient_checkpointing must be one of {list(CHECKPOINTING)}, got "
                 f"{use_gradient_checkpointing!r}"
             )
-        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-            raise TypeError(f"r must be a positive integer, got {r!r}")
+        check_budget(memory_budget)
         given = dict(lora_alpha=lora_alpha, use_rslora=use_rslora, random_state=random_state)
         typed("get_peft_model", given, dict(lora_alpha=float, use_rslora=bool, random_state=int))
-        if lora_alpha <= 0:
-            raise ValueError(f"lora_alpha must be over 0, got {lora_alpha!r}")
-        if not isinstance(target_modules, str | list | tuple | set | frozenset):
-            raise TypeError(f"target_modules must be names or a regex, got {target_modules!r}")
+        _meaningful(r, lora_alpha, target_modules)
         targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
         layers = _layers(layers_to_transform, finetune_last_n_layers, model.config.layers)
         peft = Settings(r, lora_alpha, use_rslora, targets, layers, init_lora_weights)
-        model.remat = CHECKPOINTING[use_gradient_checkpointing]
+        model.memory = CHECKPOINTING[use_gradient_checkpointing]
+        model.memory_budget = memory_budget
         if model.adapters is not None:
             if _meaning(model.peft) != _meaning(peft):
                 raise TypeError(
@@ -260,6 +261,15 @@ class FastLanguageModel:
                 tuple(CHECKPOINTING),
             )
         return model
+
+
+def _meaningful(r: Any, alpha: float | int, targets: Any) -> None:
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+        raise TypeError(f"r must be a positive integer, got {r!r}")
+    if alpha <= 0:
+        raise ValueError(f"lora_alpha must be over 0, got {alpha!r}")
+    if not isinstance(targets, str | list | tuple | set | frozenset):
+        raise TypeError(f"target_modules must be names or a regex, got {targets!r}")
 
 
 def _meaning(s: Settings) -> tuple:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -10,11 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unsloth_jax import sample
+from unsloth_jax import sample, unstack
 from unsloth_jax.dims import Params
 from unsloth_jax.sample import Sampling
+from workflows.keywords import say
 
-STEP = 64  # prompts and caches are padded to a multiple of this, so few shapes are compiled
+STEP = 64  # prompts are padded to a multiple of this, caches to a power of two times this
+ROOM = 1024  # new tokens that a cache is made for at first; it is doubled where more follow
+WEIGHTS = ("auto", "materialized", "stored")
 UNCHANGED = Sampling()
 BURST = 16  # tokens a dispatch while somebody watches or a stop string may end it
 
@@ -33,7 +37,9 @@ def programs(family: ModuleType, c: Any) -> sample.Programs:
     return sample.programs(family, c)
 
 
-def check(prompts: Sequence[Sequence[int]], s: Sampling, max_new_tokens: int, vocab: int) -> None:
+def check(
+    prompts: Sequence[Sequence[int]], s: Sampling, max_new_tokens: int, vocab: int, weights: str
+) -> None:
     """Raises ValueError for prompts and settings that have no meaning."""
     empty = [i for i, p in enumerate(prompts) if len(p) == 0]
     if not prompts or empty:
@@ -55,10 +61,52 @@ def check(prompts: Sequence[Sequence[int]], s: Sampling, max_new_tokens: int, vo
             raise ValueError(f"{name} must be {rule}, got {getattr(s, name)}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be one of {WEIGHTS}, got {weights!r}")
 
 
 def up(n: int) -> int:
+    """The next multiple of STEP."""
     return -(-n // STEP) * STEP
+
+
+def bucket(n: int) -> int:
+    """The next power of two times STEP."""
+    return STEP << (-(-n // STEP) - 1).bit_length()
+
+
+def readable(
+    family: ModuleType, c: Any, params: Params, weights: str, growth: int
+) -> Params | unstack.Unstacked:
+    """The parameters as decoding reads them: plain arrays for every layer, or as they are stored.
+
+    "auto" makes plain ones where they fit beside the `growth` of the cache in bytes, and says so
+    where they don't.
+    """
+    if weights == "stored":
+        return params
+    if weights == "auto":
+        needed, free = unstack.plain_bytes(family, params) + growth, free_bytes()
+        if free is not None and needed > free:
+            say(
+                f"decoding reads the weights as they are stored, which is slower: plain ones and a "
+                f"full cache need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+            )
+            return params
+    return unstack.materialized(family, c, params)
+
+
+def free_bytes() -> int | None:
+    """What the device has left; on a CPU half of what the system has; None where nobody knows."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats:
+        # A twentieth is left for scores and what the allocator can't place.
+        return int(0.95 * stats["bytes_limit"]) - stats["bytes_in_use"]
+    facts = Path("/proc/meminfo")
+    if not facts.exists():
+        return None
+    line = next(x for x in facts.read_text().splitlines() if x.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024 // 2
 
 
 def stream(
@@ -73,37 +121,48 @@ def stream(
     seed: int = 0,
     burst: int | None = None,
     dtype: Any = None,
+    weights: str = "auto",
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pieces of all answers as they come: tokens [B, n] (-1 after an end) and log-probabilities.
 
-    Prompts may differ in length. The whole answer is one piece unless `burst` cuts it.
+    Prompts may differ in length. Pieces have ROOM tokens, or `burst`; `weights` is one of WEIGHTS.
     """
-    check(prompts, sampling, max_new_tokens, c.vocab)
+    check(prompts, sampling, max_new_tokens, c.vocab, weights)
     lengths = np.asarray([len(p) for p in prompts], np.int32)
-    tokens = np.zeros((len(prompts), up(int(lengths.max()))), np.int32)
+    longest = int(lengths.max())
+    tokens = np.zeros((len(prompts), up(longest)), np.int32)
     for i, p in enumerate(prompts):
         tokens[i, : len(p)] = p
-    knobs = Sampling(
-        *(
-            jnp.asarray(x, jnp.int32 if n == "top_k" else jnp.float32)
-            for n, x in sampling._asdict().items()
-        )
-    )
+    knobs = on_device(sampling)
     dtype = dtype or family.embed(c, params, jnp.zeros((1, 1), jnp.int32)).dtype
-    slots = up(max(tokens.shape[1], int(lengths.max()) + max_new_tokens))
+    steps = burst or bucket(min(max_new_tokens, ROOM))
+    slots = bucket(max(tokens.shape[1], longest + min(max_new_tokens, ROOM)))
     run = programs(family, c)
     draft = run.prefill(
         params, tokens, lengths, knobs, jax.random.key(seed), slots=slots, dtype=dtype
     )
+    full = bucket(longest + max_new_tokens)
+    growth = sum(x.nbytes for x in jax.tree.leaves(draft.cache)) * (full - slots) // slots
+    layers = readable(family, c, params, weights, growth)
     stop = jnp.asarray(sorted(set(stop_ids)) or [-2], jnp.int32)
-    left, piece = max_new_tokens, burst or up(max_new_tokens)
-    while left > 0:
-        limit = jnp.asarray(left, jnp.int32)
-        draft, new, logprobs = run.decode(params, draft, stop, knobs, limit, steps=piece)
-        yield np.asarray(new)[:, :left], np.asarray(logprobs)[:, :left]
-        left -= piece
+    made = 0
+    while made < max_new_tokens:
+        if longest + made == draft.cache.slots:
+            draft = sample.roomier(draft, bucket(longest + made + 1))
+        count = min(max_new_tokens - made, steps, draft.cache.slots - longest - made)
+        draft, new, logprobs = run.decode(
+            layers, draft, stop, knobs, jnp.asarray(count, jnp.int32), steps=steps
+        )
+        yield np.asarray(new)[:, :count], np.asarray(logprobs)[:, :count]
+        made += count
         if bool(draft.done.all()):
             return
+
+
+def on_device(s: Sampling) -> Sampling:
+    """The settings as arrays, so that another value compiles nothing."""
+    kind = lambda name: jnp.int32 if name == "top_k" else jnp.float32
+    return Sampling(*(jnp.asarray(x, kind(name)) for name, x in s._asdict().items()))
 
 
 def answers(

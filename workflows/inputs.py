@@ -11,7 +11,7 @@ from workflows.keywords import say
 GENERATE_USED = (
     "input_ids", "attention_mask", "inputs", "max_new_tokens", "max_length", "do_sample",
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "eos_token_id", "stop_strings",
-    "tokenizer", "streamer", "seed",
+    "tokenizer", "streamer", "seed", "weights",
 )  # fmt: skip
 GENERATE_IGNORED = {
     "use_cache": "keys and values are always cached",

@@ -17,6 +17,7 @@ from bridge.peft_adapter import Settings
 from bridge.source import Source
 from unsloth_jax import decoder, lora
 from unsloth_jax.dims import Params
+from unsloth_jax.remat import PLAIN, Memory
 from workflows import generate, saving
 from workflows.generate import Answer
 from workflows.inputs import GENERATE_IGNORED, GENERATE_LATER, GENERATE_USED, masked, sampling
@@ -41,7 +42,8 @@ class Model:
     quantized: bool
     adapters: Params | None = None
     peft: Settings | None = None
-    remat: bool = True
+    memory: Memory | str = PLAIN  # or "auto", "unsloth": settled when the batch is known
+    memory_budget: int | float | str | None = None  # what training may take of the device
 
     @property
     def scale(self) -> float:
@@ -82,6 +84,7 @@ class Model:
         tokenizer: Any = None,
         streamer: Any = None,
         seed: int = 3407,
+        weights: str = "auto",
         **other: Any,
     ) -> np.ndarray:
         """Prompt and completion, int32 [B, T + new], rows padded on the right after their end.
@@ -95,6 +98,7 @@ class Model:
             stop_strings: texts that end an answer.
             streamer: an object with `put` and `end`, such as transformers' TextStreamer.
             seed: of the draws; the same seed gives the same answer.
+            weights: "materialized" (plain arrays for this call), "stored", or the first if it fits.
         """
         settle("generate", other, GENERATE_USED, GENERATE_IGNORED, GENERATE_LATER)
         if (inputs is None) == (input_ids is None):
@@ -112,6 +116,7 @@ class Model:
             tokenizer=tokenizer,
             streamer=_started(streamer, tokens),
             seed=seed,
+            weights=weights,
         )
         if streamer is not None:
             streamer.end()

@@ -15,23 +15,35 @@ import jax.numpy as jnp
 import numpy as np
 
 from bridge.checkpoint import Checkpoints
-from unsloth_jax import data, decoder, lora, losses, train
+from unsloth_jax import data, decoder, lora, losses, remat, train, tree
 from unsloth_jax.data import Row
 from unsloth_jax.dims import Batch, Params, Total
+from unsloth_jax.leaves import Hosted
 from workflows.generate import Stopwatch
 
 LOSS = "sft/1"  # names the loss a checkpoint was trained with
 Log = Callable[[dict[str, Any]], None]
 
 
-def loss(model: ModuleType, c: Any, scale: float, remat: bool = True) -> train.LossFn:
-    """Cross entropy of the supervised tokens under base plus adapters."""
+def loss(
+    model: ModuleType,
+    c: Any,
+    scale: float,
+    memory: remat.Memory = remat.PLAIN,
+    documents: int | None = None,
+) -> train.LossFn:
+    """Cross entropy of the supervised tokens under base plus adapters.
+
+    `memory` and `documents` are those of `decoder.forward`.
+    """
 
     def fn(adapters: Params, frozen: Params, b: Batch) -> Total:
         params = lora.attach(frozen, adapters, scale)
-        hidden = decoder.forward(model, c, params, b.tokens, b.positions, b.segments, remat=remat)
+        hidden = decoder.forward(
+            model, c, params, b.tokens, b.positions, b.segments, memory, documents, b.embedded
+        )
         head = model.head(c, params)
-        logps = losses.token_logprobs(hidden, head, b.targets, weights=b.weights)
+        logps = losses.token_logprobs(hidden, head, b.targets, memory.chunk, b.weights)
         return losses.sft(logps, b.weights)
 
     return fn
@@ -59,6 +71,17 @@ class Batches:
     def steps(self, epoch: int) -> int:
         """Optimizer steps in one epoch."""
         return math.ceil(len(self.bins(epoch)) / (self.batch * self.accumulation))
+
+    def documents(self, steps: int) -> int:
+        """The most rows that share a bin in the first `steps` optimizer steps."""
+        if not self.packing:
+            return 1
+        most, epoch = 1, 0
+        while steps > 0:
+            most = max(most, *map(len, self.bins(epoch)))
+            steps -= self.steps(epoch)
+            epoch += 1
+        return most
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         bins = self.bins(epoch)
@@ -111,10 +134,15 @@ class Run:
     def __call__(self) -> train.State:
         """Takes the steps that are left; raises FloatingPointError where a loss is not finite."""
         done, clock, seen, moved, logged = int(self.state.step), Stopwatch(), 0, False, 0
-        for epoch, batch in itertools.islice(self.batches.forever(done), self.total - done):
+        coming = map(self._ready, itertools.islice(self.batches.forever(done), self.total - done))
+        ready = next(coming, None)
+        while ready is not None:
+            epoch, tokens, batch = ready
             rate = float(self.rate(jnp.asarray(done)))
-            report = self._step(jax.device_put(batch))
-            done, seen = done + 1, seen + int((batch.segments > 0).sum())
+            report = self._step(batch)
+            # Made while the device works: what the report holds is waited for below.
+            ready = next(coming, None)
+            done, seen = done + 1, seen + tokens
             _finite(report, done)
             self.losses.append(float(report.loss))
             if rate > 0 and not moved:
@@ -128,10 +156,35 @@ class Run:
                 self.saving.checkpoints.save(done, self.state, self.saving.facts)
         return self.state
 
+    def _ready(self, coming: tuple[float, Batch]) -> tuple[float, int, Batch]:
+        """(epoch, tokens that are no padding, the batch on its way to the device)."""
+        epoch, batch = coming
+        tokens = int((batch.segments > 0).sum())
+        return epoch, tokens, jax.device_put(embedded(self.frozen, batch))
+
     def _step(self, batch: Batch) -> train.Report:
         with _uninterrupted():
             self.state, report = self.step(self.state, self.frozen, batch)
         return report
+
+
+def hosted(params: Params) -> Params:
+    """The tree with its embedding table in host memory, where a head of its own stays behind.
+
+    A tied, quantized or adapted table is needed on the device: then the tree as it is.
+    """
+    flat = tree.flatten(params)
+    tables = [p for p in flat if p.endswith("embed_tokens.weight")]
+    if "lm_head.weight" not in flat or not isinstance(flat[tables[0]], jax.Array):
+        return params
+    return tree.unflatten(flat | {tables[0]: Hosted(np.asarray(flat[tables[0]]))})
+
+
+def embedded(params: Params, batch: Batch) -> Batch:
+    """The batch with its tokens' embeddings, where their table is in host memory."""
+    leaves = tree.flatten(params).values()
+    table = next((leaf for leaf in leaves if isinstance(leaf, Hosted)), None)
+    return batch if table is None else batch._replace(embedded=table.rows(batch.tokens))
 
 
 @contextmanager

@@ -13,8 +13,8 @@ import numpy as np
 
 from bridge.checkpoint import Checkpoints
 from unsloth_jax import optim
-from unsloth_jax.train import State, make_step, start
-from workflows import progress, responses, rows, sft
+from unsloth_jax.train import State, start
+from workflows import plan, progress, responses, rows, sft
 from workflows.generate import Stopwatch
 from workflows.keywords import ranged, say, settle, typed
 from workflows.model import Model
@@ -120,6 +120,7 @@ class SFTConfig:
         packing: several examples share a row, each in a segment of its own.
         completion_only_loss, assistant_only_loss: which tokens count, as in TRL.
         truncation: cut rows that are too long instead of raising.
+        memory_budget: see get_peft_model, whose value it replaces.
         save_strategy, save_steps, save_total_limit: when checkpoints are written to output_dir.
     """
 
@@ -151,6 +152,7 @@ class SFTConfig:
     completion_only_loss: bool | None = None
     assistant_only_loss: bool = False
     truncation: bool = False
+    memory_budget: int | float | str | None = None
 
     def __init__(self, **given: Any):
         known = {f.name: f.default for f in fields(type(self))}
@@ -165,6 +167,7 @@ class SFTConfig:
     def _check(self) -> None:
         typed("SFTConfig", vars(self), get_type_hints(SFTConfig))
         ranged("SFTConfig", vars(self), RANGES)
+        plan.check_budget(self.memory_budget)
         if self.max_steps <= 0 and not (self.num_train_epochs or 0) > 0:
             raise ValueError(
                 "SFTConfig: give max_steps or num_train_epochs over 0, got "
@@ -263,31 +266,29 @@ class SFTTrainer:
         a, m = self.args, self.model
         batches, total = self._batches(), self.total_steps()
         rate = optim.schedule(a.lr_scheduler_type, a.learning_rate, a.warmup(total), total)
-        if a.optim == "adamw_8bit":
-            say("optim='adamw_8bit' keeps float32 moments for now: the same updates, more memory")
         clock = Stopwatch()
         optimizer = optim.make(
             a.optim, rate, weight_decay=a.weight_decay, max_grad_norm=a.max_grad_norm or 0.0,
             b1=a.adam_beta1, b2=a.adam_beta2, eps=a.adam_epsilon,
         )  # fmt: skip
         facts = self._facts(total)
-        state = start(m.adapters, optimizer)
-        if resume_from_checkpoint:
-            state = self._resumed(resume_from_checkpoint, state, facts)
-        step = make_step(sft.loss(m.family, m.config, m.scale, m.remat), optimizer)
-        self.log_history.clear()
-        with progress.bar(total, self._metrics_file(), int(state.step)) as show:
-            log = lambda row: (self.log_history.append(row), show(row))
-            saving = self._saving(batches, facts, int(state.step))
-            run = sft.Run(
-                step, state, m.params, batches, rate, total, log, a.logging_steps, saving
-            )  # fmt: skip
-            try:
-                run()
-            finally:
-                m.adapters = run.state.trainable
-                if run.saving:
-                    run.saving.checkpoints.close()
+        with plan.prepared(m, optimizer, batches, total, a.memory_budget) as step:
+            state = start(m.adapters, optimizer)
+            if resume_from_checkpoint:
+                state = self._resumed(resume_from_checkpoint, state, facts)
+            self.log_history.clear()
+            with progress.bar(total, self._metrics_file(), int(state.step)) as show:
+                log = lambda row: (self.log_history.append(row), show(row))
+                saving = self._saving(batches, facts, int(state.step))
+                run = sft.Run(
+                    step, state, m.params, batches, rate, total, log, a.logging_steps, saving
+                )  # fmt: skip
+                try:
+                    run()
+                finally:
+                    m.adapters = run.state.trainable
+                    if run.saving:
+                        run.saving.checkpoints.close()
         return _output(int(run.state.step), run.losses, clock())
 
     def _batches(self) -> sft.Batches:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from unsloth_jax import leaves, rope
 from unsloth_jax.dims import Params
-from unsloth_jax.layers import Attend, gated_mlp, rms_norm
+from unsloth_jax.layers import Attend, Mlp, gated_mlp, rms_norm
 from unsloth_jax.leaves import linear, linears
 from unsloth_jax.models import fields
 
@@ -103,19 +104,28 @@ def head(c: Config, params: Params) -> Params:
     return params["model"]["embed_tokens"] if c.tied else params["lm_head"]
 
 
-def block(c: Config, window: int | None, w: Params, x: Float[Array, "B T D"], by, attend: Attend):
+def block(
+    c: Config,
+    window: int | None,
+    w: Params,
+    x: Float[Array, "B T D"],
+    by,
+    attend: Attend,
+    mlp: Mlp = gated_mlp,
+):
     """One layer. `attend` owns masks and caches; its second result is passed through."""
     a = w["self_attn"]
     heads = lambda y: y.reshape(*x.shape[:2], -1, c.head_width)
 
     y = rms_norm(w["input_layernorm"]["weight"], x, c.eps)
     q, k, v = map(heads, linears((a["q_proj"], a["k_proj"], a["v_proj"]), y))
-    q, k = rope.rotate(q, by["all"]), rope.rotate(k, by["all"])
+    q, k = (checkpoint_name(rope.rotate(x, by["all"]), n) for x, n in ((q, "q"), (k, "k")))
+    v = checkpoint_name(v, "v")
     y, kept = attend(q, k, v, scale=c.head_width**-0.5, window=window)
-    x = x + linear(a["o_proj"], y)
+    x = checkpoint_name(x + linear(a["o_proj"], y), "mid")
 
     y = rms_norm(w["post_attention_layernorm"]["weight"], x, c.eps)
-    return x + gated_mlp(w["mlp"], y, c.activation), kept
+    return x + mlp(w["mlp"], y, c.activation), kept
 
 
 def to_gguf(c: Config, path: str, w: np.ndarray) -> np.ndarray:

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from unsloth_jax import rope
 from unsloth_jax.dims import Params
-from unsloth_jax.layers import Attend, gated_mlp, rms_norm
+from unsloth_jax.layers import Attend, Mlp, gated_mlp, rms_norm
 from unsloth_jax.leaves import linear, linears
 from unsloth_jax.models import fields, llama, qwen2
 from unsloth_jax.models.llama import LAYERS, Config
@@ -45,17 +46,27 @@ def weights(c: Config) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
     return llama.weights(c) | norms
 
 
-def block(c: Config, window: int | None, w: Params, x: Float[Array, "B T D"], by, attend: Attend):
+def block(
+    c: Config,
+    window: int | None,
+    w: Params,
+    x: Float[Array, "B T D"],
+    by,
+    attend: Attend,
+    mlp: Mlp = gated_mlp,
+):
     """One layer. `attend` owns masks and caches; its second result is passed through."""
     a = w["self_attn"]
     heads = lambda y: y.reshape(*x.shape[:2], -1, c.head_width)
 
     y = rms_norm(w["input_layernorm"]["weight"], x, c.eps)
     q, k, v = map(heads, linears((a["q_proj"], a["k_proj"], a["v_proj"]), y))
+    # Before their norms, which need their inputs to be differentiated.
+    q, k, v = (checkpoint_name(x, name) for x, name in zip((q, k, v), "qkv", strict=True))
     q = rope.rotate(rms_norm(a["q_norm"]["weight"], q, c.eps), by["all"])
     k = rope.rotate(rms_norm(a["k_norm"]["weight"], k, c.eps), by["all"])
     y, kept = attend(q, k, v, scale=c.head_width**-0.5, window=window)
-    x = x + linear(a["o_proj"], y)
+    x = checkpoint_name(x + linear(a["o_proj"], y), "mid")
 
     y = rms_norm(w["post_attention_layernorm"]["weight"], x, c.eps)
-    return x + gated_mlp(w["mlp"], y, c.activation), kept
+    return x + mlp(w["mlp"], y, c.activation), kept

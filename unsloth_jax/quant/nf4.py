@@ -1,14 +1,15 @@
 """NF4 weights: 4-bit NormalFloat in blocks of 64, as bitsandbytes has them (arXiv:2305.14314)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels import nf4
+from pallas_kernels import nf4, nf4_dequantize, nf4_matmul
 
 DTYPES = ("float32", "bfloat16", "float16")
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -26,6 +27,7 @@ class NF4:
     nested_absmax: Any = None  # float32 [*stack, ceil(blocks / nested_block)]
     nested_map: Any = None  # float32 [*stack, 256]
     offset: Any = None  # float32 [*stack]
+    number: Any = None  # int32 []: which layer of the stack this is, where it is one
     matrix: tuple[int, int] = flax.struct.field(pytree_node=False, kw_only=True)
     block: int = flax.struct.field(pytree_node=False, default=nf4.BLOCK)
     nested_block: int = flax.struct.field(pytree_node=False, default=nf4.NESTED_BLOCK)
@@ -33,6 +35,8 @@ class NF4:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        if self.number is not None:
+            return self.matrix
         return (*self.packed.shape[: -1 - in_rows(self.matrix)], *self.matrix)
 
     @property
@@ -43,19 +47,43 @@ class NF4:
     def statistics(self) -> nf4.Statistics:
         return nf4.Statistics(self.absmax, self.nested_absmax, self.nested_map, self.offset)
 
+    def at(self, i: int | Int[Array, ""]) -> "NF4":
+        """Layer `i` of a stack. Where the stack has one axis, its bytes stay where they are."""
+        if self.number is not None:
+            raise ValueError(f"this is one layer of a stack already, asked for its layer {i}")
+        if len(self.shape) == 3:
+            return self.replace(number=i)
+        take = lambda x: jax.lax.dynamic_index_in_dim(jnp.asarray(x), i, keepdims=False)
+        return jax.tree.map(take, self)
+
     def dequantize(self) -> Float[Array, "*stack O I"]:
         """The weight in `dtype`, bit for bit as bitsandbytes dequantizes it."""
+        packed, statistics = jax.tree.map(jnp.asarray, (self.packed, self.statistics))
+        if self.number is not None or len(self.shape) == 2:
+            return nf4_dequantize.dequantize(self.layout, packed, statistics, self.number)
         one = lambda packed, statistics: nf4.dequantize(self.layout, packed, statistics)
         for _ in self.shape[:-2]:
             one = jax.vmap(one)
-        return one(*jax.tree.map(jnp.asarray, (self.packed, self.statistics)))
+        return one(packed, statistics)
 
     def matmul(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         """x @ w.T in x's dtype, for a single matrix. Raises on a stack: index it first."""
-        if self.shape != self.matrix:
-            raise ValueError(f"matmul takes one matrix, got the stack {self.shape}: index it first")
-        packed, statistics = jax.tree.map(jnp.asarray, (self.packed, self.statistics))
-        return nf4.matmul(self.layout, x, packed, statistics)
+        return self.products([self], [None], x)[0]
+
+    @staticmethod
+    def products(
+        bases: Sequence["NF4"], pairs: Sequence[tuple | None], x: Float[Array, "*B I"]
+    ) -> list[Array]:
+        """x @ (w + scale * b @ a).T for several matrices; a pair is (a, b, scale) or None."""
+        stack = next((base for base in bases if base.shape != base.matrix), None)
+        if stack is not None:
+            raise ValueError(
+                f"matmul takes one matrix, got the stack {stack.shape}: index it first"
+            )
+        arrays = lambda tree: jax.tree.map(jnp.asarray, tree)
+        weights = [nf4_matmul.Packed(*arrays((w.packed, w.statistics)), w.number) for w in bases]
+        pairs = [p if p is None else nf4_matmul.LowRank(*p) for p in pairs]
+        return nf4_matmul.products([w.layout for w in bases], x, weights, pairs)
 
 
 def in_rows(matrix: tuple[int, int]) -> bool:

@@ -1,0 +1,209 @@
+"""Attention of one new token a row over its cache, which takes the token's key and value in.
+
+    keys[b, :, used[b]] = k[b],  values[b, :, used[b]] = v[b]
+    y[b, i] = softmax_s(q[b, i] . keys[b, i // G, s] * scale) @ values[b, i // G]
+    for used[b] - window < s <= used[b]
+
+Grouped queries (arXiv:2305.13245), running softmax (arXiv:2205.14135), long rows cut into parts
+that are joined by their maxima. The kernel (Pallas, Triton) reads what is filled of the cache and
+nothing beyond, once; XLA makes several launches of it and reads the cache's whole length. It has
+no gradient: nothing is trained through a cache.
+"""
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import _choice
+
+Implementation = Literal["pallas", "xla"]
+Attended = tuple[Float[Array, "B H h"], Float[Array, "B K S h"], Float[Array, "B K S h"]]
+
+BLOCK = 64  # keys that a program reads at a time
+ROWS = 16  # queries of a group, padded to a matrix unit's smallest side
+PROGRAMS = 264  # at least so many keep 132 multiprocessors busy
+HIDDEN = -1e30  # the score of a key that is not seen
+
+
+def reference(
+    q: Float[Array, "B H h"],
+    k: Float[Array, "B K h"],
+    v: Float[Array, "B K h"],
+    keys: Float[Array, "B K S h"],
+    values: Float[Array, "B K S h"],
+    used: Int[Array, " B"],
+    scale: float,
+    window: int | None = None,
+) -> Attended:
+    """(mixed values, keys and values with the new token), softmax in float32."""
+    batch, heads, width = q.shape
+    rows = jnp.arange(batch)
+    keys = keys.at[rows, :, used].set(k.astype(keys.dtype), mode="drop")
+    values = values.at[rows, :, used].set(v.astype(values.dtype), mode="drop")
+    grouped = q.reshape(batch, keys.shape[1], -1, width)
+    scores = jnp.einsum(
+        "bkgh,bksh->bkgs", grouped, keys.astype(q.dtype), preferred_element_type=jnp.float32
+    )
+    back = used[:, None] - jnp.arange(keys.shape[2], dtype=used.dtype)[None]
+    seen = back >= 0 if window is None else (back >= 0) & (back < window)
+    scores = jnp.where(seen[:, None, None], scores * scale, HIDDEN)
+    chance = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    y = jnp.einsum("bkgs,bksh->bkgh", chance, values.astype(q.dtype))
+    return y.reshape(batch, heads, width), keys, values
+
+
+def supports(q: Array, keys: Array) -> str | None:
+    """Why the kernel can't run on queries [B, H, h] and a cache [B, K, S, h], or None."""
+    _, heads, slots, width = keys.shape
+    if _choice.platform() != "gpu":
+        return "it needs a GPU"
+    if q.dtype != keys.dtype or keys.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it takes one 16-bit dtype, got queries {q.dtype} and a cache {keys.dtype}"
+    if width not in (16, 32, 64, 128, 256) or slots % BLOCK or q.shape[1] > heads * ROWS:
+        return (
+            f"it takes heads 16 to 256 wide (a power of two), slots in blocks of {BLOCK} and up "
+            f"to {ROWS} queries a group, got queries {q.shape} and a cache {keys.shape}"
+        )
+    if keys.size >= 2**31:
+        return f"the cache {keys.shape} passes 2^31 elements and is indexed in 32 bits"
+    return None
+
+
+def attend(
+    q: Float[Array, "B H h"],
+    k: Float[Array, "B K h"],
+    v: Float[Array, "B K h"],
+    keys: Float[Array, "B K S h"],
+    values: Float[Array, "B K S h"],
+    used: Int[Array, " B"],
+    *,
+    scale: float,
+    window: int | None = None,
+    implementation: Implementation | None = None,
+) -> Attended:
+    """`reference`, in place where the caches are donated. Rows have `used` tokens each, below S.
+
+    Raises ValueError with the reason where the implementation asked for can't run.
+    """
+    reasons = {"pallas": supports(q, keys), "xla": None}
+    if _choice.pick("decode attention", implementation, reasons) == "xla":
+        return reference(q, k, v, keys, values, used, scale, window)
+    return _pallas(q, k, v, keys, values, used, scale, window)
+
+
+def parts(batch: int, heads: int, slots: int) -> int:
+    """Into how many parts a row's keys are cut, a power of two: 1 where rows fill the GPU."""
+    wanted = min(PROGRAMS // (batch * heads), slots // BLOCK)
+    return 1 << max(wanted, 1).bit_length() - 1
+
+
+def _pallas(q, k, v, keys, values, used, scale, window, cut=None, interpret=False):
+    batch, heads, slots, width = keys.shape
+    group = q.shape[1] // heads
+    cut = cut or parts(batch, heads, slots)
+    shape = jax.ShapeDtypeStruct
+    mixed = [shape((batch, heads, group, width), q.dtype)]
+    if cut > 1:
+        mixed = [shape((batch, heads, cut, group, width), jnp.float32)]
+        mixed += [shape((batch, heads, cut, group), jnp.float32)] * 2
+    *mixed, keys, values = pl.pallas_call(
+        partial(_kernel, group, cut, scale, window),
+        out_shape=[*mixed, shape(keys.shape, keys.dtype), shape(values.shape, values.dtype)],
+        grid=(batch, heads, cut),
+        input_output_aliases={4: len(mixed), 5: len(mixed) + 1},
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+        name="decode_attention",
+    )(
+        used.astype(jnp.int32),
+        q.reshape(batch, heads, group, width),
+        k.astype(keys.dtype),
+        v.astype(values.dtype),
+        keys,
+        values,
+    )
+    y = _joined(mixed, q.dtype, interpret) if cut > 1 else mixed[0]
+    return y.reshape(q.shape), keys, values
+
+
+def _kernel(group, cut, scale, window, used_ref, q_ref, k_ref, v_ref, _keys, _values, *refs):
+    *out_refs, keys_ref, values_ref = refs
+    row, head, part = (pl.program_id(axis) for axis in range(3))
+    # Rows beyond the group repeat its last one: they compute and store the same numbers.
+    lines = jnp.minimum(jnp.arange(ROWS), group - 1)
+    used = used_ref[row]
+    q, k, v = q_ref[row, head, lines, :], k_ref[row, head, :], v_ref[row, head, :]
+    wide = lambda x: x.astype(jnp.float32)
+    own = part == 0  # the part that holds the new token, which it takes from registers
+    top = jnp.sum(wide(q) * wide(k)[None], axis=1) * scale
+    state = (
+        jnp.where(own, top, HIDDEN),
+        jnp.where(own, jnp.ones(ROWS, jnp.float32), 0.0),
+        jnp.where(own, jnp.broadcast_to(wide(v)[None], q.shape), 0.0),
+    )
+    first = 0 if window is None else jnp.maximum(used + 1 - window, 0)
+    begin, end = first // BLOCK, pl.cdiv(used, BLOCK)
+    share = pl.cdiv(end - begin, cut)
+
+    def read(block, state):
+        top, total, mixed = state
+        here = pl.ds(block * BLOCK, BLOCK)
+        scores = _product(q, keys_ref[row, head, here, :], 1) * scale
+        slot = block * BLOCK + jnp.arange(BLOCK)
+        seen = (slot >= first) & (slot < used)
+        scores = jnp.where(seen[None], scores, HIDDEN)
+        higher = jnp.maximum(top, jnp.max(scores, axis=1))
+        less, chance = jnp.exp(top - higher), jnp.exp(scores - higher[:, None])
+        new = _product(chance.astype(q.dtype), values_ref[row, head, here, :], 0)
+        total = total * less + jnp.sum(chance, axis=1)
+        return higher, total, mixed * less[:, None] + new
+
+    start = begin + part * share
+    stop = jnp.minimum(start + share, end)
+    top, total, mixed = jax.lax.fori_loop(start, stop, read, state)
+
+    @pl.when(own)
+    def _():
+        keys_ref[row, head, used, :] = k
+        values_ref[row, head, used, :] = v
+
+    if cut == 1:
+        out_refs[0][row, head, lines, :] = (mixed / total[:, None]).astype(q.dtype)
+    else:
+        mixed_ref, top_ref, total_ref = out_refs
+        mixed_ref[row, head, part, lines, :] = mixed
+        top_ref[row, head, part, lines] = top
+        total_ref[row, head, part, lines] = total
+
+
+def _product(a, b, axis):
+    """float32 sums over a's second axis and `axis` of b."""
+    over = (((1,), (axis,)), ((), ()))
+    return jax.lax.dot_general(a, b, over, preferred_element_type=jnp.float32)
+
+
+def _joined(parts_, dtype, interpret):
+    """The whole rows' mixed values [B, K, G, h] from those of their parts, in one launch."""
+    batch, heads, _, group, width = parts_[0].shape
+
+    def kernel(mixed_ref, top_ref, total_ref, y_ref):
+        row, head, line = (pl.program_id(axis) for axis in range(3))
+        top = top_ref[row, head, :, line]
+        weight = jnp.exp(top - jnp.max(top, axis=0))
+        mixed = jnp.sum(mixed_ref[row, head, :, line, :] * weight[:, None], axis=0)
+        total = jnp.sum(total_ref[row, head, :, line] * weight, axis=0)
+        y_ref[row, head, line, :] = (mixed / total).astype(dtype)
+
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((batch, heads, group, width), dtype),
+        grid=(batch, heads, group),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="decode_attention_join",
+    )(*parts_)

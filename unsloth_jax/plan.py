@@ -1,0 +1,349 @@
+"""The memory of a training step, known before it runs.
+
+`estimate` is a closed form of shapes and policy, for any machine. `compiled` asks XLA, which lays
+every buffer out when it compiles, and needs shapes only. `choose` takes the fastest of a ladder of
+`Memory` values that fits. All sizes are bytes.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import attention
+from unsloth_jax import remat, tree
+from unsloth_jax.dims import Batch, Params
+from unsloth_jax.leaves import Hosted, Quantized
+from unsloth_jax.remat import KEPT, Memory
+from unsloth_jax.train import State
+
+GIB = 2**30
+UNBOUNDED = 2**62
+ERROR = 1.15  # an estimate is at most this factor off
+TILE = 8192  # tokens that pass through the MLP at once where there are more
+BUCKET = 64  # rows are padded to a multiple of this
+RANKS = (64, 32, 16, 8, 4, 2, 1)
+
+
+class Job(NamedTuple):
+    """What is trained. Nothing here needs values: shapes do."""
+
+    family: ModuleType
+    config: Any
+    params: Params
+    states: Callable[[int], State]  # shapes of adapters and optimizer by rank
+    rank: int
+    batch: int
+    length: int
+    accumulation: int = 1
+    platform: str = "gpu"
+
+    @property
+    def tokens(self) -> int:
+        """Of one micro-batch."""
+        return self.batch * self.length
+
+
+class Budget(NamedTuple):
+    """Bytes that a plan may take."""
+
+    device: int
+    host: int
+
+
+class Plan(NamedTuple):
+    """Where a step's memory goes; "compiled" by XLA or "estimated".
+
+    A compiled plan's temporaries are what its total leaves beside the exact other parts.
+    """
+
+    parameters: int
+    adapters: int
+    optimizer: int
+    gradients: int
+    residuals: int  # what layers keep on the device for the backward pass
+    temporaries: int
+    batch: int
+    host: int  # pinned layer inputs, and the embedding table where it stays behind
+    source: Literal["compiled", "estimated"]
+
+    @property
+    def total(self) -> int:
+        """On the device, at the peak."""
+        return sum(self[: len(PARTS)])
+
+    def fits(self, budget: Budget) -> bool:
+        return self.total <= budget.device and self.host <= budget.host
+
+    def __str__(self) -> str:
+        parts = zip(PARTS, self, strict=False)
+        said = ", ".join(f"{name} {gib(x)}" for name, x in parts)
+        return f"{gib(self.total)} ({self.source}: {said}), host {gib(self.host)}"
+
+
+PARTS = Plan._fields[: Plan._fields.index("host")]
+
+
+def gib(size: int) -> str:
+    """ "1.50 GiB"."""
+    return f"{size / GIB:.2f} GiB" if size < UNBOUNDED else "any amount"
+
+
+def title(memory: Memory) -> str:
+    """A rung's name: "full+host+tiles2+chunk256+unroll"."""
+    parts = {
+        "host": memory.host_embedding,
+        f"tiles{memory.tiles}": memory.tiles > 1,
+        f"chunk{memory.chunk}": memory.chunk != remat.PLAIN.chunk,
+        "unroll": memory.unroll,
+    }
+    return "+".join([memory.keep, *(part for part, on in parts.items() if on)])
+
+
+def size(node: Any) -> int:
+    """Bytes of all arrays of a tree, or of the shapes in their place."""
+    leaves = jax.tree.leaves(node)
+    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in leaves)
+
+
+def _table(params: Params) -> tuple[str, Any]:
+    """(path, the embedding table [V, D]: an array, a shape, a quantized or a `Hosted` one)."""
+    flat = tree.flatten(params)
+    return next((p, leaf) for p, leaf in flat.items() if p.endswith("embed_tokens.weight"))
+
+
+def _rows(job: Job) -> Any:
+    """The embedding table, wherever it is: its rows are the first activations."""
+    leaf = _table(job.params)[1]
+    return leaf.table if isinstance(leaf, Hosted) else leaf
+
+
+def _item(job: Job) -> int:
+    """Bytes of an activation."""
+    return jnp.dtype(_rows(job).dtype).itemsize
+
+
+def hostable(params: Params) -> bool:
+    """Whether the embedding table may stay in host memory: a plain one beside a head of its own."""
+    quantized = isinstance(_table(params)[1], Quantized)
+    return "lm_head.weight" in tree.flatten(params) and not quantized
+
+
+def _without_table(job: Job) -> Job:
+    """The job with a table in host memory; where it has only a shape, with zeros of no size."""
+    path, leaf = _table(job.params)
+    if isinstance(leaf, Hosted):
+        return job
+    zeros = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+    flat = tree.flatten(job.params) | {path: Hosted(zeros)}
+    return job._replace(params=tree.unflatten(flat))
+
+
+def batches(job: Job, memory: Memory) -> Batch:
+    """Shapes of what a step is given."""
+    lead = (job.accumulation, job.batch, job.length)
+    whole, real = (jax.ShapeDtypeStruct(lead, d) for d in (jnp.int32, jnp.float32))
+    table = _rows(job)
+    rows = jax.ShapeDtypeStruct((*lead, table.shape[1]), table.dtype)
+    return Batch(whole, whole, real, whole, whole, rows if memory.host_embedding else None)
+
+
+def _fixed(job: Job, memory: Memory) -> dict[str, int]:
+    """The parts that are exact."""
+    state = job.states(job.rank)
+    if memory.host_embedding:
+        job = _without_table(job)
+    grads = size(state.trainable)
+    inputs = job.config.layers * job.tokens * job.config.width * _item(job)
+    table = size(_rows(job)) if memory.host_embedding else 0
+    return dict(
+        parameters=size(job.params),
+        adapters=grads,
+        optimizer=size(state.opt),
+        gradients=grads * (1 if job.accumulation == 1 else 2),
+        residuals=_residuals(job, memory),
+        batch=size(batches(job, memory)),
+        host=table + (inputs if memory.keep == "offload" else 0),
+    )
+
+
+def _kept(memory: Memory) -> tuple[str, ...]:
+    """Names that layers keep; tiles compute their own again, whatever the policy says."""
+    names = KEPT[memory.keep]
+    return names if memory.tiles == 1 else tuple(n for n in names if n not in ("gate", "up"))
+
+
+def _flash(job: Job) -> bool:
+    """Whether attention runs without its scores in memory."""
+    width = job.config.head_width
+    return job.platform == "gpu" and _item(job) == 2 and width % 8 == 0 and width <= 128
+
+
+def _residuals(job: Job, memory: Memory) -> int:
+    c, names = job.config, _kept(memory)
+    q, kv = c.heads * c.head_width, c.kv_heads * c.head_width
+    widths = {"q": q, "k": kv, "v": kv, attention.KEPT: q, "mid": c.width}
+    widths |= {"gate": c.mlp_width, "up": c.mlp_width}
+    row = _item(job) * (sum(widths[n] for n in names) + c.width * (memory.keep != "offload"))
+    if attention.KEPT in names and _flash(job):
+        row += 4 * c.heads  # the softmax' float32 statistics
+    return c.layers * job.tokens * row
+
+
+def _mlp(job: Job, memory: Memory) -> int:
+    """Live in the backward pass of a layer's MLP, beside residuals and gradients."""
+    c, b, part = job.config, _item(job), job.tokens // memory.tiles
+    kept = "gate" in _kept(memory)
+    # Their product, three cotangents and, computed again, gate and up less what they replace.
+    wide = part * c.mlp_width * b * (4 if kept else 5)
+    rows = job.tokens * c.width * b * ((2 if kept else 3) + (2 if memory.tiles > 1 else 0))
+    return wide + rows + 2 * c.mlp_width * c.width * b
+
+
+def _attention(job: Job) -> int:
+    """Live in the backward pass of a layer's attention, beside residuals and gradients."""
+    c, b = job.config, _item(job)
+    q, kv = c.heads * c.head_width, c.kv_heads * c.head_width
+    # Inputs, result and their cotangents; cuDNN adds dq's parts in float32.
+    rows = job.tokens * (b * (4 * q + 4 * kv + 3 * c.width) + 4 * q)
+    if any(path.endswith("q_norm.weight") for path in tree.flatten(job.params)):
+        rows += job.tokens * 14 * (q + kv)  # float32 inputs, results and cotangents of the norms
+    scores = 0 if _flash(job) else 3 * 4 * job.batch * c.heads * job.length**2
+    return rows + scores + c.width * (q + 2 * kv) * b
+
+
+def _layer(job: Job, memory: Memory) -> int:
+    in_flight = 4 if memory.keep == "offload" else 0  # inputs on their way, both directions
+    moving = in_flight * job.tokens * job.config.width * _item(job)
+    return max(_mlp(job, memory), _attention(job)) + moving
+
+
+def _loss(job: Job, memory: Memory) -> int:
+    """Live while the loss finds its scores and the hidden states' cotangents."""
+    c, b = job.config, _item(job)
+    chunk = min(memory.chunk, max(64, job.tokens // 4), job.tokens)
+    return chunk * c.vocab * (4 + b) + 3 * job.tokens * c.width * b
+
+
+def estimate(job: Job, memory: Memory) -> Plan:
+    """The plan by a closed form, calibrated on compiled steps for a GPU.
+
+    The peak lies in the loss, before there are gradients, or in a layer's backward pass.
+    """
+    fixed = _fixed(job, memory)
+    live = max(fixed["gradients"] + _layer(job, memory), _loss(job, memory))
+    return Plan(**fixed, temporaries=max(live - fixed["gradients"], 0), source="estimated")
+
+
+def compiled(step: Any, job: Job, memory: Memory) -> Plan:
+    """The plan of a `make_step` of this job as XLA compiles it for this machine's device."""
+    if memory.host_embedding:
+        job = _without_table(job)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), job.params)
+    program = step.lower(job.states(job.rank), params, batches(job, memory)).compile()
+    sizes, fixed = program.memory_analysis(), _fixed(job, memory)
+    total = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    total += sizes.temp_size_in_bytes
+    fixed["host"] = sizes.host_temp_size_in_bytes
+    if memory.host_embedding:
+        fixed["host"] += size(_rows(job))
+    known = sum(x for name, x in fixed.items() if name != "host")
+    return Plan(**fixed, temporaries=total - known, source="compiled")
+
+
+def ladder(job: Job) -> tuple[Memory, ...]:
+    """Ways to spend memory, from the fastest to the leanest, each leaner than the one before."""
+    if job.platform != "gpu":
+        return tuple(Memory(keep) for keep in ("none", "mlp", "attention", "full"))
+    # Looked up on the host, rows of all micro-batches wait on the device: more than a table?
+    host = hostable(job.params) and job.accumulation * job.tokens < job.config.vocab
+    tiles = _tiles(job)
+    rungs = [Memory("none")]
+    rungs += [Memory(keep, 1, host_embedding=host) for keep in ("none", "mlp", "attention", "full")]
+    rungs.append(Memory("full", tiles, host_embedding=host))
+    lean = Memory("offload", tiles, host_embedding=host)
+    while _loss(job, lean) > _layer(job, lean) and lean.chunk > remat.PLAIN.chunk // 4:
+        lean = lean._replace(chunk=lean.chunk // 2)
+    kept = rungs[:1]
+    for memory in [*rungs[1:], lean]:
+        if estimate(job, memory).total < estimate(job, kept[-1]).total:
+            kept.append(memory)
+    return tuple(kept)
+
+
+def _tiles(job: Job) -> int:
+    """Parts of about TILE tokens that divide rows of every bucket; 1 where there are none."""
+    every = job.batch * math.gcd(BUCKET, job.length)
+    wanted = -(-job.tokens // TILE)
+    fine = (n for n in range(wanted, every + 1) if every % n == 0 and job.tokens // n >= TILE // 4)
+    return next(fine, 1)
+
+
+def choose(
+    job: Job,
+    budget: Budget,
+    rungs: Sequence[Memory] | None = None,
+    confirm: Callable[[Memory], Plan] | None = None,
+) -> tuple[Memory, Plan]:
+    """The first rung (of `ladder(job)` by default) that fits, with its plan.
+
+    A rung is judged by its estimate, then by `confirm`, such as `compiled`. Raises ValueError
+    where none fits, with what would.
+    """
+    rungs, tried = ladder(job) if rungs is None else rungs, []
+    for memory in rungs:
+        plan = estimate(job, memory)
+        # The last rung is refused on XLA's word only, unless it is far off.
+        doubted = memory == rungs[-1] and plan.total <= ERROR * budget.device
+        if confirm is not None and (plan.fits(budget) or doubted):
+            plan = confirm(memory)
+        if plan.fits(budget):
+            return memory, plan
+        tried.append((memory, plan))
+    raise ValueError(refusal(job, budget, tried))
+
+
+def refusal(job: Job, budget: Budget, tried: Sequence[tuple[Memory, Plan]] = ()) -> str:
+    """That a job fits under none of the plans tried (those of its ladder), and what would."""
+    tried = tried or [(memory, estimate(job, memory)) for memory in ladder(job)]
+    memory, plan = min(tried, key=lambda one: one[1].total)
+    would = [
+        f"{what} ({gib(p.total)} on the device, {gib(p.host)} on the host)"
+        for what, p in _fitting(job, budget, [memory for memory, _ in tried])
+    ]
+    return (
+        f"{job.batch} x {job.length} tokens with rank {job.rank} don't fit into "
+        f"{gib(budget.device)} on the device and {gib(budget.host)} on the host; the leanest plan "
+        f"tried, {title(memory)}, takes {plan}. What would fit: {'; '.join(would) or 'nothing'}"
+    )
+
+
+def _fitting(job: Job, budget: Budget, tried: Sequence[Memory]) -> Iterator[tuple[str, Plan]]:
+    """(what to change, its plan): leaner memory, the longest rows, largest batch and rank."""
+    leanest = lambda job: estimate(job, ladder(job)[-1])
+    fits = lambda job: leanest(job).fits(budget)
+    if ladder(job)[-1] not in tried and fits(job):
+        yield 'use_gradient_checkpointing="unsloth"', leanest(job)
+    shorter = range((job.length - 1) // BUCKET * BUCKET, 0, -BUCKET)
+    changes = {
+        "rows of {0.length:,} tokens": [job._replace(length=n) for n in shorter],
+        "a batch of {0.batch}": [job._replace(batch=n) for n in range(job.batch - 1, 0, -1)],
+        "rank {0.rank}": [job._replace(rank=r) for r in RANKS if r < job.rank],
+    }
+    for what, jobs in changes.items():
+        found = _first(jobs, fits)
+        if found is not None:
+            yield what.format(found), leanest(found)
+
+
+def _first(jobs: list[Job], fits: Callable[[Job], bool]) -> Job | None:
+    """The first job that fits, where all that follow one that fits do too."""
+    low, high = 0, len(jobs)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(jobs[middle]) else (middle + 1, high)
+    return jobs[low] if low < len(jobs) else None

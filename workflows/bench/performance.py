@@ -1,0 +1,73 @@
+"""Writes the table of docs/performance.md from the figures in docs/performance/*.json.
+
+python -m workflows.bench.performance
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from workflows.bench import rows
+
+DOCS = Path(__file__).parents[2] / "docs"
+START = "<!-- table: python -m workflows.bench.performance -->"
+END = "<!-- end of table -->"
+COLUMNS = "figure ours other unit ratio must aim limit met memory".split()
+
+
+def figures(folder: Path) -> list[rows.Row]:
+    """The rows of every JSON list in a folder; raises ValueError for one that breaks the schema."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        for row in json.loads(path.read_text()):
+            rows.check(row)
+            found.append(row)
+    return found
+
+
+def printed(row: rows.Row) -> rows.Row:
+    """A row as the table prints it."""
+    memory = [
+        f"{row[peak]:.2f} + {row.get(pinned) or 0:.2f}"
+        for peak, pinned in (("peak_gib", "pinned_gib"), ("other_peak_gib", "other_pinned_gib"))
+        if row.get(peak) is not None
+    ]
+    met = {True: "yes", False: "no", None: ""}
+    aim = " (aim too)" if rows.met(row, "aim") else ""
+    said = row.get("missed") or met[rows.met(row, "must")] + aim
+    return row | {"figure": row["name"], "met": said, "memory": " / ".join(memory)}
+
+
+def text(found: Sequence[rows.Row]) -> str:
+    """The table, and under it where and when each figure was measured."""
+    if not found:
+        return "Nothing is measured yet."
+    places: dict[tuple[str, str, str], None] = {}
+    for row in found:
+        places[row["device"], row["date"], row["command"]] = None
+    said = "\n".join(f"- {device}, {date}: `{command}`" for device, date, command in places)
+    return f"{rows.table([printed(row) for row in found], COLUMNS)}\n\nMeasured by\n\n{said}"
+
+
+def put(page: str, table: str) -> str:
+    """The page with the table between the two markers; raises ValueError where they are not."""
+    if page.count(START) != 1 or page.count(END) != 1 or page.index(START) > page.index(END):
+        raise ValueError(f"the page needs one {START} and after it one {END}")
+    before, rest = page.split(START)
+    return f"{before}{START}\n\n{table}\n\n{END}{rest.split(END)[1]}"
+
+
+def main(line: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--docs", type=Path, default=DOCS)
+    a = p.parse_args(line)
+    page, table = a.docs / "performance.md", text(figures(a.docs / "performance"))
+    page.write_text(put(page.read_text(), table))
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
