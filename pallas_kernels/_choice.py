@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -18,6 +19,12 @@ def platform() -> str:
     device = jax.config.jax_default_device
     name = jax.default_backend() if device is None else getattr(device, "platform", device)
     return "gpu" if name in ("gpu", "cuda") else "cpu"
+
+
+def capability() -> float:
+    """Compute capability of the first GPU; infinite where there is none to ask."""
+    found = getattr(jax.devices()[0], "compute_capability", None)
+    return math.inf if found is None else float(found)
 
 
 def interpreting() -> bool:

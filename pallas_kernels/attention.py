@@ -90,8 +90,12 @@ def supports(rule: Rule, q: Any, k: Any) -> str | None:
         return "how many documents a row holds at most isn't known"
     if jax.default_backend() != "gpu":
         return "it is lowered by asking the GPU, and there is none here"
+    oldest = 9.0 if rule.documents > 1 else 8.0
+    if _choice.capability() < oldest:
+        return f"it needs compute capability {oldest}, this GPU has {_choice.capability()}"
     window = rule.window is not None and rule.window < q.shape[1]
-    return _disagreement(str(q.dtype), q.shape[2] // k.shape[2], rule.documents > 1, window)
+    group = q.shape[2] // k.shape[2]
+    return _disagreement(str(q.dtype), group, q.shape[-1], rule.documents > 1, window)
 
 
 def attention(
@@ -154,16 +158,16 @@ def spans(
 
 
 @functools.cache
-def _disagreement(dtype: str, group: int, packed: bool, window: bool) -> str | None:
+def _disagreement(dtype: str, group: int, width: int, packed: bool, window: bool) -> str | None:
     """What sets cuDNN apart from the reference on a small example of this class, or None."""
     # Tracing belongs to a thread: in another one this runs while a caller's function is traced.
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        return pool.submit(_compared, dtype, group, packed, window).result()
+        return pool.submit(_compared, dtype, group, width, packed, window).result()
 
 
-def _compared(dtype: str, group: int, packed: bool, window: bool) -> str | None:
+def _compared(dtype: str, group: int, width: int, packed: bool, window: bool) -> str | None:
     rng = np.random.default_rng(0)
-    batch, length, kv_heads, width = 2, 256, 2, 64
+    batch, length, kv_heads = 2, 256, 2
     heads = kv_heads * group
     q, k, v, g = (
         jnp.asarray(rng.normal(0, 1, (batch, length, n, width)), dtype)
@@ -191,6 +195,8 @@ def _compared(dtype: str, group: int, packed: bool, window: bool) -> str | None:
     try:
         found = jax.jit(lambda: values(by_offsets))()
     except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
         return f"cuDNN refuses it on this GPU: {str(error).splitlines()[0]}"
     expected = jax.jit(lambda: values(reference))()
     names = ("y", "dq", "dk", "dv")

@@ -86,9 +86,8 @@ def few_rows_together(
     """Products of one x with up to three matrices (q, k, v; gate, up) in one launch."""
     _check_layer(packed, layer)
     reason = supports(layouts, x, packed, statistics)
-    if implementation == "triton" and reason is not None:
-        raise ValueError(f"triton can't run NF4 products with few rows here: {reason}")
-    if implementation == "xla" or reason is not None:
+    reasons = {"triton": reason, "xla": None}
+    if _choice.pick("NF4 products with few rows", implementation, reasons) == "xla":
         each = zip(layouts, packed, statistics, strict=True)
         return tuple(reference(lay, x, p, s, layer) for lay, p, s in each)
     return _launch(layouts, x, packed, statistics, layer, plan)
@@ -115,6 +114,8 @@ def supports(
     """Why the Triton kernels can't take these, or None if they can."""
     if _choice.platform() != "gpu" or jax.default_backend() != "gpu":
         return f"it needs a GPU, got platform {jax.default_backend()}"
+    if _choice.capability() < 8.0:
+        return f"it needs compute capability 8.0, this GPU has {_choice.capability()}"
     missing = [name for name in ("triton", "jax_triton") if find_spec(name) is None]
     return f"it needs {missing}, not installed" if missing else fits(layouts, x, packed, statistics)
 

@@ -21,6 +21,7 @@ from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer
 from unsloth_jax.sample import Sampling
 from workflows import chat, face
 from workflows.model import Model
+from workflows.plan import CHECKPOINTING
 
 NOTEBOOKS = Path(__file__).parent / "notebooks"
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -293,6 +294,13 @@ def test_the_last_layers_are_counted_from_the_end(folder):
     FastLanguageModel.get_peft_model(model, r=2, finetune_last_n_layers=1)
     assert model.peft.layers == (1,)
     assert FastLanguageModel.for_training(FastLanguageModel.for_inference(model)) is model
+    before = model.memory
+    on, off = CHECKPOINTING[True], CHECKPOINTING[False]
+    assert FastLanguageModel.for_training(model).memory == before != off
+    assert FastLanguageModel.for_training(model, "auto").memory == CHECKPOINTING["auto"]
+    assert FastLanguageModel.for_training(model).memory == CHECKPOINTING["auto"]
+    assert FastLanguageModel.for_training(model, False).memory == off
+    assert FastLanguageModel.for_training(model).memory == on
     for upload in (model.push_to_hub, model.push_to_hub_merged, model.push_to_hub_gguf):
         with pytest.raises(ValueError, match="uploads to the hub are not supported yet"):
             upload("me/model", token="x")

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from bridge import bnb_nf4, hf, merge, safetensors_file
 from bridge.safetensors_file import SafetensorsSource
-from unsloth_jax import leaves, tree
+from unsloth_jax import tree
 from unsloth_jax.leaves import Stacks
 from unsloth_jax.quant import nf4
 
@@ -179,7 +179,10 @@ def test_a_mixed_checkpoint_loads_each_layer_in_its_own_kind(copy):
     assert isinstance(down, Stacks) and down.layers == ((0,), (1,), (2,))
     for name, leaf in made.items():
         path = next(p for p in flat if p.split("*")[-1] == name.split(".", 3)[-1].join([".", ""]))
-        ours = leaves.layer(flat[path], int(name.split(".")[2]))
+        here = int(name.split(".")[2])
+        part = next(n for n, ids in enumerate(flat[path].layers) if here in ids)
+        at = flat[path].layers[part].index(here)
+        ours = jax.tree.map(lambda x, at=at: x[at], flat[path].parts[part])
         jax.tree.map(np.testing.assert_array_equal, ours, leaf)
     dense = hf.load(source, jnp.float32)[2]
     up = dense["model"]["layers"]["*"]["mlp"]["up_proj"]["weight"]

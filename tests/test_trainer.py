@@ -170,7 +170,7 @@ def test_ctrl_c_leaves_the_adapters_of_the_last_step(fresh, ctrl_c):
 
 def test_ctrl_c_waits_for_the_end_of_a_step(ctrl_c):
     ended = []
-    with pytest.raises(KeyboardInterrupt), sft._uninterrupted():
+    with pytest.raises(KeyboardInterrupt), sft.uninterrupted():
         os.kill(os.getpid(), signal.SIGINT)
         ended.append(sum(range(1000)))
     assert ended

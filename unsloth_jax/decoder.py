@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention import Rule
 from unsloth_jax import remat, tree
@@ -160,21 +160,49 @@ def forward(
     `documents` is the most that a row holds, where that is known (`pallas_kernels.attention`);
     `embedded` the rows of a `leaves.Hosted` embedding table.
     """
-    by = family.angles(c, positions, document_lengths(segments))
-
-    def body(x, kind, w, i):
-        def attend(q, k, v, *, scale, window):
-            rule = Rule(scale, window, documents=documents)
-            return self_attention(rule, q, k, v, segments, positions), None
-
-        x = checkpoint_name(x, remat.INPUT)
-        return family.block(c, kind, w, x, by, attend, partial(gated_mlp, tiles=memory.tiles))[0]
-
+    body = _layer(family, c, positions, segments, memory, documents)
     # Quantized bytes read outside would be saved layer by layer: a second copy of the base.
     policy = remat.policy(memory.keep)
     wrap = partial(jax.checkpoint, prevent_cse=memory.unroll, policy=policy)
     x = family.embed(c, params, tokens) if embedded is None else embedded
     return family.norm(c, params, scan_layers(family, c, params, x, body, wrap, memory.unroll))
+
+
+def _layer(family, c, positions, segments, memory, documents):
+    """fn(x, kind, weights, layer number) -> x for tokens that see each other."""
+    by = family.angles(c, positions, document_lengths(segments))
+
+    def attend(q, k, v, *, scale, window):
+        rule = Rule(scale, window, documents=documents)
+        return self_attention(rule, q, k, v, segments, positions), None
+
+    def layer(x, kind, w, i):
+        x = checkpoint_name(x, remat.INPUT)
+        return family.block(c, kind, w, x, by, attend, partial(gated_mlp, tiles=memory.tiles))[0]
+
+    return layer
+
+
+def finite_layers(
+    family: ModuleType,
+    c: Any,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    embedded: Float[Array, "B T D"] | None = None,
+) -> Bool[Array, " L"]:
+    """Whether every value that a layer puts out is finite, padding aside."""
+    step = _layer(family, c, positions, segments, remat.PLAIN, None)
+    real = (segments > 0)[..., None]
+
+    def body(carry, kind, w, i):
+        x, ok = carry
+        x = step(x, kind, w, i)
+        return x, ok.at[i].set(jnp.where(real, jnp.isfinite(x), True).all())
+
+    x = family.embed(c, params, tokens) if embedded is None else embedded
+    return scan_layers(family, c, params, (x, jnp.ones(c.layers, bool)), body)[1]
 
 
 def logits(

@@ -122,9 +122,13 @@ def _rows(job: Job) -> Any:
     return leaf.table if isinstance(leaf, Hosted) else leaf
 
 
+def activations(job: Job) -> jnp.dtype:
+    """The dtype of what passes through the layers: the embedding table's."""
+    return jnp.dtype(_rows(job).dtype)
+
+
 def _item(job: Job) -> int:
-    """Bytes of an activation."""
-    return jnp.dtype(_rows(job).dtype).itemsize
+    return activations(job).itemsize
 
 
 def hostable(params: Params) -> bool:

@@ -225,13 +225,11 @@ class FastLanguageModel:
         targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
         layers = _layers(layers_to_transform, finetune_last_n_layers, model.config.layers)
         peft = Settings(r, lora_alpha, use_rslora, targets, layers, init_lora_weights)
+        if model.adapters is not None and _meaning(model.peft) != _meaning(peft):
+            raise TypeError(f"the model already has adapters with {model.peft}, asked for {peft}")
         model.memory = CHECKPOINTING[use_gradient_checkpointing]
         model.memory_budget = memory_budget
         if model.adapters is not None:
-            if _meaning(model.peft) != _meaning(peft):
-                raise TypeError(
-                    f"the model already has adapters with {model.peft}, asked for {peft}"
-                )
             say("the model already has adapters with these settings; they are kept")
             return model
         key = jax.random.key(random_state)
@@ -252,7 +250,10 @@ class FastLanguageModel:
 
     @staticmethod
     def for_training(model: Model, use_gradient_checkpointing: bool | str = True) -> Model:
-        """The model as it is: there is no mode to switch."""
+        """The same model, its next training with this gradient checkpointing.
+
+        True leaves a plan that has any as it is.
+        """
         if use_gradient_checkpointing not in CHECKPOINTING:
             neutral(
                 "for_training",
@@ -260,6 +261,8 @@ class FastLanguageModel:
                 use_gradient_checkpointing,
                 tuple(CHECKPOINTING),
             )
+        if use_gradient_checkpointing is not True or model.memory == CHECKPOINTING[False]:
+            model.memory = CHECKPOINTING[use_gradient_checkpointing]
         return model
 
 

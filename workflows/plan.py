@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 
 from bridge import hf, safetensors_file
 from bridge.gguf_source import GGUFSource
+from pallas_kernels import attention
 from unsloth_jax import data, lora, optim, plan, quant, tree
 from unsloth_jax.dims import Params
 from unsloth_jax.leaves import Hosted
@@ -79,11 +80,10 @@ def budget(asked: int | float | str | None, held: int = 0) -> Budget | None:
     """
     stats = jax.local_devices()[0].memory_stats() or {}
     whole = stats.get("bytes_limit")
+    free = UNBOUNDED if whole is None else whole - stats["bytes_in_use"] + held
     if asked is not None:
-        return Budget(size(asked, whole), host_free())
-    if whole is None:
-        return None
-    return Budget(whole - stats["bytes_in_use"] + held, host_free())
+        return Budget(min(size(asked, whole), free), host_free())
+    return None if whole is None else Budget(free, host_free())
 
 
 def host_free() -> int:
@@ -176,8 +176,14 @@ def prepared(
         return make_step(loss, optimizer)
 
     def confirm(memory: Memory) -> Plan:
-        return plan.compiled(step(memory), job._replace(params=frozen(memory)), memory)
+        try:
+            return plan.compiled(step(memory), job._replace(params=frozen(memory)), memory)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return plan.estimate(job, memory)._replace(temporaries=UNBOUNDED, source="compiled")
 
+    _say_attention(job, documents)
     memory = _chosen(model, job, asked, confirm)
     with _table_in_place(model, frozen(memory)):
         yield step(memory)
@@ -194,7 +200,18 @@ def _table_in_place(model: Any, frozen: Params) -> Iterator[None]:
         yield
     finally:
         back = lambda path, leaf: jax.device_put(leaf.table) if isinstance(leaf, Hosted) else leaf
-        model.params = tree.map_paths(back, frozen)
+        with sft.uninterrupted():
+            model.params = tree.map_paths(back, frozen)
+
+
+def _say_attention(job: Job, documents: int) -> None:
+    """One line where a GPU's attention holds every score, since no kernel takes these shapes."""
+    c, dtype = job.config, plan.activations(job)
+    shape = lambda heads: jax.ShapeDtypeStruct((job.batch, job.length, heads, c.head_width), dtype)
+    rules = {attention.Rule(1.0, window, documents=documents) for window in c.windows}
+    reasons = {attention.supports(rule, shape(c.heads), shape(c.kv_heads)) for rule in rules}
+    if job.platform == "gpu" and reasons != {None}:
+        say(f"attention runs through XLA, with all scores in memory: {max(filter(None, reasons))}")
 
 
 def _chosen(model: Any, job: Job, asked: Any, confirm: Callable[[Memory], Plan]) -> Memory:
@@ -260,7 +277,9 @@ def fraction() -> float:
 def asked_job(a: argparse.Namespace) -> tuple[Job, optax.GradientTransformation]:
     optimizer = optim.make(a.optimizer, optim.schedule("constant", 1e-4, 0, 1), max_grad_norm=1.0)
     family, c, params = shapes(fields(a.model), a.dtype, not a.load_in_16bit)
-    of = states(params, optimizer, tuple(a.target_modules.split(",")))
+    names = a.target_modules
+    targets = names if names == lora.ALL_LINEAR else tuple(names.split(","))
+    of = states(params, optimizer, targets)
     sizes = a.batch, a.max_seq_length, a.accumulation
     return Job(family, c, params, of, a.rank, *sizes), optimizer
 
@@ -285,6 +304,12 @@ def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
     a = p.parse_args(line)
     if min(a.max_seq_length, a.batch, a.accumulation, a.rank) < 1:
         p.error("--max-seq-length, --batch, --accumulation and --rank start at 1")
+    for name in ("gpu", "memory_budget", "host"):
+        try:
+            size(getattr(a, name) or "1GB")
+        except ValueError:
+            option = name.replace("_", "-")
+            p.error(f'--{option} takes a size such as "80GB", got {getattr(a, name)!r}')
     if a.compile and jax.default_backend() != "gpu":
         p.error(f"--compile needs a GPU, JAX sees {jax.devices()}")
     return a

@@ -129,6 +129,7 @@ class Run:
     log: Log = lambda row: None
     log_every: int = 1
     saving: Saving | None = None
+    find: Callable[[Params, Params, Batch], str] | None = None  # where a step is not finite
     losses: list[float] = field(default_factory=list)  # one a step taken here
 
     def __call__(self) -> train.State:
@@ -143,7 +144,7 @@ class Run:
             # Made while the device works: what the report holds is waited for below.
             ready = next(coming, None)
             done, seen = done + 1, seen + tokens
-            _finite(report, done)
+            self._finite(report, done, batch)
             self.losses.append(float(report.loss))
             if rate > 0 and not moved:
                 _moved(self.state.trainable)
@@ -162,8 +163,18 @@ class Run:
         tokens = int((batch.segments > 0).sum())
         return epoch, tokens, jax.device_put(embedded(self.frozen, batch))
 
+    def _finite(self, report: train.Report, step: int, batch: Batch) -> None:
+        if bool(report.finite):
+            return
+        where = "" if self.find is None else self.find(self.state.trainable, self.frozen, batch)
+        raise FloatingPointError(
+            f"step {step}: loss {float(report.loss)} with gradient norm {float(report.grad_norm)} "
+            f"is not finite{where and ': '}{where}. The adapters are kept as they were before "
+            "it. Lower learning_rate or max_grad_norm"
+        )
+
     def _step(self, batch: Batch) -> train.Report:
-        with _uninterrupted():
+        with uninterrupted():
             self.state, report = self.step(self.state, self.frozen, batch)
         return report
 
@@ -171,7 +182,7 @@ class Run:
 def hosted(params: Params) -> Params:
     """The tree with its embedding table in host memory, where a head of its own stays behind.
 
-    A tied, quantized or adapted table is needed on the device: then the tree as it is.
+    A tied or quantized table is needed on the device: then the tree as it is.
     """
     flat = tree.flatten(params)
     tables = [p for p in flat if p.endswith("embed_tokens.weight")]
@@ -188,7 +199,7 @@ def embedded(params: Params, batch: Batch) -> Batch:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """Holds Ctrl-C back until the block ends: a step donates the old state to the new one."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -215,15 +226,6 @@ def _row(done, epoch, rate, loss, report, seen, seconds) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         "memory_gib": round(memory_gib(), 3),
     }
-
-
-def _finite(report: train.Report, step: int) -> None:
-    if not bool(report.finite):
-        loss, norm = float(report.loss), float(report.grad_norm)
-        raise FloatingPointError(
-            f"step {step}: loss {loss} with gradient norm {norm} is not finite; the adapters are "
-            "kept as they were before it. Lower learning_rate or max_grad_norm"
-        )
 
 
 def _moved(trainable: Params) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from bridge.checkpoint import Checkpoints
 from unsloth_jax import optim
 from unsloth_jax.train import State, start
-from workflows import plan, progress, responses, rows, sft
+from workflows import diagnose, plan, progress, responses, rows, sft
 from workflows.generate import Stopwatch
 from workflows.keywords import ranged, say, settle, typed
 from workflows.model import Model
@@ -280,8 +280,9 @@ class SFTTrainer:
             with progress.bar(total, self._metrics_file(), int(state.step)) as show:
                 log = lambda row: (self.log_history.append(row), show(row))
                 saving = self._saving(batches, facts, int(state.step))
+                find = diagnose.first_bad_layer(m.family, m.config, m.scale)
                 run = sft.Run(
-                    step, state, m.params, batches, rate, total, log, a.logging_steps, saving
+                    step, state, m.params, batches, rate, total, log, a.logging_steps, saving, find
                 )  # fmt: skip
                 try:
                     run()
