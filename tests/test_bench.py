@@ -185,6 +185,7 @@ def test_an_unknown_model_is_named():
         configs.config("llama-9b")
 
 
+@pytest.mark.slow
 def test_kernels_are_timed_and_written(tmp_path):
     output = tmp_path / "kernels.json"
     line = ["--sides", "128x256", "--seconds", "0.001", "--cache-mib", "0"]

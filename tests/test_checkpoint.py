@@ -91,6 +91,7 @@ def state_of(run: SFTTrainer):
     return start(run.model.adapters, make(args.optim, lambda n: n, max_grad_norm=1.0))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_and_resumed_equals_a_whole_one_bitwise(runs, folder):
     like = state_of(trainer(folder, runs / "unused"))
     states = []
@@ -104,6 +105,7 @@ def test_a_run_that_was_killed_and_resumed_equals_a_whole_one_bitwise(runs, fold
     assert int(states[0].step) == 20 and len(jax.tree.leaves(states[0].opt)) > 28
 
 
+@pytest.mark.slow
 def test_the_metrics_of_a_resumed_run_hold_every_step_once(runs):
     read = lambda name: map(json.loads, (runs / name / "metrics.jsonl").read_text().splitlines())
     kept = ("step", "loss", "grad_norm", "learning_rate", "epoch", "supervised_tokens")
@@ -122,6 +124,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", FOREIGN)
 def test_a_checkpoint_of_another_run_is_refused_by_what_differs(runs, folder, what):
     run = trainer(folder, runs / "whole", **FOREIGN[what])
@@ -131,11 +134,13 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs(runs, folder, wh
     assert not any(f"'{name}'" in str(error.value) for name in others)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_adapters_is_refused_by_their_shapes(runs, folder):
     with pytest.raises(ValueError, match=r"does not fit this run(.|\n)*expected"):
         trainer(folder, runs / "whole", r=8).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_a_new_run_does_not_mix_with_the_checkpoints_of_an_earlier_one(runs, folder):
     with pytest.raises(FileExistsError, match="checkpoint 20 of an earlier run"):
         trainer(folder, runs / "whole").train()

@@ -42,6 +42,10 @@ def big():
     return family, c, jax.eval_shape(four_bit), adapters
 
 
+# Two of the policies in the shorter run.
+EVERY = [k if k in ("full", "none") else pytest.param(k, marks=pytest.mark.slow) for k in KEPT]
+
+
 def compiled(loss) -> str:
     """HLO of a step over `big`, as XLA will run it; any warning is an error."""
     _, _, params, adapters = big()
@@ -88,7 +92,7 @@ def whole_stacks(hlo: str) -> set:
     return {(d, s) for d, s in arrays(hlo) if SIZES[d] > 1 and math.prod(s) in sizes}
 
 
-@pytest.mark.parametrize("keep", list(KEPT))
+@pytest.mark.parametrize("keep", EVERY)
 def test_the_compiled_step_holds_no_large_constant_no_full_scores_and_no_copy_of_the_base(keep):
     family, c, _, adapters = big()
     hlo = compiled(sft.loss(family, c, SCALE, Memory(keep)))

@@ -334,6 +334,7 @@ def test_a_budget_without_meaning_is_refused_by_both_faces(folder, budget):
     assert model.adapters is None
 
 
+@pytest.mark.slow
 def test_the_script_compiles_each_case_once_and_measures_it(tmp_path, capsys):
     output = tmp_path / "compiled.json"
     plan_accuracy.main(["--tiny", "--compile", "--output", str(output)])

@@ -21,6 +21,8 @@ from unsloth_jax.data import Row, collate
 from unsloth_jax.sample import Sampling
 from workflows import demo_data, sft
 
+pytestmark = pytest.mark.slow
+
 STORY = (
     "The lighthouse keeper counted 27 ships before noon, wrote each name in her book, and went "
     "down to the harbour to ask why the twenty-eighth had not come.\n\n"
@@ -188,7 +190,6 @@ def test_llama_cpp_renders_conversations_from_our_file_as_we_do(ours, server, co
     assert all(m["content"] in want for m in conversation)
 
 
-@pytest.mark.slow
 def test_qlora_lowers_the_loss_and_its_exported_adapter_loads_equal(tmp_path):
     model = FastLanguageModel.get_peft_model(loaded(four=True), r=8, random_state=0)
     settings = SFTConfig(

@@ -2,7 +2,7 @@
 
     python -m workflows.bench.kernels --only nf4 --output docs/performance/kernels.json
 
-An operation is one entry of OPS. Each runs over several sets of inputs in turn, larger together
+An operation is one entry of `ops`. Each runs over several sets of inputs in turn, larger together
 than the cache, and every run waits for the one before; so what is measured is the device's time.
 """
 
@@ -20,8 +20,9 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import nf4_dequantize
+from pallas_kernels import attention, cross_entropy, nf4_dequantize, nf4_matmul
 from pallas_kernels.nf4 import BLOCK, NESTED_BLOCK
+from pallas_kernels.nf4_dequantize import LowRank
 from pallas_kernels.nf4_few_rows import few_rows
 from unsloth_jax.quant import nf4
 from workflows.bench import rows
@@ -88,10 +89,83 @@ def row_product(M: int, O: int, I: int, must=None, aim=None) -> Op:
     )
 
 
+def adapted_product(M: int, O: int, I: int, rank: int = 16) -> Op:
+    """Forward and backward of a 4-bit weight with an adapter; the other side keeps them apart."""
+
+    def inputs(key: jax.Array) -> Arrays:
+        keys = jax.random.split(key, 4)
+        draw = lambda key, *shape: jax.random.normal(key, shape, jnp.bfloat16)
+        w, x, g = weight(O, I, keys[0]), draw(keys[1], M, I), draw(keys[2], M, O)
+        a, b = jnp.full((rank, I), I**-0.5), jnp.full((O, rank), 1e-3)
+        return w, x, g, LowRank(a, b, jnp.float32(1))
+
+    def both(how: Callable[..., list[jax.Array]]) -> Callable[..., Any]:
+        def run(w, x, g, pair):
+            packed = nf4_matmul.Packed(w.packed, w.statistics)
+            y, back = jax.vjp(lambda x, pair: how([w.layout], x, [packed], [pair])[0], x, pair)
+            return y, back(g)
+
+        return run
+
+    moved = 2 * (packed_bytes(O, I) + 2 * M * (O + I))
+    name = f"NF4 matmul with adapter, both directions, M={M}, {O}x{I}"
+    ours, other = both(nf4_matmul.products), both(nf4_matmul.reference)
+    return Op(name, inputs, ours, other, moved, 4 * M * O * I + 12 * M * rank * (O + I))
+
+
+def attention_of(B: int, T: int, documents: int, H: int = 32, K: int = 8, h: int = 128) -> Op:
+    """Forward and backward of causal attention; rows hold `documents` of equal length."""
+    rule = attention.Rule(h**-0.5, documents=documents)
+    place = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    length = T // documents
+
+    def inputs(key: jax.Array) -> Arrays:
+        keys = jax.random.split(key, 4)
+        draw = lambda key, n: jax.random.normal(key, (B, T, n, h), jnp.bfloat16)
+        return tuple(draw(k, n) for k, n in zip(keys, (H, K, K, H), strict=True))
+
+    def both(how: Callable[..., jax.Array]) -> Callable[..., Any]:
+        def run(q, k, v, g):
+            rows = place // length + 1, place % length
+            y, back = jax.vjp(lambda *qkv: how(rule, *qkv, *rows), q, k, v)
+            return y, back(g)
+
+        return run
+
+    ours, other = both(attention.attention), both(attention.reference)
+    moved = 2 * B * T * h * (4 * H + 4 * K)
+    name = f"attention, both directions, {B}x{T}, {documents} a row"
+    return Op(name, inputs, ours, other, moved, 7 * B * H * documents * length**2 * h)
+
+
+def log_probabilities(N: int, V: int, D: int) -> Op:
+    """The head's log-probabilities with the derivative by x; the other side holds all scores."""
+
+    def inputs(key: jax.Array) -> Arrays:
+        first, second, third = jax.random.split(key, 3)
+        draw = lambda key, *shape: jax.random.normal(key, shape, jnp.bfloat16)
+        return draw(first, N, D), draw(second, V, D) * D**-0.5, jax.random.randint(third, N, 0, V)
+
+    ours = lambda x, w, y: cross_entropy.token_logprobs(x, w, y).logps.sum()
+    other = lambda x, w, y: cross_entropy.reference(x, w, y, jnp.ones(N, bool)).logps.sum()
+    moved = 2 * (V * D + 2 * N * D)
+    name = f"log-probabilities with derivative, {N} rows, {V}x{D}"
+    return Op(
+        name, inputs, jax.value_and_grad(ours), jax.value_and_grad(other), moved, 4 * N * V * D
+    )
+
+
 def ops(O: int, I: int) -> list[Op]:
-    """Every operation on a weight of these sides."""
+    """Every operation on a weight of these sides; with small ones everything is small."""
+    large = O >= 4096
+    M, T = (4096, 2048) if large else (64, 64)
+    heads = {} if large else {"H": 2, "K": 1, "h": 16}
     return [
         dequantize(O, I, 2.5, 2.8),
+        adapted_product(M, O, I),
+        attention_of(2, T, 1, **heads),
+        attention_of(4, T, 8, **heads),
+        log_probabilities(M, 128256 if large else 512, I),
         row_product(1, O, I, 2.0, 3.5),
         row_product(16, O, I, 1.5, 2.2),
         row_product(64, O, I, 1.1, 1.5),
