@@ -44,7 +44,10 @@ def in_torch(rule, wanted):
     return logps.detach().numpy(), entropy.detach().numpy(), x.grad.numpy(), w.grad.numpy()
 
 
-@pytest.mark.parametrize("wanted", WANTED)
+@pytest.mark.parametrize(
+    "wanted",
+    ["some", *(pytest.param(name, marks=pytest.mark.slow) for name in ("all", "one", "none"))],
+)
 @pytest.mark.parametrize("rule", RULES)
 def test_values_and_both_gradients_are_torchs(rule, wanted):
     rule, wanted = RULES[rule], WANTED[wanted]

@@ -11,7 +11,7 @@ from pallas_kernels import nf4_dequantize as kernel
 from unsloth_jax.quant import nf4
 
 LAYERS = 3
-SHAPES = [(16, 128), (32, 384)]
+SHAPES = [(16, 128), pytest.param((32, 384), marks=pytest.mark.slow)]
 
 
 def stack(shape, dtype="bfloat16", double=True):
@@ -32,7 +32,7 @@ def interpreted(leaf, *args):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("double", [True, False])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_a_layer_read_from_the_stack_equals_the_reference_bit_for_bit(shape, double, dtype):
     leaf = stack(shape, dtype, double)
     for i in (0, LAYERS - 1):

@@ -48,7 +48,10 @@ def both(adapted, dtype, implementation):
     return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(x, pairs)
 
 
-@pytest.mark.parametrize("case", GROUPS)
+@pytest.mark.parametrize(
+    "case",
+    ["one without", *(pytest.param(n, marks=pytest.mark.slow) for n in ("all adapted", "none"))],
+)
 def test_merged_products_and_gradients_equal_the_terms_apart(case):
     expected = both(GROUPS[case], jnp.float32, "xla")
     with _choice.target("gpu", interpret=True):
