@@ -64,6 +64,12 @@ def _scores(x, w, rule):
     return rule.cap * t, t
 
 
+def _slope(rule, chance, t, y):
+    """d log p(y) / d (x @ w.T) [n, V] from every token's probability."""
+    d = (jnp.arange(chance.shape[-1], dtype=y.dtype)[None] == y[:, None]) - chance
+    return (d if t is None else d * (1 - t * t)) * rule.scale
+
+
 def token_logprobs(
     x: Float[Array, "N D"],
     w: Float[Array, "V D"],
@@ -110,10 +116,8 @@ def _forward_pass(rule, x, w, targets, wanted, slope):
         if rule.entropy:
             entropy = put(entropy, (lse - (e * s).sum(-1, keepdims=True) / z)[:, 0])
         if slope:
-            d = (jnp.arange(s.shape[-1], dtype=y.dtype)[None] == y[:, None]) - e / z
-            d = (d if t is None else d * (1 - t * t)) * rule.scale
-            d = jnp.einsum("nv,vd->nd", d.astype(x.dtype), w.astype(x.dtype))
-            slopes = put(slopes, d)
+            d = _slope(rule, e / z, t, y).astype(x.dtype)
+            slopes = put(slopes, jnp.einsum("nv,vd->nd", d, w.astype(x.dtype)))
         return Result(put(logps, picked[:, 0]), entropy), slopes
 
     zeros = jnp.zeros((count,), jnp.float32)
@@ -152,9 +156,7 @@ def _again(rule, x, w, targets, by_logp):
     def one(dw, rows):
         x, y, g = rows
         s, t = _scores(x, w, rule)
-        d = (jnp.arange(s.shape[-1], dtype=y.dtype)[None] == y[:, None]) - jax.nn.softmax(s, -1)
-        d = (d if t is None else d * (1 - t * t)) * rule.scale * g[:, None]
-        d = d.astype(x.dtype)
+        d = (_slope(rule, jax.nn.softmax(s, -1), t, y) * g[:, None]).astype(x.dtype)
         dw = dw + jnp.einsum("nv,nd->vd", d, x, preferred_element_type=jnp.float32)
         return dw, jnp.einsum("nv,vd->nd", d, w.astype(x.dtype))
 

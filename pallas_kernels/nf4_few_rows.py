@@ -2,12 +2,11 @@
 
     y[m, o] = sum_b scale[o, b] * sum_k CODES[code[o, 64 b + k]] * x[m, 64 b + k]
 
-Scales and sums are float32 and no weight is rounded on its own. Up to 4 rows run on CUDA cores
-with a float32 codebook; more run on tensor cores with the codebook's bfloat16 (relative 2^-9),
-scales still in float32 behind each block's product. There is no gradient (`nf4.matmul` has one).
-
-One weight in a lane: a warp's lanes hold the codebook, and `shfl` with a code as its index is the
-look-up. Format and arithmetic: `nf4`; the W-on-the-left tile with even and odd columns: our own.
+Sums are float32, and so are scales, behind each block's product: no weight is rounded on its own.
+Widths that 512 divides take up to 16 rows to tensor cores with a table of byte pairs
+(`_nf4_few_rows_warp`); other widths take up to 4 rows to CUDA cores, and what is left goes to
+tensor cores by tiles (`_nf4_few_rows_triton`). On tensor cores the codebook is bfloat16 (relative
+2^-9), else float32. There is no gradient (`nf4_matmul.products` has one).
 """
 
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels import _choice, nf4
+from pallas_kernels.nf4_dequantize import one_layer
 
 Layer = int | Int[Array, ""] | Int[Array, "1"] | None
 Implementation = Literal["triton", "xla"]
@@ -51,10 +51,8 @@ def reference(
     layer: Layer = None,
 ) -> Float[Array, "M O"]:
     """The same product by way of a whole dequantized weight, which is cast to `layout.dtype`."""
-    if layer is not None:
-        number = jnp.asarray(layer, jnp.int32).reshape(())
-        packed, statistics = jax.tree.map(lambda a: a[number], (packed, statistics))
-    return nf4.matmul(layout, x, packed, statistics)
+    number = None if layer is None else jnp.asarray(layer, jnp.int32).reshape(())
+    return nf4.matmul(layout, x, *one_layer(packed, statistics, number))
 
 
 def few_rows(

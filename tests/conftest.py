@@ -53,6 +53,14 @@ def no_network():
         yield
 
 
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """Half the time to compile; modules that use this compile without most optimizations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def figure():
     """figure(what, measured, limit) fails over the limit and is reported with --figures."""

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_chat
-from tiny_chat import quick_compiles  # noqa: F401  (an autouse fixture: importing it is its use)
 
 from bridge.checkpoint import Checkpoints
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer
@@ -44,6 +43,8 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_compilation_cache_dir", str(conftest.CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 import test_checkpoint
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 folder, output = map(Path, sys.argv[1:])
 """
 KILLED = """

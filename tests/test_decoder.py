@@ -20,6 +20,7 @@ from unsloth_jax.leaves import Stacks
 from unsloth_jax.models import family
 from unsloth_jax.quant import nf4
 from unsloth_jax.remat import KEPT, Memory
+from workflows import sft
 
 DENSE = jnp.zeros((12, 2, 2))
 CUTS = {
@@ -66,27 +67,52 @@ def batch(rows: list[list[int]], length: int) -> Batch:
     return Batch(tokens, targets, segments.astype(jnp.float32), positions, segments)
 
 
-def nll(module, c, params, b: Batch, keep: str, chunk: int = losses.CHUNK):
-    x = decoder.forward(module, c, params, b.tokens, b.positions, b.segments, Memory(keep))
+def nll(module, c, params, b: Batch, memory: Memory, chunk: int = losses.CHUNK):
+    rows = b.tokens, b.positions, b.segments
+    x = decoder.forward(module, c, params, *rows, memory, embedded=b.embedded)
     return losses.sft(losses.token_logprobs(x, module.head(c, params), b.targets, chunk), b.weights)
 
 
-@pytest.mark.parametrize("keep", [name for name in KEPT if name not in ("none", "offload")])
-def test_remat_leaves_loss_and_gradients_as_they_are(keep):
+LEANER = {
+    "full": Memory("full"),
+    "written out, in tiles": Memory("none", tiles=2, unroll=True),
+    "attention": Memory("attention"),
+    "mlp": Memory("mlp"),
+    "in tiles": Memory("full", tiles=5),
+    "written out": Memory("full", unroll=True),
+}
+SHORT = ("full", "written out, in tiles")
+
+
+@pytest.mark.parametrize(
+    "way", [n if n in SHORT else pytest.param(n, marks=pytest.mark.slow) for n in LEANER]
+)
+def test_spending_memory_otherwise_leaves_loss_and_gradients_as_they_are(way):
     pair = tiny.pair("llama_tied_biased")
     b = batch([tiny.draw(1, 20), tiny.draw(2, 12)], 20)
 
-    def both(keep):
-        loss = lambda params: nll(*pair[1:3], params, b, keep).mean()
+    def both(memory):
+        loss = lambda params: nll(*pair[1:3], params, b, memory).mean()
         value = jax.jit(jax.value_and_grad(loss), compiler_options=tiny.QUICK)(pair.params)
         return jax.tree.map(np.asarray, value)
 
-    (plain, plain_gradient), (saved, saved_gradient) = both("none"), both(keep)
+    (plain, plain_gradient), (saved, saved_gradient) = both(Memory("none")), both(LEANER[way])
     assert abs(plain - saved) <= 1e-6 * abs(plain)
     for (path, x), y in zip(
         tree.flatten(plain_gradient).items(), tree.flatten(saved_gradient).values(), strict=True
     ):
         assert np.abs(x - y).max() <= 1e-6 * max(1.0, np.abs(x).max()), path
+
+
+def test_rows_of_a_table_on_the_host_give_the_same_hidden_states():
+    pair = tiny.pair("llama")
+    b = batch([tiny.draw(1, 20), tiny.draw(2, 12)], 20)
+    params = sft.hosted(pair.params)
+    looked_up = jax.tree.map(jnp.asarray, sft.embedded(params, jax.tree.map(np.asarray, b)))
+    hidden = jax.jit(lambda params, b: nll(*pair[1:3], params, b, Memory()).value)
+    np.testing.assert_array_equal(hidden(params, looked_up), hidden(pair.params, b))
+    with pytest.raises(TypeError, match="in host memory"):
+        hidden(params, b)
 
 
 def unrolled(module, c, params, b: Batch):
@@ -150,7 +176,7 @@ def lowered_step(c, module, length: int, micro: int = 2):
     optimizer = optax.adamw(1e-3)
 
     def loss(trainable, frozen, b):
-        return nll(module, c, lora.attach(frozen, trainable, 2.0), b, keep="full")
+        return nll(module, c, lora.attach(frozen, trainable, 2.0), b, Memory("full"))
 
     step = train.make_step(loss, optimizer)
     first = jax.jit(lambda adapters, base, b: step(train.start(adapters, optimizer), base, b))
@@ -214,7 +240,7 @@ def test_the_backward_pass_saves_no_packed_weights(adapted, keep):
     b = batch([tiny.draw(3, 12)], 12)
 
     def loss(adapters, base):
-        return nll(*pair[1:3], lora.attach(base, adapters, 1.0), b, keep).value
+        return nll(*pair[1:3], lora.attach(base, adapters, 1.0), b, Memory(keep)).value
 
     traced = jax.jit(jax.grad(loss)).trace(jax.eval_shape(start, base), base)
     bytes_ = [shape for _, shape, dtype in programs.made(traced.jaxpr) if dtype == "uint8"]

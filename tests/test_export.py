@@ -15,12 +15,13 @@ import tiny_chat
 import torch
 import transformers
 from safetensors import safe_open
-from tiny_chat import quick_compiles  # noqa: F401  (an autouse fixture: importing it is its use)
 
 from bridge import export, gguf_header, merge
 from bridge import tokenizer as text
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer, get_chat_template, tree
 from unsloth_jax.leaves import dense, layer
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 CUSTOM = ("{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}",

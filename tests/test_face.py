@@ -13,7 +13,6 @@ import pytest
 import tiny_chat
 import torch
 import transformers
-from tiny_chat import quick_compiles  # noqa: F401  (an autouse fixture: importing it is its use)
 
 import unsloth_jax
 from bridge import tokenizer as text
@@ -22,6 +21,8 @@ from unsloth_jax.sample import Sampling
 from workflows import chat, face
 from workflows.model import Model
 from workflows.plan import CHECKPOINTING
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 NOTEBOOKS = Path(__file__).parent / "notebooks"
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

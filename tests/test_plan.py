@@ -9,15 +9,16 @@ import jax
 import numpy as np
 import pytest
 import tiny_chat
-from tiny_chat import quick_compiles  # noqa: F401  (an autouse fixture: importing it is its use)
 
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer, optim, plan, train
 from unsloth_jax.plan import GIB, Budget
 from unsloth_jax.remat import KEPT, Memory
+from workflows import machine, sft
 from workflows import plan as planning
-from workflows import sft
 from workflows.bench import plan_accuracy, rows
 from workflows.bench.plan_accuracy import Case
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 COMPILED = Path(__file__).parents[1] / "docs" / "performance" / "plan_compiled.json"
 LLAMA, QWEN = "llama-8b", "qwen3-0.6b"
@@ -216,7 +217,7 @@ def test_a_share_needs_a_device_that_reports_its_memory():
     with pytest.raises(ValueError, match="does not report its memory"):
         planning.budget(0.5)
     assert planning.budget(None) is None and planning.budget("24GB").host == pytest.approx(
-        planning.host_free(), rel=0.5
+        machine.host_free(), rel=0.5
     )
 
 

@@ -11,10 +11,11 @@ import pytest
 import tiny_chat
 import torch
 import transformers
-from tiny_chat import quick_compiles  # noqa: F401  (an autouse fixture: importing it is its use)
 
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer, train_on_responses_only
 from workflows import sft
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # One compiled program serves all runs with these: a constant rate does not know max_steps.
 SAME = dict(

@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import tiny
 import torch
 import transformers
@@ -57,14 +56,6 @@ def reference(folder: Path) -> torch.nn.Module:
     """transformers' model of a folder, computing in float32."""
     kind = transformers.AutoModelForCausalLM
     return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Half the time to compile; tests that import this compile without most optimizations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def load(folder: Path, **options) -> tuple[Model, transformers.PreTrainedTokenizerBase]:

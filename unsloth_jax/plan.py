@@ -6,6 +6,7 @@ every buffer out when it compiles, and needs shapes only. `choose` takes the fas
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -104,13 +105,32 @@ def title(memory: Memory) -> str:
     return "+".join([memory.keep, *(part for part, on in parts.items() if on)])
 
 
+def named(title: str) -> Memory:
+    """The `Memory` of a title, such as a script is given; the parts may stand in any order.
+
+    Raises ValueError for a part that means nothing.
+    """
+    keep, *parts = title.split("+")
+    found = {"keep": keep}
+    for part in parts:
+        number = re.fullmatch(r"(tiles|chunk)(\d+)", part)
+        if number:
+            found[number[1]] = int(number[2])
+        elif part in ("host", "unroll"):
+            found["host_embedding" if part == "host" else part] = True
+        else:
+            raise ValueError(f"{part!r} in {title!r} is none of host, tilesN, chunkN, unroll")
+    remat.policy(keep)
+    return Memory(**found)
+
+
 def size(node: Any) -> int:
     """Bytes of all arrays of a tree, or of the shapes in their place."""
     leaves = jax.tree.leaves(node)
     return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in leaves)
 
 
-def _table(params: Params) -> tuple[str, Any]:
+def table(params: Params) -> tuple[str, Any]:
     """(path, the embedding table [V, D]: an array, a shape, a quantized or a `Hosted` one)."""
     flat = tree.flatten(params)
     return next((p, leaf) for p, leaf in flat.items() if p.endswith("embed_tokens.weight"))
@@ -118,7 +138,7 @@ def _table(params: Params) -> tuple[str, Any]:
 
 def _rows(job: Job) -> Any:
     """The embedding table, wherever it is: its rows are the first activations."""
-    leaf = _table(job.params)[1]
+    leaf = table(job.params)[1]
     return leaf.table if isinstance(leaf, Hosted) else leaf
 
 
@@ -133,13 +153,13 @@ def _item(job: Job) -> int:
 
 def hostable(params: Params) -> bool:
     """Whether the embedding table may stay in host memory: a plain one beside a head of its own."""
-    quantized = isinstance(_table(params)[1], Quantized)
+    quantized = isinstance(table(params)[1], Quantized)
     return "lm_head.weight" in tree.flatten(params) and not quantized
 
 
-def _without_table(job: Job) -> Job:
+def _table_apart(job: Job) -> Job:
     """The job with a table in host memory; where it has only a shape, with zeros of no size."""
-    path, leaf = _table(job.params)
+    path, leaf = table(job.params)
     if isinstance(leaf, Hosted):
         return job
     zeros = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
@@ -151,8 +171,8 @@ def batches(job: Job, memory: Memory) -> Batch:
     """Shapes of what a step is given."""
     lead = (job.accumulation, job.batch, job.length)
     whole, real = (jax.ShapeDtypeStruct(lead, d) for d in (jnp.int32, jnp.float32))
-    table = _rows(job)
-    rows = jax.ShapeDtypeStruct((*lead, table.shape[1]), table.dtype)
+    first = _rows(job)
+    rows = jax.ShapeDtypeStruct((*lead, first.shape[1]), first.dtype)
     return Batch(whole, whole, real, whole, whole, rows if memory.host_embedding else None)
 
 
@@ -160,10 +180,10 @@ def _fixed(job: Job, memory: Memory) -> dict[str, int]:
     """The parts that are exact."""
     state = job.states(job.rank)
     if memory.host_embedding:
-        job = _without_table(job)
+        job = _table_apart(job)
     grads = size(state.trainable)
     inputs = job.config.layers * job.tokens * job.config.width * _item(job)
-    table = size(_rows(job)) if memory.host_embedding else 0
+    left_behind = size(_rows(job)) if memory.host_embedding else 0
     return dict(
         parameters=size(job.params),
         adapters=grads,
@@ -171,7 +191,7 @@ def _fixed(job: Job, memory: Memory) -> dict[str, int]:
         gradients=grads * (1 if job.accumulation == 1 else 2),
         residuals=_residuals(job, memory),
         batch=size(batches(job, memory)),
-        host=table + (inputs if memory.keep == "offload" else 0),
+        host=left_behind + (inputs if memory.keep == "offload" else 0),
     )
 
 
@@ -246,7 +266,7 @@ def estimate(job: Job, memory: Memory) -> Plan:
 def compiled(step: Any, job: Job, memory: Memory) -> Plan:
     """The plan of a `make_step` of this job as XLA compiles it for this machine's device."""
     if memory.host_embedding:
-        job = _without_table(job)
+        job = _table_apart(job)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), job.params)
     program = step.lower(job.states(job.rank), params, batches(job, memory)).compile()
     sizes, fixed = program.memory_analysis(), _fixed(job, memory)

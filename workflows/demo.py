@@ -26,10 +26,9 @@ from bridge import export, hub, peft_adapter
 from bridge import tokenizer as text
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer
 from unsloth_jax.sample import Sampling
-from workflows import demo_data
+from workflows import demo_data, machine
 from workflows.generate import Answer
 from workflows.model import Model
-from workflows.sft import memory_gib
 
 QUANTIZATIONS = ("q8_0", "q4_k_m")
 LENGTH, NEW_TOKENS = 64, 24
@@ -286,7 +285,7 @@ def main() -> None:
     terminal, started = Console(), time.perf_counter()
     console = terminal if terminal.is_terminal else Console(width=110)
     run(a.output, a.seed, console)
-    peak = memory_gib()
+    peak = machine.peak() / 2**30
     console.print(f"{time.perf_counter() - started:.0f} s in all, peak memory {peak:.2f} GiB")
 
 

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import numpy as np
 from unsloth_jax import sample, unstack
 from unsloth_jax.dims import Params
 from unsloth_jax.sample import Sampling
+from workflows import machine
 from workflows.keywords import say
 
 STEP = 64  # prompts are padded to a multiple of this, caches to a power of two times this
@@ -87,7 +87,7 @@ def readable(
         return params
     if weights == "auto":
         needed, free = unstack.plain_bytes(family, params) + growth, free_bytes()
-        if free is not None and needed > free:
+        if needed > free:
             say(
                 f"decoding reads the weights as they are stored, which is slower: plain ones and a "
                 f"full cache need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
@@ -96,17 +96,13 @@ def readable(
     return unstack.materialized(family, c, params)
 
 
-def free_bytes() -> int | None:
-    """What the device has left; on a CPU half of what the system has; None where nobody knows."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats:
-        # A twentieth is left for scores and what the allocator can't place.
-        return int(0.95 * stats["bytes_limit"]) - stats["bytes_in_use"]
-    facts = Path("/proc/meminfo")
-    if not facts.exists():
-        return None
-    line = next(x for x in facts.read_text().splitlines() if x.startswith("MemAvailable"))
-    return int(line.split()[1]) * 1024 // 2
+def free_bytes() -> int:
+    """What the device has left; on a CPU half of what the system has."""
+    limit = machine.device_limit()
+    if limit is None:
+        return machine.host_free() // 2
+    # A twentieth is left for scores and what the allocator can't place.
+    return int(0.95 * limit) - machine.device_in_use()
 
 
 def stream(

@@ -32,7 +32,7 @@ from unsloth_jax.models import family as family_of
 from unsloth_jax.plan import UNBOUNDED, Budget, Job, Plan
 from unsloth_jax.remat import Memory
 from unsloth_jax.train import State, make_step, start
-from workflows import sft
+from workflows import machine, sft
 from workflows.keywords import say
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -78,18 +78,11 @@ def budget(asked: int | float | str | None, held: int = 0) -> Budget | None:
     By default what the device reports free, and `held`: bytes there that the plan counts too. None
     where it reports nothing and nothing was asked for.
     """
-    stats = jax.local_devices()[0].memory_stats() or {}
-    whole = stats.get("bytes_limit")
-    free = UNBOUNDED if whole is None else whole - stats["bytes_in_use"] + held
+    whole = machine.device_limit()
+    free = UNBOUNDED if whole is None else whole - machine.device_in_use() + held
     if asked is not None:
-        return Budget(min(size(asked, whole), free), host_free())
-    return None if whole is None else Budget(free, host_free())
-
-
-def host_free() -> int:
-    """Bytes of host memory that are available (/proc/meminfo)."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return int(next(x for x in lines if x.startswith("MemAvailable")).split()[1]) * 1024
+        return Budget(min(size(asked, whole), free), machine.host_free())
+    return None if whole is None else Budget(free, machine.host_free())
 
 
 def shapes(fields: dict[str, Any], dtype: Any, quantized: bool) -> tuple[ModuleType, Any, Params]:

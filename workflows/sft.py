@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bridge.checkpoint import Checkpoints
-from unsloth_jax import data, decoder, lora, losses, remat, train, tree
+from unsloth_jax import data, decoder, lora, losses, plan, remat, train, tree
 from unsloth_jax.data import Row
 from unsloth_jax.dims import Batch, Params, Total
 from unsloth_jax.leaves import Hosted
+from workflows import machine
 from workflows.generate import Stopwatch
 
 LOSS = "sft/1"  # names the loss a checkpoint was trained with
@@ -184,18 +185,16 @@ def hosted(params: Params) -> Params:
 
     A tied or quantized table is needed on the device: then the tree as it is.
     """
-    flat = tree.flatten(params)
-    tables = [p for p in flat if p.endswith("embed_tokens.weight")]
-    if "lm_head.weight" not in flat or not isinstance(flat[tables[0]], jax.Array):
+    path, leaf = plan.table(params)
+    if isinstance(leaf, Hosted) or not plan.hostable(params):
         return params
-    return tree.unflatten(flat | {tables[0]: Hosted(np.asarray(flat[tables[0]]))})
+    return tree.unflatten(tree.flatten(params) | {path: Hosted(np.asarray(leaf))})
 
 
 def embedded(params: Params, batch: Batch) -> Batch:
     """The batch with its tokens' embeddings, where their table is in host memory."""
-    leaves = tree.flatten(params).values()
-    table = next((leaf for leaf in leaves if isinstance(leaf, Hosted)), None)
-    return batch if table is None else batch._replace(embedded=table.rows(batch.tokens))
+    _, leaf = plan.table(params)
+    return batch._replace(embedded=leaf.rows(batch.tokens)) if isinstance(leaf, Hosted) else batch
 
 
 @contextmanager
@@ -224,7 +223,7 @@ def _row(done, epoch, rate, loss, report, seen, seconds) -> dict[str, Any]:
         "supervised_tokens": int(report.tokens),
         "tokens_per_s": round(seen / seconds, 1),
         "seconds": round(seconds, 3),
-        "memory_gib": round(memory_gib(), 3),
+        "memory_gib": round(machine.peak() / 2**30, 3),
     }
 
 
@@ -239,13 +238,3 @@ def _moved(trainable: Params) -> None:
         raise RuntimeError(
             f"the first step changed nothing in {still}: these adapters get no gradient"
         )
-
-
-def memory_gib() -> float:
-    """Peak memory of the device so far; on a CPU that of this process."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats:
-        return stats["peak_bytes_in_use"] / 2**30
-    with open("/proc/self/status") as status:
-        peak = next(line for line in status if line.startswith("VmHWM"))
-    return int(peak.split()[1]) / 2**20

@@ -25,7 +25,7 @@ from pallas_kernels import decode_attention
 from unsloth_jax import decoding, lora, sample, tree, unstack
 from unsloth_jax.dims import Params
 from unsloth_jax.sample import Sampling
-from workflows import generate
+from workflows import generate, machine
 from workflows.bench import rows
 from workflows.bench import weights as made
 
@@ -110,11 +110,6 @@ def bandwidth(size: int, repeats: int = 20) -> float:
     return 2 * size * repeats / statistics.median(took)
 
 
-def peak() -> int:
-    """Device bytes in use at this process' peak; 0 where the backend doesn't count them."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
-
-
 def measured(
     m: Model, shape: str, mode: str, batch: int, slots: int, tokens: int, speed: float
 ) -> list[rows.Row]:
@@ -122,7 +117,7 @@ def measured(
     layers = generate.readable(
         m.family, m.config, m.params, "materialized" if mode == "materialized" else "stored", 0
     )
-    before = peak()
+    before = machine.device_peak()
     token_s, compile_s = seconds(m, layers, batch, slots, tokens)
     read = bytes_read(m, mode, batch, slots)
     rate, limit = batch / token_s, batch * speed / read
@@ -130,7 +125,7 @@ def measured(
     must, aim, other = ASKED.get((mode, batch), (None,) * 3) if reference else (None,) * 3
     more = dict(ms=token_s * 1e3, compile_s=compile_s, bytes=read, bandwidth_tbs=speed / 1e12)
     # A process' peak shows only where it rises above what ran before.
-    more["peak_gib"] = peak() / 2**30 if peak() > before else None
+    more["peak_gib"] = machine.device_peak() / 2**30 if machine.device_peak() > before else None
     name = f"decode, {MODES[mode]}, batch {batch}, cache {slots}, {shape}"
     found = [
         rows.figure(

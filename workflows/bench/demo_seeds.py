@@ -15,8 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import jax
 
 from bridge import export
-from workflows import demo, demo_data
-from workflows.sft import memory_gib
+from workflows import demo, demo_data, machine
 
 
 def measured(seed: int) -> dict:
@@ -34,7 +33,7 @@ def measured(seed: int) -> dict:
         "first_loss": trainer.log_history[0]["loss"],
         "last_loss": trainer.log_history[-1]["loss"],
         "seconds": round(time.perf_counter() - start, 1),
-        "peak_memory_gib": round(memory_gib(), 2),
+        "peak_memory_gib": round(machine.peak() / 2**30, 2),
     }
 
 

@@ -24,8 +24,8 @@ from unsloth_jax import lora, optim, plan, train
 from unsloth_jax.data import Row
 from unsloth_jax.plan import GIB, Job, Plan
 from unsloth_jax.remat import Memory
+from workflows import machine, sft
 from workflows import plan as planning
-from workflows import sft
 from workflows.bench import configs, lengths, rows, weights
 
 MUST, AIM = 0.10, 0.03
@@ -133,8 +133,7 @@ def measured(case: Case) -> rows.Row:
         [Row(row, [1] * len(row)) for row in ids], case.batch, 1, case.length, False, 0
     )
     sft.Run(program, state, params, data, lambda step: 0.0, 3)()
-    stats = jax.local_devices()[0].memory_stats() or {}
-    peak = stats.get("peak_bytes_in_use", 0) / GIB or None
+    peak = machine.device_peak() / GIB or None
     plans = {p.source: p.total / GIB for p in both}
     off = {f"{k}_off": abs(v / peak - 1) if peak else None for k, v in plans.items()}
     return {"name": case.name, "peak_gib": peak, "pinned_gib": both[0].host / GIB} | plans | off

@@ -28,11 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unsloth_jax import data, lora, optim, remat, train, tree
+from unsloth_jax import data, lora, optim, plan, remat, train, tree
 from unsloth_jax.data import Row
 from unsloth_jax.dims import Batch, Params
 from unsloth_jax.leaves import Hosted
-from workflows import sft
+from workflows import machine, sft
 from workflows.bench import lengths, rows, sides, weights
 
 GIB = 2**30
@@ -100,7 +100,7 @@ def compiled(s: Setting, params: Params, case: Case) -> tuple[Any, dict[str, Any
     """(the compiled step, what compiling took and the memory that XLA plans, in GiB)."""
     state = jax.eval_shape(s.state, jax.random.key(0))
     batch, _ = next(batches(case, s.config.vocab))
-    loss = sft.loss(s.family, s.config, 1.0, memory(case.policy), documents(case))
+    loss = sft.loss(s.family, s.config, 1.0, plan.named(case.policy), documents(case))
     step = train.make_step(loss, s.rule)
     start = time.perf_counter()
     batch = sft.embedded(params, batch)
@@ -117,7 +117,7 @@ def compiled(s: Setting, params: Params, case: Case) -> tuple[Any, dict[str, Any
 def measured(program: Any, s: Setting, params: Params, case: Case, a: argparse.Namespace) -> dict:
     """Median step time, tokens/s and the process' peak, or that it did not fit."""
     seconds, speeds, losses = [], [], []
-    before, stream = peak(), batches(case, s.config.vocab)
+    before, stream = machine.device_peak(), batches(case, s.config.vocab)
     ready = lambda batch, useful: (jax.device_put(sft.embedded(params, batch)), useful)
     try:
         state = s.state(jax.random.key(0))
@@ -135,7 +135,7 @@ def measured(program: Any, s: Setting, params: Params, case: Case, a: argparse.N
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {"fits": False}
-    after = peak()
+    after = machine.device_peak()
     return {
         "fits": True,
         "ms": statistics.median(seconds[a.warmup :]) * 1e3,
@@ -146,29 +146,12 @@ def measured(program: Any, s: Setting, params: Params, case: Case, a: argparse.N
     }
 
 
-def memory(policy: str) -> remat.Memory:
-    """ "full+host+tiles4+chunk256+unroll" as what a step keeps and trades."""
-    keep, *more = policy.split("+")
-    numbers = {
-        name: int(option.removeprefix(letters))
-        for option in more
-        for name, letters in (("tiles", "tiles"), ("chunk", "chunk"))
-        if option.startswith(letters)
-    }
-    return remat.Memory(keep, unroll="unroll" in more, host_embedding="host" in more, **numbers)
-
-
 def placed(params: Params, case: Case) -> Params:
     """The parameters with their embedding table where the policy wants it."""
-    if memory(case.policy).host_embedding:
+    if plan.named(case.policy).host_embedding:
         return sft.hosted(params)
     back = lambda _, leaf: jax.device_put(leaf.table) if isinstance(leaf, Hosted) else leaf
     return tree.map_paths(back, params)
-
-
-def peak() -> int:
-    """Device bytes in use at this process' peak; 0 where the backend doesn't count them."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
 def cases(a: argparse.Namespace) -> list[Case]:
