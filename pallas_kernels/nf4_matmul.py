@@ -11,6 +11,7 @@ bits once, as the plain weight is. Backward dequantizes again: residuals are x, 
 and the pairs, never a weight.
 """
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -117,18 +118,34 @@ def _same(a, b):
 
 
 def _with_terms(ys, x, pairs):
-    """Adds what the pairs make of x; their first products are one."""
-    there = [j for j, pair in enumerate(pairs) if pair is not None]
-    if not there:
-        return ys
-    low = jnp.einsum("mi,ri->mr", x, jnp.concatenate([pairs[j].a for j in there]).astype(x.dtype))
-    at = 0
-    for j in there:
-        rank = pairs[j].a.shape[0]
-        b = (pairs[j].b * pairs[j].scale).astype(x.dtype)
-        ys[j] = ys[j] + jnp.einsum("mr,or->mo", low[:, at : at + rank], b)
-        at += rank
+    """Adds what the pairs make of x."""
+    for j, low in enumerate(first_products(x, pairs)):
+        if low is not None:
+            b = (pairs[j].b * pairs[j].scale).astype(x.dtype)
+            ys[j] = ys[j] + jnp.einsum("mr,or->mo", low, b)
     return ys
+
+
+def first_products(
+    x: Float[Array, "M I"], pairs: Sequence[LowRank | None]
+) -> list[Float[Array, "M _"] | None]:
+    """x @ a_j.T of each pair, made as one product."""
+    there = [pair for pair in pairs if pair is not None]
+    if not there:
+        return [None] * len(pairs)
+    low = jnp.einsum("mi,ri->mr", x, jnp.concatenate([pair.a for pair in there]).astype(x.dtype))
+    ends = list(itertools.accumulate(pair.a.shape[0] for pair in there))
+    parts = iter(jnp.split(low, ends[:-1], axis=1))
+    return [None if pair is None else next(parts) for pair in pairs]
+
+
+def second_products(
+    dys: Sequence[Float[Array, "M _"]], pairs: Sequence[LowRank | None]
+) -> list[Float[Array, "M _"] | None]:
+    """dy_j @ b_j of each pair."""
+    back = lambda dy, pair: jnp.einsum("mo,or->mr", dy, pair.b.astype(dy.dtype))
+    both = zip(dys, pairs, strict=True)
+    return [None if pair is None else back(dy, pair) for dy, pair in both]
 
 
 def _products(layouts, x, weights, pairs):
@@ -153,27 +170,28 @@ def _backward(layouts, groups, saved, dys):
     dx = 0
     for layout, w, i, pair, dy in zip(layouts, weights, numbers, pairs, dys, strict=True):
         dx = dx + jnp.einsum("mo,oi->mi", dy, _dense(layout, w._replace(layer=i), pair, x.dtype))
-    return dx, None, _pair_gradients(x, pairs, dys)
+    return dx, None, pair_gradients(x, pairs, dys)
 
 
-def _pair_gradients(x, pairs, dys):
+def pair_gradients(
+    x: Float[Array, "M I"],
+    pairs: Sequence[LowRank | None],
+    dys: Sequence[Float[Array, "M _"]],
+) -> list[LowRank | None]:
     """Cotangents of the pairs. The skinny products share one reading of x."""
     there = [j for j, pair in enumerate(pairs) if pair is not None]
     out = [None] * len(pairs)
     if not there:
         return out
-    a = jnp.concatenate([pairs[j].a for j in there]).astype(x.dtype)
-    low = jnp.einsum("mi,ri->mr", x, a)
-    back = [jnp.einsum("mo,or->mr", dys[j], pairs[j].b.astype(x.dtype)) for j in there]
+    lows, backs = first_products(x, pairs), second_products(dys, pairs)
     wide = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    da = wide("mr,mi->ri", jnp.concatenate(back, axis=1), x)
+    da = wide("mr,mi->ri", jnp.concatenate([backs[j] for j in there], axis=1), x)
     at = 0
-    for j, p in zip(there, back, strict=True):
-        pair, rank = pairs[j], pairs[j].a.shape[0]
+    for j in there:
+        pair, low, rank = pairs[j], lows[j], pairs[j].a.shape[0]
         scale = jnp.asarray(pair.scale, jnp.float32)
-        mine = low[:, at : at + rank]
-        db = wide("mo,mr->or", dys[j], mine) * scale
-        dscale = jnp.sum(p.astype(jnp.float32) * mine.astype(jnp.float32))
+        db = wide("mo,mr->or", dys[j], low) * scale
+        dscale = jnp.sum(backs[j].astype(jnp.float32) * low.astype(jnp.float32))
         cast = lambda g, like: g.astype(jnp.asarray(like).dtype)
         out[j] = LowRank(
             cast(da[at : at + rank] * scale, pair.a),
