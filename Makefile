@@ -36,7 +36,7 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 
 test: .venv/.dev
-	$(OFFLINE) $(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(OFFLINE) $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-full: .venv/.dev
 	$(OFFLINE) $(BIN)/python -m pytest -q -m "slow and not gpu"

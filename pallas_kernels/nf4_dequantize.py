@@ -8,7 +8,7 @@ Adding the low-rank term here makes one product of what LoRA needs three for (`n
 it is summed in float32 from bfloat16 factors and rounded to bfloat16 before it is added.
 """
 
-import functools
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -22,7 +22,9 @@ from pallas_kernels.nf4 import BLOCK, CODES, LARGEST, Layout, Statistics
 from pallas_kernels.nf4 import dequantize as reference_one
 
 Implementation = Literal["pallas", "xla"]
-ROWS, ROWS_WITH_RANK = 4, 16  # a matrix unit's smallest side is 16
+WORDS = 8, 4  # a block of 64 weights: 4 words of two are what a thread stores at once
+BLOCKS = 128  # of one program
+ROWS, ACROSS = 16, 4  # of one program's blocks with a low-rank term; a matrix unit takes 16 rows
 
 
 class LowRank(NamedTuple):
@@ -68,7 +70,7 @@ def supports(
         return "it needs a GPU"
     if _choice.capability() < 8.0:
         return f"it needs compute capability 8.0, this GPU has {_choice.capability()}"
-    if layout.block != BLOCK or width % 128 or height % ROWS_WITH_RANK:
+    if layout.block != BLOCK or width % 128 or height % ROWS:
         return f"it takes blocks of 64, widths of 128 n, heights of 16 n, got {layout}"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it writes bfloat16 or float16, not {dtype}"
@@ -100,29 +102,52 @@ def dequantize(
     return _pallas(layout, packed, statistics, layer, low_rank, jnp.dtype(dtype or layout.dtype))
 
 
-def _pallas(layout, packed, statistics, layer, low_rank, dtype, tile=None):
-    height, half = layout.matrix[0], layout.matrix[1] // 2
-    packed = packed.reshape(-1, height, half)
-    absmax = statistics.absmax.reshape(-1, height, half // 32)
-    operands = [jnp.asarray([0 if layer is None else layer], jnp.int32), packed, absmax]
+def _pallas(layout, packed, statistics, layer, low_rank, dtype):
+    per_row = layout.matrix[1] // layout.block
+    blocks = layout.matrix[0] * per_row
+    per_layer = -(-blocks // layout.nested_block)
+    if low_rank is None:
+        tile = (math.gcd(BLOCKS, blocks, layout.nested_block),)
+        shape = (blocks,)
+    else:
+        tile = ROWS, math.gcd(ACROSS, per_row, layout.nested_block)
+        shape = layout.matrix[0], per_row
+    operands = [jnp.asarray([0 if layer is None else layer], jnp.int32)]
+    operands += [packed.reshape(-1, *shape, *WORDS), statistics.absmax.reshape(-1, *shape)]
     nested = statistics.nested_absmax is not None
     if nested:
         rest = (statistics.nested_absmax, statistics.nested_map, statistics.offset)
         operands += [jnp.asarray(x).reshape(-1) for x in rest]
     operands.append(jnp.asarray(CODES))
-    rank = 0
-    if low_rank is not None:
-        pairs, b = _operands(low_rank)
-        operands += [*pairs, b]
-        rank = b.shape[1]
-    rows, cols = tile or _tile(rank, half)
-    per_layer = -(-height * half // 32 // layout.nested_block)
-    body = functools.partial(_kernel, (rows, cols), (half, layout.nested_block, per_layer), nested)
+    operands += [] if low_rank is None else _factors(low_rank)
+
+    def kernel(layer_ref, packed_ref, absmax_ref, *refs):
+        *refs, out_ref = refs
+        layer, first = layer_ref[0], [pl.program_id(axis) * n for axis, n in enumerate(tile)]
+        here = tuple(map(pl.ds, first, tile))
+        scale = absmax_ref[(layer, *here)]
+        if nested:
+            # All blocks that lie next to each other in a tile share their outer scale.
+            at = (
+                first[0] if low_rank is None else (first[0] + jnp.arange(ROWS)) * per_row + first[1]
+            )
+            scale = _denested(scale, layer, per_layer, at // layout.nested_block, *refs[:3])
+        codes_ref, *factors = refs[3 * nested :]
+        scale, p = scale[..., None, None], packed_ref[(layer, *here)].astype(jnp.int32)
+        if factors:
+            # Before the look-ups: Triton then moves it from layout to layout once.
+            by_rank = _by_rank(*factors, here).reshape(p.shape)
+            even = codes_ref[p >> 4] * scale + _wide(by_rank << 16)
+            odd = codes_ref[p & 15] * scale + _wide(by_rank & jnp.uint32(0xFFFF0000))
+        else:
+            even, odd = codes_ref[p >> 4] * scale, codes_ref[p & 15] * scale
+        out_ref[...] = _word(even, odd, dtype)
+
     words = pl.pallas_call(
-        functools.partial(body, rank > 0, dtype),
-        out_shape=jax.ShapeDtypeStruct((height, half), jnp.uint32),
-        grid=(height // rows, half // cols),
-        out_specs=pl.BlockSpec((rows, cols), lambda i, j: (i, j)),
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((*shape, *WORDS), jnp.uint32),
+        grid=tuple(n // part for n, part in zip(shape, tile, strict=True)),
+        out_specs=pl.BlockSpec((*tile, *WORDS), lambda *at: (*at, 0, 0)),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=_choice.interpreting(),
         name="nf4_dequantize",
@@ -130,57 +155,54 @@ def _pallas(layout, packed, statistics, layer, low_rank, dtype, tile=None):
     return jax.lax.bitcast_convert_type(words, dtype).reshape(layout.matrix)
 
 
-def _tile(rank, half):
-    """(rows, words) of one program; both powers of two."""
-    rows = ROWS_WITH_RANK if rank else ROWS
-    cols = 256 if not rank else 128
-    while half % cols:
-        cols //= 2
-    return rows, cols
-
-
-def _operands(low_rank):
-    """((a of even inputs, a of odd ones) [r', I/2] each, scale * b [O, r']), r' a power of two."""
+def _factors(low_rank):
+    """(a of even inputs, a of odd ones [r', I/2], scale * b [O, r']), r' a power of two."""
     a = low_rank.a.astype(jnp.bfloat16)
     b = (low_rank.b.astype(jnp.float32) * low_rank.scale).astype(jnp.bfloat16)
     rank = max(16, 1 << (a.shape[0] - 1).bit_length())
     a = jnp.pad(a, ((0, rank - a.shape[0]), (0, 0)))
     b = jnp.pad(b, ((0, 0), (0, rank - b.shape[1])))
-    return (a[:, 0::2], a[:, 1::2]), b
+    return a[:, 0::2], a[:, 1::2], b
 
 
-def _kernel(tile, sizes, nested, low_rank, dtype, layer_ref, packed_ref, absmax_ref, *refs):
-    rows, cols = tile
-    half, nested_block, per_layer = sizes
-    *refs, out_ref = refs
-    layer = layer_ref[0]
-    row, col = pl.program_id(0) * rows, pl.program_id(1) * cols
-    here = pl.ds(row, rows)
-    scale = absmax_ref[layer, here, pl.ds(col // 32, cols // 32)]
-    if nested:
-        nested_ref, map_ref, offset_ref, *refs = refs
-        block = (row + jnp.arange(rows))[:, None] * (half // 32)
-        block = block + (col // 32 + jnp.arange(cols // 32))[None]
-        outer = nested_ref[layer * per_layer + block // nested_block]
-        product = map_ref[layer * 256 + scale.astype(jnp.int32)] * outer
-        # As in the reference: without it product and sum would be contracted into one rounding.
-        scale = jnp.clip(product, -LARGEST, LARGEST) + offset_ref[layer]
-    scale = jnp.broadcast_to(scale[:, :, None], (rows, cols // 32, 32)).reshape(rows, cols)
-    codes_ref, *refs = refs
-    p = packed_ref[layer, here, pl.ds(col, cols)].astype(jnp.int32)
-    high, low = codes_ref[p >> 4] * scale, codes_ref[p & 15] * scale
-    if low_rank:
-        even_ref, odd_ref, b_ref = refs
-        b, at = b_ref[here, :], pl.ds(col, cols)
-        dot = lambda a: jnp.dot(b, a, preferred_element_type=jnp.float32)
-        # One word, since it changes its layout between the matrix unit and the table look-ups.
-        delta = _word(dot(even_ref[:, at]), dot(odd_ref[:, at]), jnp.bfloat16)
-        wide = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)
-        high, low = high + wide(delta << 16), low + wide(delta & jnp.uint32(0xFFFF0000))
-    out_ref[...] = _word(high, low, dtype)
+def _denested(codes, layer, per_layer, at, nested_ref, map_ref, offset_ref):
+    """Blocks' scales from their 8-bit codes; `at` numbers the outer scales of the leading axis."""
+    outer = nested_ref[layer * per_layer + at]
+    outer = outer if codes.ndim == 1 else outer[:, None]
+    product = map_ref[layer * 256 + codes.astype(jnp.int32)] * outer
+    # As in the reference: without it product and sum would be contracted into one rounding.
+    return jnp.clip(product, -LARGEST, LARGEST) + offset_ref[layer]
+
+
+def _by_rank(even_ref, odd_ref, b_ref, here):
+    """The low-rank term of a tile, two bfloat16 a word.
+
+    One word, since it changes its layout between the matrix unit and the table look-ups.
+    """
+    rows, across = here
+    words = math.prod(WORDS)
+    at = pl.ds(across.start * words, across.size * words)
+    dot = lambda a: jnp.dot(b_ref[rows, :], a[:, at], preferred_element_type=jnp.float32)
+    return _word(dot(even_ref), dot(odd_ref), jnp.bfloat16)
+
+
+def _wide(bits):
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _word(first, second, dtype):
-    """Two numbers in 16 bits each, the first in the lower half."""
-    bits = lambda x: jax.lax.bitcast_convert_type(x.astype(dtype), jnp.uint16).astype(jnp.uint32)
-    return bits(first) | (bits(second) << 16)
+    """Two float32 rounded to 16 bits each in one word, the first in the lower half."""
+    if _choice.interpreting():
+        bits = lambda x: jax.lax.bitcast_convert_type(x.astype(dtype), jnp.uint16)
+        wide = lambda x: bits(x).astype(jnp.uint32)
+        return wide(first) | (wide(second) << 16)
+    # One instruction for both; XLA's and Triton's casts take four.
+    name = {"bfloat16": "bf16x2", "float16": "f16x2"}[jnp.dtype(dtype).name]
+    (words,) = plgpu.elementwise_inline_asm(
+        f"cvt.rn.{name}.f32 $0, $2, $1;",
+        args=[first, second],
+        constraints="=r,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(first.shape, jnp.int32)],
+    )
+    return jax.lax.bitcast_convert_type(words, jnp.uint32)

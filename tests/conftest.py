@@ -18,9 +18,12 @@ CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 
 
 def pytest_configure(config):
-    if "gpu" not in (config.option.markexpr or ""):
+    asked = config.option.markexpr or ""
+    if "gpu" not in asked or "not gpu" in asked:
         jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_numpy_rank_promotion", "raise")
+    # Half the time to compile; slow tests run for longer than they compile.
+    jax.config.update("jax_disable_most_optimizations", "not slow" in asked)
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
@@ -51,14 +54,6 @@ def no_network():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", guarded)
         yield
-
-
-@pytest.fixture(scope="module")
-def quick_compiles():
-    """Half the time to compile; modules that use this compile without most optimizations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def measurement(who, speed, peak, batch=2, length=2048, packed=False, **more):
 
 
 def test_a_step_is_measured_on_plain_and_packed_rows_and_not_taken_again(tmp_path, capsys):
-    line = [*TINY, "--shapes", "2x64", "--packed", "2x96", "--policies", "full", "--rank", "4"]
+    line = [*TINY, "--shapes", "2x64", "--packed", "2x96", "--policies", "auto", "--rank", "4"]
     line += ["--optimizer", "adamw_torch", "--output", str(tmp_path / "train.jsonl")]
     train_step.main(line)
     found = rows.read(tmp_path / "train.jsonl")
@@ -49,6 +49,7 @@ def test_a_step_is_measured_on_plain_and_packed_rows_and_not_taken_again(tmp_pat
     ]
     for m in found:
         assert m["fits"] and m["tokens_per_s"] > 0 and m["compile_s"] > 0
+        assert (m["policy"], m["chosen"]) == ("auto", "none")
         assert m["gib"]["temp"] > 0 and m["compiled_gib"] > m["gib"]["alias"] > 0
         assert all(abs(x - math.log(512)) < 1 for x in m["losses"]) and len(m["losses"]) == 3
     train_step.main(line)

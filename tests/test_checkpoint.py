@@ -44,7 +44,6 @@ jax.config.update("jax_compilation_cache_dir", str(conftest.CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 import test_checkpoint
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 folder, output = map(Path, sys.argv[1:])
 """
 KILLED = """

@@ -14,8 +14,8 @@ from pallas_kernels import _choice
 from unsloth_jax import decoder, decoding, leaves, lora, quant, sample, tree, unstack
 from unsloth_jax.sample import Sampling
 
-prefill = tiny.quick_jit(decoding.prefill, static_argnames=("slots", "dtype"))
-step = tiny.quick_jit(decoding.step)
+prefill = tiny.shared_jit(decoding.prefill, static_argnames=("slots", "dtype"))
+step = tiny.shared_jit(decoding.step)
 # Shapes for what is only compiled: no product of widths equals another's.
 BIG = dict(
     num_hidden_layers=5,

@@ -21,8 +21,6 @@ from bridge import tokenizer as text
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer, get_chat_template, tree
 from unsloth_jax.leaves import dense, layer
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 CUSTOM = ("{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}",
           "<|im_end|>")  # fmt: skip

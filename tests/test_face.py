@@ -22,8 +22,6 @@ from workflows import chat, face
 from workflows.model import Model
 from workflows.plan import CHECKPOINTING
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 NOTEBOOKS = Path(__file__).parent / "notebooks"
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NEW = 16

@@ -228,7 +228,7 @@ def loss_and_gradient(adapters, base):
 def step(packed):
     """`loss_and_gradient` as (traced, compiled) programs."""
     base, adapters = packed
-    traced = jax.jit(loss_and_gradient, compiler_options=tiny.QUICK).trace(adapters, base)
+    traced = jax.jit(loss_and_gradient).trace(adapters, base)
     return traced, traced.lower().compile()
 
 

@@ -40,7 +40,7 @@ def score(pair: tiny.Pair, rows: list[list[int]], c=None, params=None) -> np.nda
     return np.asarray(tiny.logits(pair.family, c, params, *tiny.padded(rows, LENGTH)))
 
 
-@tiny.quick_jit
+@tiny.shared_jit
 def logits_turned(family, c, params, tokens, positions, segments, by):
     """Logits under given angles, so that one compiled function serves every rope."""
     turned = ModuleType(family.__name__)
@@ -49,7 +49,7 @@ def logits_turned(family, c, params, tokens, positions, segments, by):
     return decoder.logits(turned, c, params, hidden)
 
 
-@tiny.quick_jit
+@tiny.shared_jit
 def start(family, c, params, tokens, lengths):
     """Scores [B, V] after each row's last token, and a cache with room for NEW more."""
     slots = tokens.shape[1] + NEW
@@ -58,7 +58,7 @@ def start(family, c, params, tokens, lengths):
     return decoder.logits(family, c, params, last), room
 
 
-@tiny.quick_jit
+@tiny.shared_jit
 def more(family, c, params, room, tokens):
     """Scores [B, V] after one more token a row, and the cache; one shape serves all steps."""
     hidden, room = decoding.step(family, c, params, room, tokens, jnp.ones_like(tokens))

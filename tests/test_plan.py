@@ -18,8 +18,6 @@ from workflows import plan as planning
 from workflows.bench import plan_accuracy, rows
 from workflows.bench.plan_accuracy import Case
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 COMPILED = Path(__file__).parents[1] / "docs" / "performance" / "plan_compiled.json"
 LLAMA, QWEN = "llama-8b", "qwen3-0.6b"
 

@@ -15,8 +15,6 @@ import transformers
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer, train_on_responses_only
 from workflows import sft
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 # One compiled program serves all runs with these: a constant rate does not know max_steps.
 SAME = dict(
     per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=2e-2,

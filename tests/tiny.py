@@ -117,12 +117,10 @@ def pair(name: str) -> Pair:
     return Pair(model, *ours(model))
 
 
-# Half the time to compile; tiny models don't miss what the compiler leaves out.
-QUICK = {"xla_backend_optimization_level": 0}
-quick_jit = partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+shared_jit = partial(jax.jit, static_argnums=(0, 1))
 
 
-@quick_jit
+@shared_jit
 def logits(family, c, params, tokens, positions, segments):
     """float32 [B, T, V]; compiled once for each config and shape, whichever test asks."""
     hidden = decoder.forward(family, c, params, tokens, positions, segments)

@@ -269,6 +269,11 @@ def compiled(step: Any, job: Job, memory: Memory) -> Plan:
         job = _table_apart(job)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), job.params)
     program = step.lower(job.states(job.rank), params, batches(job, memory)).compile()
+    return laid_out(program, job, memory)
+
+
+def laid_out(program: Any, job: Job, memory: Memory) -> Plan:
+    """The plan of this job's step as XLA has compiled it."""
     sizes, fixed = program.memory_analysis(), _fixed(job, memory)
     total = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     total += sizes.temp_size_in_bytes
@@ -286,8 +291,9 @@ def ladder(job: Job) -> tuple[Memory, ...]:
     # Looked up on the host, rows of all micro-batches wait on the device: more than a table?
     host = hostable(job.params) and job.accumulation * job.tokens < job.config.vocab
     tiles = _tiles(job)
-    rungs = [Memory("none")]
-    rungs += [Memory(keep, 1, host_embedding=host) for keep in ("none", "mlp", "attention", "full")]
+    # Only a layer that keeps most of what it makes gains enough by being written out.
+    rungs = [Memory("none", unroll=True), Memory("none", unroll=True, host_embedding=host)]
+    rungs += [Memory(keep, host_embedding=host) for keep in ("mlp", "attention", "full")]
     rungs.append(Memory("full", tiles, host_embedding=host))
     lean = Memory("offload", tiles, host_embedding=host)
     while _loss(job, lean) > _layer(job, lean) and lean.chunk > remat.PLAIN.chunk // 4:

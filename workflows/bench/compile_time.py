@@ -40,9 +40,9 @@ def child(a: argparse.Namespace) -> None:
     parts = {"start": time.time() - a.started}
     s = train_step.setting(step_arguments)
     at = time.time()
-    params = jax.block_until_ready(train_step.placed(weights.random(s.shapes), case))
+    params = jax.block_until_ready(weights.random(s.shapes))
     parts["weights"] = time.time() - at
-    program, found = train_step.compiled(s, params, case)
+    params, program, found = train_step.ready(s, params, case)
     parts |= {"trace": found["trace_s"], "compile": found["compile_s"]}
     at = time.time()
     first = train_step.measured(program, s, params, case, step_arguments)
