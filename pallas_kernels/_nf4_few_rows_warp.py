@@ -269,7 +269,7 @@ def warp_kernel(
         offset = tl.load(choose(matrix, offset0, offset1, offset2) + layer) if NESTED else 0.0
         total = add_step(
             total, now, right, n % steps * STEP * 128, fours, offset, matrix * 1024,
-            STEP, NESTED, M == 1,
+            STEP, NESTED, M == 1 and TILES == 1,
         )  # fmt: skip
         now = soon
         soon = then

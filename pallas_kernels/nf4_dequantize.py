@@ -127,10 +127,10 @@ def _pallas(layout, packed, statistics, layer, low_rank, dtype):
         here = tuple(map(pl.ds, first, tile))
         scale = absmax_ref[(layer, *here)]
         if nested:
-            # All blocks that lie next to each other in a tile share their outer scale.
-            at = (
-                first[0] if low_rank is None else (first[0] + jnp.arange(ROWS)) * per_row + first[1]
-            )
+            # Blocks that lie next to each other in a tile share their outer scale.
+            at = first[0]
+            if low_rank is not None:
+                at = (at + jnp.arange(ROWS)) * per_row + first[1]
             scale = _denested(scale, layer, per_layer, at // layout.nested_block, *refs[:3])
         codes_ref, *factors = refs[3 * nested :]
         scale, p = scale[..., None, None], packed_ref[(layer, *here)].astype(jnp.int32)

@@ -53,7 +53,9 @@ def plans(rows: int, shape: tuple[int, int]) -> list[Plan]:
         if long:
             others += [Plan(16, 16, step=2), Plan(16, 8, step=2)]
         elif groups >= 256:
-            others += [Plan(16, 8, step=4, tiles=-(-groups // 264)), Plan(16, 16, step=4)]
+            some = lambda warps, each: Plan(16, warps, step=4, tiles=-(-groups // each))
+            others += [some(8, 264), some(4, 396), Plan(16, 8, step=4, tiles=2)]
+            others += [Plan(16, 4, step=4), Plan(16, 16, step=4)]
         else:
             others += [Plan(16, 8, step=2)]
     elif rows <= 16:
