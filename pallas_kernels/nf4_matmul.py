@@ -167,10 +167,13 @@ def _backward(layouts, groups, saved, dys):
     x, weights, pairs = saved
     # Tied to dy, else XLA may keep forward's weight for backward. The layer number is enough.
     numbers, dys = jax.lax.optimization_barrier(([w.layer for w in weights], dys))
-    dx = 0
-    for layout, w, i, pair, dy in zip(layouts, weights, numbers, pairs, dys, strict=True):
-        dx = dx + jnp.einsum("mo,oi->mi", dy, _dense(layout, w._replace(layer=i), pair, x.dtype))
-    return dx, None, pair_gradients(x, pairs, dys)
+    terms = [
+        jnp.einsum("mo,oi->mi", dy, _dense(layout, w._replace(layer=i), pair, x.dtype))
+        for layout, w, i, pair, dy in zip(layouts, weights, numbers, pairs, dys, strict=True)
+    ]
+    # Nothing waits for the pairs' gradients: layers that are written out would keep x for the end.
+    terms[-1], gradients = jax.lax.optimization_barrier((terms[-1], pair_gradients(x, pairs, dys)))
+    return sum(terms), None, gradients
 
 
 def pair_gradients(
