@@ -214,6 +214,7 @@ def warp_kernel(
     M: tl.constexpr, I: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr,
     NESTED: tl.constexpr, TRACED: tl.constexpr, SHUFFLED: tl.constexpr,
     ROWS: tl.constexpr, WARPS: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr,
+    REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """Up to 16 rows of x with TILES times 16 weight rows; a warp takes its part of each row.
 

@@ -11,10 +11,30 @@ import jax
 TARGET = "triton_kernel_call_ffi"
 
 
-def call(args, kernel, out: jax.ShapeDtypeStruct, grid, warps: int, stages: int, constants: dict):
-    """The kernel's output; args are arrays and ints, in the order of its parameters, out last."""
+def call(
+    args,
+    kernel,
+    out: jax.ShapeDtypeStruct,
+    grid,
+    warps: int,
+    stages: int,
+    constants: dict,
+    registers: int = 0,
+):
+    """The kernel's output; args are arrays and ints, in the order of its parameters, out last.
+
+    `registers` is the most that a thread may have. It has to be one of `constants` too, since
+    jax_triton keeps compiled kernels by those.
+    """
     from jax._src.lib import gpu_triton
     from jax_triton import triton_lib
+
+    def backend(device, capability):
+        made = triton_lib.get_cuda_backend(device, capability)
+        parse = made.parse_options
+        if registers:
+            made.parse_options = lambda options: parse({**options, "maxnreg": registers})
+        return made
 
     arrays = [arg for arg in args if not isinstance(arg, int)]
     avals = [arg if isinstance(arg, int) else jax.core.ShapedArray(arg.shape, arg.dtype)
@@ -22,7 +42,7 @@ def call(args, kernel, out: jax.ShapeDtypeStruct, grid, warps: int, stages: int,
     kinds = [triton_lib.get_triton_type(aval) for aval in avals]
     scalars = [(i, kinds[i], aval) for i, aval in enumerate(avals) if isinstance(aval, int)]
     made, attributes = triton_lib.get_or_create_triton_kernel(
-        triton_lib.get_cuda_backend, "cuda", kernel, kinds, scalars,
+        backend, "cuda", kernel, kinds, scalars,
         num_warps=warps, num_stages=stages, num_ctas=1, compute_capability=None,
         enable_fp_fusion=True, metaparams=constants, dump=False,
     )  # fmt: skip

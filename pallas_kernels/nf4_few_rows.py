@@ -41,6 +41,7 @@ class Plan(NamedTuple):
     stages: int = 1
     step: int = 0  # blocks that a warp asks for at once; not 0 is `warp_kernel`, of 16 rows
     tiles: int = 1  # groups of 16 rows that a program of `warp_kernel` takes
+    registers: int = 0  # of a thread of `warp_kernel` at most; 0 leaves it to the compiler
 
 
 def reference(
@@ -198,6 +199,7 @@ def constants(
     both = {"M": rows, "I": width, **sides, "NESTED": nested, "TRACED": traced, "ROWS": plan.rows}
     if plan.step:
         both |= {"WARPS": plan.warps, "STEP": plan.step, "TILES": plan.tiles}
+        both |= {"REGISTERS": plan.registers}
         return both, (-(-tiles // plan.tiles),)
     if plan.columns:
         both |= {"COLUMNS": plan.columns, "SPLITS": plan.splits, "STAGES": plan.stages}
@@ -226,7 +228,9 @@ def _launch(layouts, x, packed, statistics, layer, plan):
     shape = (*parts, x.shape[0], sum(heights))
     out = jax.ShapeDtypeStruct(shape, jnp.float32 if parts else x.dtype)
     constexprs |= {"SHUFFLED": True}
-    y = _triton_launch.call(args, kernel, out, grid, plan.warps, plan.stages, constexprs)
+    y = _triton_launch.call(
+        args, kernel, out, grid, plan.warps, plan.stages, constexprs, plan.registers
+    )
     y = y.sum(0).astype(x.dtype) if parts else y
     starts = [sum(heights[:i]) for i in range(len(heights))]
     return tuple(y[:, at : at + height] for at, height in zip(starts, heights, strict=True))

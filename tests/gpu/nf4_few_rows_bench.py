@@ -53,9 +53,10 @@ def plans(rows: int, shape: tuple[int, int]) -> list[Plan]:
         if long:
             others += [Plan(16, 16, step=2), Plan(16, 8, step=2)]
         elif groups >= 256:
-            some = lambda warps, each: Plan(16, warps, step=4, tiles=-(-groups // each))
-            others += [some(8, 264), some(4, 396), Plan(16, 8, step=4, tiles=2)]
-            others += [Plan(16, 4, step=4), Plan(16, 16, step=4)]
+            each = -(-groups // 264)
+            others += [Plan(16, 8, step=4, tiles=n, registers=128) for n in (each, 2, 3)]
+            others += [Plan(16, 4, step=4, tiles=n, registers=168) for n in (each, 1)]
+            others += [Plan(16, 16, step=4)]
         else:
             others += [Plan(16, 8, step=2)]
     elif rows <= 16:
@@ -252,8 +253,8 @@ def table(found: list[dict]) -> None:
               f"{tuple(row['plan'].values())}")  # fmt: skip
 
 
-def by_triton_call(args, kernel, out, grid, warps, stages, constants):
-    """The other road to a launch, which XLA keeps out of command buffers."""
+def by_triton_call(args, kernel, out, grid, warps, stages, constants, registers=0):
+    """The other road to a launch, which XLA keeps out of command buffers; registers uncapped."""
     import jax_triton
 
     return jax_triton.triton_call(
