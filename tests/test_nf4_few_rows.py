@@ -209,7 +209,6 @@ COMPILED = {
     "vector": ((4096, 4096), 1, Plan(8, 4), 4.6),
     "long vector": ((4096, 14336), 1, Plan(4, 16), 6.0),
     "warps": ((4096, 4096), 1, Plan(16, 16, step=4, tiles=2), 3.8),
-    "one row, capped": ((14336, 4096), 1, Plan(16, 8, step=4, tiles=2, registers=128), 3.2),
     "warps of 16": ((4096, 4096), 16, Plan(16, 8, step=4), 4.4),
     "tile of 16": ((4096, 4096), 16, Plan(64, 4, 16, 4, 4), None),
     "tile of 64": ((4096, 4096), 64, Plan(128, 8, 64, 4, 3), None),
