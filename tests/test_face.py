@@ -117,7 +117,7 @@ def test_the_config_has_unsloths_defaults():
     assert {n: v for n, v in made.items() if n in CONFIG} == {
         n: CONFIG[n] for n in made if n in CONFIG
     }
-    others = "max_length warmup_steps save_steps logging_dir truncation memory_budget"
+    others = "max_length warmup_steps save_steps logging_dir truncation memory_budget matmul_dtype"
     assert made.keys() - CONFIG.keys() == set(others.split())
     assert vars(SFTConfig(**CONFIG)) == made
 

@@ -1,6 +1,7 @@
 """The one mutable object: a model that a trainer changes, a sampler reads and exports write."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from bridge import merge, safetensors_file
 from bridge import tokenizer as text
 from bridge.peft_adapter import Settings
 from bridge.source import Source
-from unsloth_jax import decoder, lora
+from unsloth_jax import decoder, lora, quant
 from unsloth_jax.dims import Params
 from unsloth_jax.remat import PLAIN, Memory
 from workflows import generate, saving
@@ -53,6 +54,18 @@ class Model:
     def adapted(self) -> Params:
         """The parameters with their adapters attached, nothing summed."""
         return lora.attach(self.params, self.adapters, self.scale) if self.adapters else self.params
+
+    @contextmanager
+    def multiplied_in(self, matmul_dtype: str | None) -> Iterator[None]:
+        """Inside, `params` multiply in that dtype (see `quant.matmul_in`); None changes nothing."""
+        if matmul_dtype is None:
+            yield
+            return
+        self.params = quant.matmul_in(self.params, matmul_dtype)
+        try:
+            yield
+        finally:
+            self.params = quant.matmul_in(self.params, "bf16")
 
     def __call__(self, input_ids: Any, attention_mask: Any = None) -> np.ndarray:
         """float32 logits [B, T, V]; where the mask is 0 they mean nothing."""

@@ -96,9 +96,8 @@ DECISIVE = (
     "max_grad_norm", "optim", "packing", "seed",
 )  # fmt: skip
 STRATEGIES = ("no", "steps", "epoch")
+MATMULS = (None, "bf16", "fp8_backward")
 OLD_STYLE = ("dataset_text_field", "packing", "max_seq_length")
-
-
 RANGES = {
     "per_device_train_batch_size": (1, None), "gradient_accumulation_steps": (1, None),
     "logging_steps": (1, None), "save_steps": (1, None), "save_total_limit": (1, None),
@@ -121,6 +120,8 @@ class SFTConfig:
         completion_only_loss, assistant_only_loss: which tokens count, as in TRL.
         truncation: cut rows that are too long instead of raising.
         memory_budget: see get_peft_model, whose value it replaces.
+        matmul_dtype: of products with 4-bit weights: "bf16" (also None); "fp8_backward" finds
+            inputs' gradients in e4m3 (Ada, Hopper), forward stays as it is.
         save_strategy, save_steps, save_total_limit: when checkpoints are written to output_dir.
     """
 
@@ -153,6 +154,7 @@ class SFTConfig:
     assistant_only_loss: bool = False
     truncation: bool = False
     memory_budget: int | float | str | None = None
+    matmul_dtype: str | None = None
 
     def __init__(self, **given: Any):
         known = {f.name: f.default for f in fields(type(self))}
@@ -173,7 +175,7 @@ class SFTConfig:
                 "SFTConfig: give max_steps or num_train_epochs over 0, got "
                 f"{self.max_steps}, {self.num_train_epochs}"
             )
-        known = {"save_strategy": STRATEGIES, "optim": optim.OPTIMIZERS}
+        known = {"save_strategy": STRATEGIES, "optim": optim.OPTIMIZERS, "matmul_dtype": MATMULS}
         for name, values in known.items():
             if (got := getattr(self, name)) not in values:
                 raise ValueError(f"SFTConfig: {name} {got!r} is not supported; {list(values)} are")
@@ -221,9 +223,7 @@ class SFTTrainer:
         old = {k: other.pop(k) for k in OLD_STYLE if k in other}
         settle("SFTTrainer", other, TRAINER_USED, TRAINER_IGNORED, TRAINER_LATER)
         if model.adapters is None:
-            raise ValueError(
-                "the model has no adapters; call FastLanguageModel.get_peft_model first"
-            )
+            raise ValueError("the model has no adapters; call FastLanguageModel.get_peft_model")
         if model.peft.dropout:
             raise ValueError(
                 f"lora_dropout={model.peft.dropout} of the adapter is not supported yet: only 0"
@@ -272,7 +272,8 @@ class SFTTrainer:
             b1=a.adam_beta1, b2=a.adam_beta2, eps=a.adam_epsilon,
         )  # fmt: skip
         facts = self._facts(total)
-        with plan.prepared(m, optimizer, batches, total, a.memory_budget) as step:
+        prepared = plan.prepared(m, optimizer, batches, total, a.memory_budget)
+        with m.multiplied_in(a.matmul_dtype), prepared as step:
             state = start(m.adapters, optimizer)
             if resume_from_checkpoint:
                 state = self._resumed(resume_from_checkpoint, state, facts)
@@ -334,9 +335,8 @@ class SFTTrainer:
         checkpoints = Checkpoints(folder)
         found = checkpoints.restore(fresh, step)
         checkpoints.close()
-        differing = {
-            k: (found.facts.get(k), v) for k, v in facts.items() if found.facts.get(k) != v
-        }
+        was = found.facts.get
+        differing = {k: (was(k), v) for k, v in facts.items() if was(k) != v}
         if differing:
             raise ValueError(
                 f"the checkpoint in {folder} belongs to another run, which differs in (its value, "
@@ -356,6 +356,7 @@ class SFTTrainer:
             "data": f"{len(self.rows)} rows, sha256 {hashlib.sha256(data.encode()).hexdigest()}",
             "base model": [Path(self.model.name).name, str(self.model.dtype), self.model.quantized],
             "adapter scale": self.model.scale,
+            "fp8": self.args.matmul_dtype if self.args.matmul_dtype != "bf16" else None,
         }
         return json.loads(json.dumps(facts))
 

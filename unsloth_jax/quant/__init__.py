@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import nf4_fp8
 from unsloth_jax import tree
 from unsloth_jax.dims import Params
 from unsloth_jax.leaves import map_stacks
@@ -39,3 +40,31 @@ def quantize(params: Params, fmt: str, where: Callable[[str], bool]) -> Params:
         return map_stacks(lambda part: one(path, part), leaf) if where(path) else leaf
 
     return tree.map_paths(visit, params)
+
+
+def matmul_in(params: Params, dtype: str, emulate: bool = False) -> Params:
+    """The tree with its stacks of NF4 weights multiplied in `dtype`.
+
+    That is "bf16", "fp8", or "fp8_backward", which leaves the forward pass in bf16. Stacks of an
+    uneven layout keep bf16. Raises ValueError for another name, and for fp8 where no stack is left
+    or, unless XLA may `emulate` it, this device has no such products.
+    """
+    if dtype not in nf4.PRODUCTS:
+        raise ValueError(f"unknown matmul dtype {dtype!r}, known are {sorted(nf4.PRODUCTS)}")
+    reasons = []
+
+    def one(leaf):
+        if not isinstance(leaf, nf4.NF4) or len(leaf.shape) != 3:
+            return leaf
+        if dtype != "bf16":
+            uneven = nf4_fp8.uneven(leaf.layout)
+            reasons.append(uneven if emulate else nf4_fp8.supports(leaf.layout, leaf.packed))
+            if uneven:
+                return leaf
+        return leaf.replace(matmul_dtype=dtype)
+
+    found = tree.map_paths(lambda _, leaf: map_stacks(one, leaf), params)
+    if dtype != "bf16" and None not in reasons:
+        why = reasons[0] if reasons else "there are no stacks of NF4 weights (load_in_4bit=True)"
+        raise ValueError(f"frozen weights can't be multiplied in fp8: {why}")
+    return found

@@ -1,6 +1,7 @@
 """NF4 weights: 4-bit NormalFloat in blocks of 64, as bitsandbytes has them (arXiv:2305.14314)."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -9,10 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import nf4, nf4_dequantize, nf4_matmul
+from pallas_kernels import nf4, nf4_dequantize, nf4_fp8, nf4_matmul
 
 DTYPES = ("float32", "bfloat16", "float16")
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+PRODUCTS = {
+    "bf16": nf4_matmul.products,
+    "fp8": nf4_fp8.products,
+    "fp8_backward": partial(nf4_fp8.products, backward_only=True),
+}
 
 
 @flax.struct.dataclass
@@ -32,6 +38,7 @@ class NF4:
     block: int = flax.struct.field(pytree_node=False, default=nf4.BLOCK)
     nested_block: int = flax.struct.field(pytree_node=False, default=nf4.NESTED_BLOCK)
     dtype: str = flax.struct.field(pytree_node=False, default="bfloat16")
+    matmul_dtype: str = flax.struct.field(pytree_node=False, default="bf16")  # of PRODUCTS
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -81,9 +88,14 @@ class NF4:
                 f"matmul takes one matrix, got the stack {stack.shape}: index it first"
             )
         arrays = lambda tree: jax.tree.map(jnp.asarray, tree)
-        weights = [nf4_matmul.Packed(*arrays((w.packed, w.statistics)), w.number) for w in bases]
-        pairs = [p if p is None else nf4_matmul.LowRank(*p) for p in pairs]
-        return nf4_matmul.products([w.layout for w in bases], x, weights, pairs)
+        ys = {}
+        for kind in sorted({w.matmul_dtype for w in bases}):
+            ids = [j for j, w in enumerate(bases) if w.matmul_dtype == kind]
+            some = [bases[j] for j in ids]
+            weights = [nf4_matmul.Packed(*arrays((w.packed, w.statistics)), w.number) for w in some]
+            terms = [pairs[j] and nf4_matmul.LowRank(*pairs[j]) for j in ids]
+            ys |= zip(ids, PRODUCTS[kind]([w.layout for w in some], x, weights, terms), strict=True)
+        return [ys[j] for j in range(len(bases))]
 
 
 def in_rows(matrix: tuple[int, int]) -> bool:

@@ -20,7 +20,14 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import attention, cross_entropy, nf4_dequantize, nf4_matmul
+from pallas_kernels import (
+    adam8_update,
+    attention,
+    cross_entropy,
+    nf4_dequantize,
+    nf4_fp8,
+    nf4_matmul,
+)
 from pallas_kernels.nf4 import BLOCK, NESTED_BLOCK
 from pallas_kernels.nf4_dequantize import LowRank
 from pallas_kernels.nf4_few_rows import few_rows
@@ -28,7 +35,8 @@ from unsloth_jax.quant import nf4
 from workflows.bench import rows
 
 CACHE_MIB = 100  # twice an H100's second-level cache
-BANDWIDTH, FLOPS = 2.91e12, 794e12  # of one H100 80GB: device copy, bf16 matmul 8192^3
+# Of one H100 80GB: device copy, matmul 8192^3 in bf16 and in e4m3.
+BANDWIDTH, FLOPS, FLOPS_E4M3 = 2.91e12, 794e12, 1297e12
 Arrays = tuple[Any, ...]
 
 
@@ -42,6 +50,7 @@ class Op(NamedTuple):
     bytes: int
     flops: int
     in_bytes: bool = False  # compared in TB/s, not in time over the other's
+    peak: float = FLOPS
     must: float | None = None
     aim: float | None = None
 
@@ -70,6 +79,20 @@ def dequantize(O: int, I: int, must=None, aim=None) -> Op:
     )
 
 
+def decode_e4m3(O: int, I: int, transposed: bool) -> Op:
+    """NF4 to e4m3 with a scale a row, as forward takes it or, transposed, as backward does."""
+    read = lambda how: lambda w: how(w.layout, w.packed, w.statistics, transposed=transposed)
+    return Op(
+        f"NF4 to e4m3{', transposed' * transposed} {O}x{I}",
+        lambda key: (weight(O, I, key),),
+        read(nf4_fp8.decode),
+        read(nf4_fp8.reference),
+        packed_bytes(O, I) + O * I + 4 * O,
+        O * I,
+        in_bytes=True,
+    )
+
+
 def row_product(M: int, O: int, I: int, must=None, aim=None) -> Op:
     """x @ w.T for M rows; the other side is cuBLAS on the bfloat16 weight."""
 
@@ -89,8 +112,11 @@ def row_product(M: int, O: int, I: int, must=None, aim=None) -> Op:
     )
 
 
-def adapted_product(M: int, O: int, I: int, rank: int = 16) -> Op:
-    """Forward and backward of a 4-bit weight with an adapter; the other side keeps them apart."""
+def adapted_product(M: int, O: int, I: int, rank: int = 16, e4m3: bool = False) -> Op:
+    """Forward and backward of a 4-bit weight with an adapter; the other side keeps them apart.
+
+    In `e4m3`, beside the same in 16 bits.
+    """
 
     def inputs(key: jax.Array) -> Arrays:
         keys = jax.random.split(key, 4)
@@ -110,7 +136,10 @@ def adapted_product(M: int, O: int, I: int, rank: int = 16) -> Op:
     moved = 2 * (packed_bytes(O, I) + 2 * M * (O + I))
     name = f"NF4 matmul with adapter, both directions, M={M}, {O}x{I}"
     ours, other = both(nf4_matmul.products), both(nf4_matmul.reference)
-    return Op(name, inputs, ours, other, moved, 4 * M * O * I + 12 * M * rank * (O + I))
+    if e4m3:
+        name, ours, other = f"{name}, e4m3 over bf16", both(nf4_fp8.products), ours
+    flops = 4 * M * O * I + 12 * M * rank * (O + I)
+    return Op(name, inputs, ours, other, moved, flops, peak=FLOPS_E4M3 if e4m3 else FLOPS)
 
 
 def attention_of(B: int, T: int, documents: int, H: int = 32, K: int = 8, h: int = 128) -> Op:
@@ -155,6 +184,23 @@ def log_probabilities(N: int, V: int, D: int) -> Op:
     )
 
 
+def adam_update(size: int) -> Op:
+    """Adam's direction and its two 8-bit moments of one array."""
+
+    def inputs(key: jax.Array) -> Arrays:
+        keys = jax.random.split(key, 3)
+        draw = lambda key: jax.random.normal(key, (size,)) * 1e-3
+        mu = adam8_update.quantize(draw(keys[0]), adam8_update.SIGNED)
+        nu = adam8_update.quantize(draw(keys[1]) ** 2, adam8_update.UNSIGNED)
+        return draw(keys[2]), mu, nu, jnp.ones(2)
+
+    ours, other = (
+        partial(how, adam8_update.Rates()) for how in (adam8_update.update, adam8_update.reference)
+    )
+    moved = 12 * size + 16 * (size // adam8_update.BLOCK)
+    return Op(f"8-bit Adam, {size} elements", inputs, ours, other, moved, 0)
+
+
 def ops(O: int, I: int) -> list[Op]:
     """Every operation on a weight of these sides; with small ones everything is small."""
     large = O >= 4096
@@ -163,9 +209,13 @@ def ops(O: int, I: int) -> list[Op]:
     return [
         dequantize(O, I, 2.5, 2.8),
         adapted_product(M, O, I),
+        decode_e4m3(O, I, False),
+        decode_e4m3(O, I, True),
+        adapted_product(M, O, I, e4m3=True),
         attention_of(2, T, 1, **heads),
         attention_of(4, T, 8, **heads),
         log_probabilities(M, 128256 if large else 512, I),
+        adam_update(41_943_040 if large else 8192),  # adapters of Llama-3.1-8B, rank 16
         row_product(1, O, I, 2.0, 3.5),
         row_product(16, O, I, 1.5, 2.2),
         row_product(64, O, I, 1.1, 1.5),
@@ -207,7 +257,7 @@ def measured(op: Op, total_s: float, cache: int = CACHE_MIB * 2**20) -> rows.Row
     repeats = max(1, int(total_s / (guess * len(sets))))
     ours = time_of(op.ours, repeats=repeats)
     other = time_of(op.other, repeats=repeats) if op.other else None
-    floor = max(op.bytes / BANDWIDTH, op.flops / FLOPS)
+    floor = max(op.bytes / BANDWIDTH, op.flops / op.peak)
     more = dict(must=op.must, aim=op.aim, ours_us=ours * 1e6, floor_us=floor * 1e6)
     more |= dict(other_us=other and other * 1e6, bytes=op.bytes, flops=op.flops)
     if op.in_bytes:

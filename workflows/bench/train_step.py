@@ -28,12 +28,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unsloth_jax import data, lora, optim, plan, remat, train, tree
+from unsloth_jax import data, lora, optim, plan, quant, remat, train, tree
 from unsloth_jax.data import Row
 from unsloth_jax.dims import Batch, Params
 from unsloth_jax.leaves import Hosted
+from unsloth_jax.plan import UNBOUNDED, Budget
+from unsloth_jax.remat import Memory
 from workflows import machine, sft
 from workflows.bench import lengths, rows, sides, weights
+from workflows.plan import budget
 
 GIB = 2**30
 RATE, DECAY = 2e-4, 0.01  # bitsandbytes' AdamW8bit decays by 0.01 where it isn't told otherwise
@@ -114,19 +117,43 @@ def compiled(s: Setting, params: Params, case: Case) -> tuple[Any, dict[str, Any
     return program, took | {"gib": gib, "compiled_gib": whole, "pinned_gib": gib["host_temp"]}
 
 
+def ready(s: Setting, params: Params, case: Case) -> tuple[Params, Any, dict[str, Any]]:
+    """(the parameters where the policy wants them, the compiled step, facts of compiling it).
+
+    "auto" is the policy that a trainer would choose on this device.
+    """
+    if case.policy != "auto":
+        params = placed(params, case)
+        return params, *compiled(s, params, case)
+    state = jax.eval_shape(s.state, jax.random.key(0))
+    platform = "gpu" if jax.default_backend() == "gpu" else "cpu"
+    sizes = s.rank, case.batch, case.length, 1, platform
+    job = plan.Job(s.family, s.config, s.shapes, lambda rank: state, *sizes)
+    room = budget(None, held=plan.size(params)) or Budget(UNBOUNDED, UNBOUNDED)
+    found: dict[Memory, tuple] = {}
+
+    def confirm(memory: Memory) -> plan.Plan:
+        found[memory] = ready(s, params, case._replace(policy=plan.title(memory)))
+        return plan.laid_out(found[memory][1], job, memory)
+
+    memory, _ = plan.choose(job, room, confirm=confirm)
+    params, program, facts = found[memory]
+    return params, program, facts | {"chosen": plan.title(memory)}
+
+
 def measured(program: Any, s: Setting, params: Params, case: Case, a: argparse.Namespace) -> dict:
     """Median step time, tokens/s and the process' peak, or that it did not fit."""
     seconds, speeds, losses = [], [], []
     before, stream = machine.device_peak(), batches(case, s.config.vocab)
-    ready = lambda batch, useful: (jax.device_put(sft.embedded(params, batch)), useful)
+    sent = lambda batch, useful: (jax.device_put(sft.embedded(params, batch)), useful)
     try:
         state = s.state(jax.random.key(0))
-        batch, useful = jax.block_until_ready(ready(*next(stream)))
+        batch, useful = jax.block_until_ready(sent(*next(stream)))
         for _ in range(a.warmup + a.steps):
             start = time.perf_counter()
             state, report = program(state, params, batch)
             # As in `sft.Run`: the next batch is made while the device works.
-            done, (batch, useful) = useful, ready(*next(stream))
+            done, (batch, useful) = useful, sent(*next(stream))
             jax.block_until_ready((state, report))
             seconds.append(time.perf_counter() - start)
             speeds.append(done / seconds[-1])
@@ -164,7 +191,7 @@ def cases(a: argparse.Namespace) -> list[Case]:
 
 def key(case: Case, a: argparse.Namespace) -> dict[str, Any]:
     what = {"who": "ours", "what": "train", "shape": a.shape, "rank": a.rank}
-    return what | {"optimizer": a.optimizer} | case._asdict()
+    return what | {"optimizer": a.optimizer, "matmul_dtype": a.matmul_dtype} | case._asdict()
 
 
 def run(a: argparse.Namespace) -> None:
@@ -179,8 +206,10 @@ def run(a: argparse.Namespace) -> None:
         if a.alone:
             _alone(case, a)
             continue
-        params = placed(weights.random(s.shapes) if params is None else params, case)
-        program, found = compiled(s, params, case)
+        if params is None:
+            emulate = jax.default_backend() == "cpu"
+            params = quant.matmul_in(weights.random(s.shapes), a.matmul_dtype, emulate)
+        params, program, found = ready(s, params, case)
         found |= measured(program, s, params, case, a)
         rows.append(a.output, key(case, a) | found | rows.facts())
         print(json.dumps(key(case, a) | found), flush=True)
@@ -189,10 +218,9 @@ def run(a: argparse.Namespace) -> None:
 def _alone(case: Case, a: argparse.Namespace) -> None:
     options = {"shapes": "", "packed": "", "policies": case.policy}
     options["packed" if case.packed else "shapes"] = f"{case.batch}x{case.length}"
-    options |= {
-        name: getattr(a, name) for name in "output shape rank optimizer steps warmup".split()
-    }
-    flat = [f"--{name}={value}" for name, value in options.items()]
+    names = "output shape rank optimizer steps warmup matmul_dtype".split()
+    options |= {name: getattr(a, name) for name in names}
+    flat = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     subprocess.run([sys.executable, "-m", "workflows.bench.train_step", *flat], check=True)
 
 
@@ -210,14 +238,15 @@ def unsloth(a: argparse.Namespace) -> None:
 
 
 COLUMNS = (
-    "batch length packed policy ms tokens_per_s ratio limit peak_gib compiled_gib pinned_gib "
-    "unsloth unsloth_gib unsloth_pinned compile_s".split()
+    "batch length packed policy chosen ms tokens_per_s ratio limit peak_gib compiled_gib "
+    "pinned_gib unsloth unsloth_gib unsloth_pinned compile_s".split()
 )
 
 
 def report(a: argparse.Namespace) -> None:
     """Prints both sides' measurements in one table; writes the figures where asked to."""
-    ours = [m for m in rows.read(a.output) if m["shape"] == a.shape]
+    same = lambda m: (m["shape"], m.get("matmul_dtype", "bf16")) == (a.shape, a.matmul_dtype)
+    ours = list(filter(same, rows.read(a.output)))
     theirs = [m for m in rows.read(a.unsloth) if m["shape"] == a.shape] if a.unsloth else []
     print(rows.table(sides.beside(ours, theirs), COLUMNS))
     if a.figures:
@@ -231,9 +260,10 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--shape", default="llama-8b", help="a name in configs.py or a config.json")
     p.add_argument("--shapes", default="2x2048,4x2048,8x2048,1x8192,1x16384")
     p.add_argument("--packed", default="4x2048", help="shapes filled with documents; may be ''")
-    p.add_argument("--policies", default=",".join(remat.KEPT), help="what the backward finds")
+    p.add_argument("--policies", default=",".join(remat.KEPT), help="plan's names, or auto")
     p.add_argument("--rank", type=int, default=16)
     p.add_argument("--optimizer", default="adamw_8bit")
+    p.add_argument("--matmul-dtype", default="bf16", help="bf16, fp8 or fp8_backward")
     p.add_argument("--steps", type=int, default=6)
     p.add_argument("--warmup", type=int, default=2)
     p.add_argument("--budget-s", type=float, default=540)
