@@ -13,7 +13,8 @@ import pytest
 
 from bridge import hf
 from bridge.safetensors_file import SafetensorsSource
-from pallas_kernels import attention, nf4_dequantize
+from pallas_kernels import adam8_update, attention, nf4_dequantize
+from pallas_kernels.nf4_dequantize import LowRank
 from unsloth_jax import data, decoder, lora, optim, train, tree
 from unsloth_jax.quant import FORMATS
 from unsloth_jax.remat import KEPT, Memory
@@ -155,6 +156,29 @@ def test_the_dequantizing_kernel_is_exact_here():
         args = leaf.layout, leaf.packed, leaf.statistics, i
         read = lambda how, args=args: nf4_dequantize.dequantize(*args, implementation=how)
         np.testing.assert_array_equal(read("pallas"), jax.jit(read, static_argnums=0)("xla"))
+        pair = LowRank(jnp.full((16, 4096), 1e-2), jnp.full((1024, 16), 1e-2), jnp.float32(2))
+        term = lambda how, args=args: nf4_dequantize.dequantize(*args, pair, implementation=how)
+        ours, exact = (term(how).astype(jnp.float32) for how in ("pallas", "xla"))
+        # One rounding of the sum, one of the term and of each factor, in bfloat16.
+        assert jnp.all(jnp.abs(ours - exact) <= 2.0**-7.9 * jnp.abs(exact) + 2.0**-6 * 3.2e-3)
+
+
+def test_the_kernel_of_8_bit_adam_makes_the_references_codes_here():
+    shape = (3, 512, 1024)
+    draw = lambda n: jax.random.normal(jax.random.key(n), shape) * 10.0 ** -(n + 2)
+    mu = adam8_update.quantize(draw(1), adam8_update.SIGNED)
+    nu = adam8_update.quantize(draw(2) ** 2, adam8_update.UNSIGNED)
+    args = adam8_update.Rates(), draw(0), mu, nu, jnp.asarray([1.5, 2.5])
+    got, wanted = (
+        jax.jit(partial(adam8_update.update, args[0], implementation=how))(*args[1:])
+        for how in ("pallas", "xla")
+    )
+    np.testing.assert_allclose(got[0], wanted[0], rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(got[1:], wanted[1:], strict=True):
+        np.testing.assert_allclose(ours.absmax, theirs.absmax, rtol=1e-6)
+        apart = np.abs(np.asarray(ours.codes, int) - np.asarray(theirs.codes, int))
+        # Where a code is a near tie either may come out.
+        assert apart.max() <= 1 and (apart > 0).mean() < 1e-4
 
 
 @pytest.mark.parametrize("documents", [1, 3])
