@@ -152,11 +152,11 @@ def test_every_plan_follows_the_float32_reference(folder, packed):
 def test_the_dequantizing_kernel_is_exact_here():
     w = jax.random.normal(jax.random.key(0), (2, 1024, 4096), jnp.bfloat16) * 0.02
     leaf = FORMATS["nf4"](w)
+    pair = LowRank(jnp.full((16, 4096), 1e-2), jnp.full((1024, 16), 1e-2), jnp.float32(2))
     for i in range(2):
         args = leaf.layout, leaf.packed, leaf.statistics, i
         read = lambda how, args=args: nf4_dequantize.dequantize(*args, implementation=how)
         np.testing.assert_array_equal(read("pallas"), jax.jit(read, static_argnums=0)("xla"))
-        pair = LowRank(jnp.full((16, 4096), 1e-2), jnp.full((1024, 16), 1e-2), jnp.float32(2))
         term = lambda how, args=args: nf4_dequantize.dequantize(*args, pair, implementation=how)
         ours, exact = (term(how).astype(jnp.float32) for how in ("pallas", "xla"))
         # One rounding of the sum, one of the term and of each factor, in bfloat16.
