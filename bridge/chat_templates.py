@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from bridge.tokenizer import require_jinja
+
 CHATML = """{% for message in messages %}\
 {{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}\
 {% endfor %}\
@@ -50,10 +52,12 @@ def get_chat_template(
         system_message: fills {system_message} of a custom template.
         patch_saving, use_zoo_tokenizer_patch: without effect, there is nothing to patch here.
 
-    Raises TypeError for another type, ValueError for an unknown name, key or missing message.
+    Raises TypeError for another type, ValueError for an unknown name, key or missing message, and
+    for text that is no Jinja.
     """
     template = _chosen(tokenizer, chat_template)
     text = _filled(template.jinja, system_message)
+    require_jinja(text, "chat_template")
     new = copy.deepcopy(tokenizer)
     if map_eos_token and template.stop_word not in ("eos_token", tokenizer.eos_token):
         _make_eos(new, template.stop_word)

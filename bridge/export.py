@@ -23,10 +23,13 @@ PACKAGES = ("unsloth-jax", "jax", "transformers", "safetensors", "gguf", "libggu
 def complete(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its name when the block ends well.
 
-    Raises FileExistsError, before anything is written, where `folder` holds files; `overwrite`
-    replaces it, and only where its manifest shows that an export made it.
+    Raises FileExistsError, before anything is written, where `folder` is a file or holds files;
+    `overwrite` replaces it, and only where its manifest shows that an export made it.
     """
-    folder = Path(folder)
+    # The last step renames, which would replace a link and not what it leads to.
+    folder = Path(folder).resolve() if Path(folder).is_symlink() else Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; an export is a folder: choose another name")
     there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     if there and not (overwrite and MANIFEST in there):
         why = (

@@ -3,6 +3,7 @@
 Keys as llama.cpp's converter writes them; rope_parameters as transformers 5 spells them.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ READ = {
     "rope.dimension_count",
     "rope.freq_base",
     "rope.scale_linear",
+    "rope.scaling.attn_factor",
     "rope.scaling.factor",
     "rope.scaling.original_context_length",
     "rope.scaling.type",
@@ -45,11 +47,11 @@ NEUTRAL = {
     "attention.max_alibi_bias": 0,
     "expert_count": 0,
     "expert_used_count": 0,
-    "rope.scaling.attn_factor": 1,
     "rope.scaling.finetuned": None,
     "rope.scaling.yarn_ext_factor": 1,
     "tensor_data_layout": "Meta AI original pth",
 }
+ATTENTION = "rope.scaling.attn_factor"
 YARN_NAMES = {
     "rope.scaling.yarn_attn_factor": "attention_factor",
     "rope.scaling.yarn_beta_fast": "beta_fast",
@@ -206,6 +208,11 @@ def _rope(
         raise ValueError(f"{file.path}: rope scaling {kind!r}; known: none, linear, yarn")
     if kind == "none" or (kind == "linear" and factor == 1.0):
         kind = "default"
+    if kind != "yarn" and values.get(ATTENTION, 1) != 1:
+        raise ValueError(
+            f"{file.path}: {ATTENTION} is {values[ATTENTION]!r} with rope scaling {kind!r}; "
+            "it is read with 'yarn' only, elsewhere 1 is expected"
+        )
     rope = {"rope_type": kind, "rope_theta": theta}
     if factors is not None and not np.all(factors == 1):
         if kind != "default":
@@ -213,14 +220,24 @@ def _rope(
         return rope | {"rope_type": "llama3"} | _llama3(file, theta, head_dim, factors)
     if kind == "default":
         return rope
-    return rope | {"factor": factor} | (_yarn(file, values) if kind == "yarn" else {})
+    return rope | {"factor": factor} | (_yarn(file, values, factor) if kind == "yarn" else {})
 
 
-def _yarn(file: GGUF, values: dict[str, Any]) -> dict[str, Any]:
+def _yarn(file: GGUF, values: dict[str, Any], factor: float) -> dict[str, Any]:
+    """Yarn's keys; llama.cpp multiplies its own 1 + 0.1 ln(factor) by ATTENTION."""
     original = values.get("rope.scaling.original_context_length")
     if original is None:
         raise ValueError(f"{file.path}: yarn without rope.scaling.original_context_length")
     extras = {name: decimal(values[key]) for key, name in YARN_NAMES.items() if key in values}
+    by = values.get(ATTENTION, 1)
+    if by != 1:
+        whole = decimal(by * (1.0 + 0.1 * math.log(factor)))
+        stated = extras.setdefault("attention_factor", whole)
+        if not math.isclose(stated, whole, rel_tol=1e-5):
+            raise ValueError(
+                f"{file.path}: rope.scaling.yarn_attn_factor is {stated}, but {ATTENTION}={by} "
+                f"with factor {factor} makes {whole}; expected the same"
+            )
     return {"original_max_position_embeddings": original} | extras
 
 

@@ -88,7 +88,7 @@ def save(
     if path.exists():
         raise FileExistsError(f"{path} exists; remove it or choose another name")
     plan = _plan(config, list(weights), tokenizer_folder, gguf_blocks.format_named(fmt))
-    check_space(path.parent, sum(map(_room, plan.entries)) + _header_room(plan.tokens))
+    check_space(path.parent, _needed(plan))
     keys = lambda out: _metadata(out, plan, config, tokenizer_folder, name or path.stem)
     unfinished = path.with_name(path.name + ".unfinished")
     try:
@@ -101,6 +101,13 @@ def save(
     finally:
         unfinished.unlink(missing_ok=True)
     return report
+
+
+def room(
+    config: Mapping[str, Any], weights: Iterable[Weight], tokenizer_folder: str | Path, fmt: str
+) -> int:
+    """Bytes that `save` takes at most; raises ValueError as it does before writing."""
+    return _needed(_plan(config, list(weights), tokenizer_folder, gguf_blocks.format_named(fmt)))
 
 
 def gguf_names(arch: str, layers: int, names: Iterable[str]) -> dict[str, str]:
@@ -157,6 +164,10 @@ def _named(model: ModuleType, c: Any, weights: list[Weight]) -> dict[str, Weight
 def _quantized_order(name: str) -> tuple[int, str]:
     """llama-quantize's order: what belongs to no layer, then layer by layer, by name."""
     return (int(name.split(".")[1]) if name.startswith("blk.") else -1), name
+
+
+def _needed(plan: Plan) -> int:
+    return sum(map(_room, plan.entries)) + _header_room(plan.tokens)
 
 
 def _room(entry: Entry) -> int:

@@ -68,6 +68,14 @@ def is_linear(path: str) -> bool:
     return ".*." in path and path.endswith("_proj.weight")
 
 
+def described(source: Source) -> tuple[ModuleType, Any]:
+    """(family, config) of a checkpoint, from its config.json alone. Raises ValueError."""
+    if "model_type" not in source.config:
+        raise ValueError(f"config.json names no model_type; it has {sorted(source.config)}")
+    model = family(source.config["model_type"])
+    return model, model.config(source.config)
+
+
 def load(
     source: Source,
     dtype: Any = None,
@@ -80,10 +88,7 @@ def load(
     unless the checkpoint is already quantized: then its blocks are taken as they are. With
     `quantize=None` quantized weights are dequantized. Raises ValueError as `check` does.
     """
-    if "model_type" not in source.config:
-        raise ValueError(f"config.json names no model_type; it has {sorted(source.config)}")
-    model = family(source.config["model_type"])
-    c = model.config(source.config)
+    model, c = described(source)
     headers = source.headers()
     check(
         model, c, headers, str(getattr(source, "path", getattr(source, "folder", "the checkpoint")))
@@ -107,7 +112,9 @@ def _stack(
     def read(name: str) -> Any:
         header = headers[name]
         if header.format is not None and keep is not None:
-            return jax.device_put(source.read_nf4(name))
+            leaf = source.read_nf4(name)
+            _finite_statistics(name, leaf)
+            return jax.device_put(leaf)
         value = source.read(name)
         _finite(name, value)
         value = value if dtype is None else value.astype(dtype, copy=False)
@@ -130,8 +137,27 @@ def _stack(
 
 def _finite(name: str, value: np.ndarray) -> None:
     # The sum is not finite where a value isn't; it costs no array of flags.
-    if not np.isfinite(value.sum(dtype=np.float64)):
+    with np.errstate(invalid="ignore"):
+        total = value.sum(dtype=np.float64)
+    if not np.isfinite(total):
         raise ValueError(f"{name} holds values that are not finite")
+
+
+# The field of a 4-bit leaf -> what a checkpoint calls it.
+STATISTICS = {
+    "absmax": "absmax",
+    "nested_absmax": "nested_absmax",
+    "nested_map": "nested_quant_map",
+    "offset": "nested_offset",
+}
+
+
+def _finite_statistics(name: str, leaf: Any) -> None:
+    """Raises ValueError as for dense weights; bytes are always finite, what scales them may not."""
+    for field, called in STATISTICS.items():
+        value = getattr(leaf, field)
+        if value is not None:
+            _finite(f"{name}.{called}", np.asarray(value))
 
 
 def _put(stack: Any, leaf: Any, i: jax.Array) -> Any:

@@ -1,5 +1,6 @@
 """Base plus adapters, one weight at a time on the host, in float32."""
 
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -28,6 +29,20 @@ class Merged(NamedTuple):
     base: str
     adapted: frozenset[str]
     facts: dict[str, Any]
+    norms: dict[str, "Norms"]  # of every adapted weight that was read
+
+    def rounding(self) -> float | None:
+        """||what rounding changed|| / ||delta|| over all that was read, None without a delta."""
+        read = self.norms.values()
+        delta = math.hypot(*(n.delta for n in read))
+        return math.hypot(*(n.lost for n in read)) / delta if delta else None
+
+
+class Norms(NamedTuple):
+    """Of one merged weight: its delta, and what rounding to the output's dtype took."""
+
+    delta: float
+    lost: float
 
 
 class Pair(NamedTuple):
@@ -89,14 +104,15 @@ def merged(
             return source.read(name)
         return held(flat[where[name]], where[name], name)
 
-    weights = []
+    weights, norms = [], {}
     for name in sorted(where):
         shape = model.weights(c)[where[name]][0]
         kind = DTYPES[dtype or _sixteen(headers[name].dtype if name in headers else "bfloat16")]
-        weights.append(Weight(name, shape, kind, _reader(name, original, deltas.get(name), kind)))
+        read = _reader(name, original, deltas.get(name), kind, norms)
+        weights.append(Weight(name, shape, kind, read))
     used = ORIGINAL if at_hand else DEQUANTIZED
     facts = {"base": used, "adapted": len(deltas), "scale": scale}
-    return Merged(weights, used, frozenset(deltas), facts)
+    return Merged(weights, used, frozenset(deltas), facts, norms)
 
 
 def _sixteen(dtype: str) -> str:
@@ -117,15 +133,19 @@ def layer_number(path: str, name: str) -> int:
 
 
 def _reader(
-    name: str, read: Callable, pair: Pair | None, dtype: np.dtype
+    name: str, read: Callable, pair: Pair | None, dtype: np.dtype, norms: dict[str, Norms]
 ) -> Callable[[], np.ndarray]:
     def value() -> np.ndarray:
         w = read(name)
         if pair is None:
             return w if w.dtype == dtype else w.astype(dtype)
-        out = (w.astype(np.float32) + pair.delta()).astype(dtype)
+        delta = pair.delta()
+        exact = w.astype(np.float32) + delta
+        out = exact.astype(dtype)
         if not np.isfinite(out).all():
             raise ValueError(f"merging {name} into {dtype} gives values that are not finite")
+        exact -= out.astype(np.float32)
+        norms[name] = Norms(float(np.linalg.norm(delta)), float(np.linalg.norm(exact)))
         return out
 
     return value

@@ -1,6 +1,7 @@
 """Safetensors folders: opened for reading tensor by tensor, written in shards as a stream."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+SIZE = re.compile(rf"(\d+\.?\d*|\.\d+) *({'|'.join(UNITS)})")
 
 
 class Weight(NamedTuple):
@@ -49,10 +51,12 @@ class SafetensorsSource:
         """Raises ValueError for a missing, truncated or foreign file, naming it."""
         self.folder = Path(folder)
         self.config = read_json(self.folder / "config.json")
+        if (self.folder / "generation_config.json").exists():
+            read_json(self.folder / "generation_config.json")  # else the first answer would fail
         files = sorted(self.folder.glob("*.safetensors"))
         index = self.folder / "model.safetensors.index.json"
         if index.exists():
-            files = [self.folder / f for f in sorted(set(read_json(index)["weight_map"].values()))]
+            files = [self.folder / f for f in _indexed(index)]
         files = [f for f in files if not f.name.startswith("adapter_")]
         if not files:
             raise ValueError(
@@ -102,13 +106,26 @@ def _dtype(name: str, stored: str) -> np.dtype:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises ValueError naming the file where it is missing or broken."""
+    """A JSON object; raises ValueError naming the file where it is missing or something else."""
     if not path.exists():
         raise ValueError(f"{path} is missing; there is {listing(path.parent)}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, expected a JSON object")
+    return found
+
+
+def _indexed(index: Path) -> list[str]:
+    """The files that an index names. Raises ValueError where it maps no weight to a file."""
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(f, str) for f in named.values()):
+        raise ValueError(
+            f"{index} has {str(named)[:80]} as weight_map, expected weights' names and their files"
+        )
+    return sorted(set(named.values()))
 
 
 def listing(folder: Path) -> list[str]:
@@ -125,14 +142,19 @@ def opened(path: Path):
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
 
 
-def size_in_bytes(text: str | int) -> int:
-    """ "5GB" -> 5000000000; raises ValueError for a size that can't be read."""
-    if isinstance(text, int):
-        return text
-    for unit, factor in sorted(UNITS.items(), key=lambda item: -len(item[0])):
-        if text.upper().endswith(unit):
-            return int(float(text[: -len(unit)]) * factor)
-    raise ValueError(f"size {text!r} is not understood; write a number and one of {sorted(UNITS)}")
+def size_in_bytes(text: Any) -> int:
+    """ "5GB" -> 5000000000; raises ValueError for a size that can't be read or is not over 0."""
+    size = 0
+    if isinstance(text, int) and not isinstance(text, bool):
+        size = text
+    elif isinstance(text, str) and (parts := SIZE.fullmatch(text.strip().upper())):
+        size = int(float(parts[1]) * UNITS[parts[2]])
+    if size < 1:
+        raise ValueError(
+            f"size {text!r} is not understood; expected bytes over 0, or a number and one of "
+            f"{sorted(UNITS)}"
+        )
+    return size
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -5,10 +5,12 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -28,7 +30,8 @@ class Text(NamedTuple):
 def load(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder, chat template included wherever the folder keeps it.
 
-    Raises FileNotFoundError where it has no tokenizer, TypeError where none can give offsets.
+    Raises FileNotFoundError where it has no tokenizer, TypeError where none can give offsets,
+    ValueError where its chat template is no Jinja.
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in FILES):
@@ -37,7 +40,25 @@ def load(folder: str | Path) -> PreTrainedTokenizerBase:
     _require_offsets(tokenizer)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = _processor_template(folder)
+    templates = tokenizer.chat_template or {}
+    named = {"chat_template": templates} if isinstance(templates, str) else templates
+    for name, jinja in named.items():
+        require_jinja(jinja, f"{name} of the tokenizer in {folder}")
     return tokenizer
+
+
+def require_jinja(jinja: str, what: str) -> None:
+    """Raises ValueError naming `what`, the line and Jinja's reason where the text can't be parsed.
+
+    It is compiled as transformers compiles it, `generation` tags included.
+    """
+    try:
+        chat_template_utils._compile_jinja_template(jinja)
+    except chat_template_utils.jinja2.TemplateSyntaxError as error:
+        reason = (error.message or "no reason given").split("\n")[0]
+        raise ValueError(
+            f"{what} is not valid Jinja: line {error.lineno}: {reason}; expected a Jinja template"
+        ) from error
 
 
 def _require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -129,19 +150,26 @@ def conversation_row(
     """Ids of the whole conversation, and 1 for what the assistant says from message `first` on.
 
     An answer is what rendering it adds to the generation prompt, through its end-of-turn token.
-    Raises ValueError where a template rewrites a turn so that its span can't be proved.
+    Raises ValueError where a template rewrites a turn so that its span can't be proved, or where
+    an answer has no token.
     """
     full = render(tokenizer, messages, **template)
     tokens, ends = encode(tokenizer, full, special=False)
     turns = [i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant"]
     answers = [_answer(tokenizer, messages, turn, full, template) for turn in turns]
+    for turn, (start, end) in zip(turns, answers, strict=True):
+        if not any(start < place <= end for place in ends):
+            raise ValueError(
+                f"message {turn}: no token to learn: the answer is empty and the chat template "
+                "ends it with nothing"
+            )
     # A token belongs to the answer in which it ends: with the last header's space it is a word.
     return tokens, [int(any(a < end <= z for a, z in answers)) for end in ends]
 
 
 def _answer(tokenizer, messages, turn, full, template) -> tuple[int, int]:
     """Characters [start, end) of one answer in the rendered conversation."""
-    before = render(tokenizer, messages[:turn], add_generation_prompt=True, **template)
+    before = _opened(tokenizer, messages, turn, template)
     after = render(tokenizer, messages[: turn + 1], **template)
     specials = special_texts(tokenizer)
     if full.startswith(after) and after.startswith(before):
@@ -155,6 +183,27 @@ def _answer(tokenizer, messages, turn, full, template) -> tuple[int, int]:
     if not stops:
         raise ValueError(_rewritten(turn, "no end-of-turn token follows its text"))
     return start, min(full.find(s, content_end) + len(s) for s in stops)
+
+
+def _opened(tokenizer, messages, turn, template) -> str:
+    """The conversation up to where an answer begins: with the generation prompt, or, where the
+    template ignores that, with the header that two different answers share.
+    """
+    asked = messages[:turn]
+    opened = render(tokenizer, asked, add_generation_prompt=True, **template)
+    if opened != render(tokenizer, asked, **template):
+        return opened
+    said = render(tokenizer, messages[: turn + 1], **template)
+    probe = render(tokenizer, [*asked, {"role": "assistant", "content": MARK}], **template)
+    shared = commonprefix([said, probe])
+    if MARK not in probe:
+        raise ValueError(
+            f"message {turn}: the chat template ignores add_generation_prompt, and where it begins "
+            "an answer can't be told; give it {% if add_generation_prompt %} with that header"
+        )
+    # Space alone is no header: the model has to say it.
+    blank = shared.startswith(opened) and not shared[len(opened) :].strip()
+    return opened if blank else shared
 
 
 def _edge(tokenizer, messages, turn, full, template, place) -> int:

@@ -146,6 +146,30 @@ def test_a_new_run_does_not_mix_with_the_checkpoints_of_an_earlier_one(runs, fol
         trainer(folder, runs / "whole").train()
 
 
+class Stopping(list):
+    def append(self, row):
+        super().append(row)
+        if row["step"] == 3:
+            raise KeyboardInterrupt
+
+
+def test_a_refused_run_leaves_the_metrics_and_a_resumed_one_adds_to_them(folder, tmp_path):
+    short = dict(max_steps=4, save_steps=2)
+    run = trainer(folder, tmp_path, **short)
+    run.log_history = Stopping()
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    file = tmp_path / "metrics.jsonl"
+    steps = lambda: [json.loads(line)["step"] for line in file.read_text().splitlines()]
+    before = file.read_bytes()
+    again = trainer(folder, tmp_path, **short)
+    with pytest.raises(FileExistsError, match="checkpoint 2 of an earlier run"):
+        again.train()
+    assert file.read_bytes() == before and steps()[:2] == [1, 2]
+    again.train(resume_from_checkpoint=True)
+    assert steps() == [1, 2, 3, 4]
+
+
 def test_resuming_from_nothing_raises_and_makes_no_folder(folder, tmp_path):
     with pytest.raises(ValueError, match="no folder .*nowhere"):
         trainer(folder, tmp_path / "nowhere").train(resume_from_checkpoint=True)

@@ -144,6 +144,34 @@ REFUSED = {
         "qwen2", SLIDING | dict(layer_types=["full_attention"] * 2), "got 2", "3 of"),
     "layer types without window": (
         "qwen3", dict(layer_types=["sliding_attention"] * 3), "sliding_window", "not set"),
+    "no heads": ("llama", dict(num_attention_heads=0), "num_attention_heads=0", "over 0"),
+    "a size in quotes": ("qwen2", dict(vocab_size="512"), "vocab_size='512'", "whole number"),
+    "half a layer": ("llama", dict(num_hidden_layers=2.5), "num_hidden_layers=2.5", "over 0"),
+    "fewer than no layers": ("llama", dict(num_hidden_layers=-1), "num_hidden_layers=-1", "over 0"),
+    "heads that share nothing": (
+        "llama", dict(num_key_value_heads=3), "num_key_value_heads=3", "multiple"),
+    "heads of no whole width": (
+        "llama", dict(num_attention_heads=6), "hidden_size=64", "num_attention_heads=6"),
+    "an odd head": ("llama", dict(head_dim=7), "7 wide", "even head_dim"),
+    "a switch in quotes": (
+        "llama", dict(tie_word_embeddings="true"), "tie_word_embeddings='true'", "true or false"),
+    "no epsilon": ("llama", dict(rms_norm_eps=None), "rms_norm_eps=None", "over 0"),
+    "no activation": ("llama", dict(hidden_act=None), "hidden_act None", "silu"),
+    "a window of nothing": ("mistral", dict(sliding_window=0), "sliding_window=0", "over 0"),
+    "rope in words": ("llama", dict(rope_parameters="x"), "rope_parameters='x'", "rope_theta"),
+    "factor zero": (
+        "llama", dict(rope_scaling={"type": "linear", "factor": 0}), "factor=0", "over 0"),
+    "factor in quotes": (
+        "qwen3", dict(rope_scaling={"type": "dynamic", "factor": "2"}), "factor='2'", "over 0"),
+    "factor not a number": (
+        "llama", dict(rope_scaling={"type": "linear", "factor": math.nan}), "factor=nan", "over 0"),
+    "theta below zero": ("llama", dict(rope_theta=-1.0), "rope_theta=-1.0", "over 0"),
+    "truncate in quotes": (
+        "llama", dict(rope_parameters=YARN | {"factor": 2.0, "truncate": "no"}),
+        "truncate='no'", "true or false"),
+    "llama3 factors swapped": (
+        "llama", dict(rope_parameters=tiny.LLAMA3 | {"low_freq_factor": 8.0}),
+        "low_freq_factor=8.0", "got 4.0"),
     "head of its own": ("qwen2", dict(head_dim=64), "head_dim=64", "qwen2"),
 }  # fmt: skip
 

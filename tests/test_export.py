@@ -20,6 +20,7 @@ from bridge import export, gguf_header, merge
 from bridge import tokenizer as text
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer, get_chat_template, tree
 from unsloth_jax.leaves import dense, layer
+from workflows import keywords
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 CUSTOM = ("{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}",
@@ -210,6 +211,22 @@ def test_a_folder_that_holds_something_is_left_alone(model, tmp_path, kind):
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "notes.txt"]
 
 
+@pytest.mark.parametrize("kind", SAVED)
+def test_a_target_that_is_a_file_is_refused_before_a_weight_is_read(poisoned, tmp_path, kind):
+    (tmp_path / "out").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="out is a file; an export is a folder"):
+            SAVED[kind](poisoned, tmp_path / "out", overwrite=overwrite)
+    assert (tmp_path / "out").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_link_to_an_empty_folder_is_written_through(model, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    model.save_pretrained(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / export.MANIFEST).exists()
+
+
 def test_an_export_is_replaced_only_when_asked(model, tmp_path):
     target = tmp_path / "out"
     target.mkdir()
@@ -260,6 +277,64 @@ def test_a_disk_too_small_is_said_before_writing(model, tmp_path, monkeypatch, k
     with pytest.raises(OSError, match=r"needs [\d,]+ bytes, 5,000 are free"):
         SAVED[kind](model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_room_for_all_formats_is_asked_before_the_first_is_written(model, tmp_path, monkeypatch):
+    one = model.save_pretrained_gguf(tmp_path / "one", quantization_method="f32")
+    free = one["files"][0]["bytes"] + 3 * 2**19  # with the slack of one header, not of two
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, free))
+    with pytest.raises(OSError, match=rf"needs [\d,]+ bytes, {free:,} are free"):
+        model.save_pretrained_gguf(tmp_path / "both", quantization_method=["q8_0", "f32"])
+    assert not (tmp_path / "both").exists()
+
+
+def test_what_a_gguf_file_cannot_hold_is_printed_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(keywords, "_said", set())
+    fields = dict(hidden_size=96, num_attention_heads=4, head_dim=24, sliding_window=16)
+    model, _ = tiny_chat.load(tiny_chat.save(tmp_path / "base", "Mistral", **fields))
+    capsys.readouterr()
+    manifest = model.save_pretrained_gguf(tmp_path / "g", quantization_method=["q8_0", "q4_k_m"])
+    told = capsys.readouterr().out
+    notes = [n for facts in manifest["quantization"].values() for n in facts["notes"]]
+    assert {told.count(note) for note in notes} == {1}
+    both = "model.Q8_0.gguf, model.Q4_K_M.gguf: llama.cpp has no sliding window"
+    assert both in told and "model.Q4_K_M.gguf: 100% of the weights have another type" in told
+
+
+def test_a_gguf_file_becomes_a_folder_without_a_configuration_to_compare(saved, tmp_path):
+    model, _ = tiny_chat.load(saved["gguf"][0] / "model.Q8_0.gguf")
+    manifest = model.save_pretrained_merged(tmp_path / "m")
+    assert "config_changes" not in manifest
+    fields = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert fields["hidden_size"] == 64 and "bfloat16" in fields.values()
+
+
+def test_configurations_are_copied_byte_for_byte_but_for_the_fields_that_change(folder, tmp_path):
+    base = shutil.copytree(folder, tmp_path / "base")
+    for name in ("config.json", "generation_config.json"):
+        fields = json.loads((base / name).read_text()) | {"_note": "\u00e9"}
+        (base / name).write_text(json.dumps(fields, indent=5))
+    same = tiny_chat.load(base)[0].save_pretrained_merged(tmp_path / "same")
+    assert same["config_changes"] == {}
+    for name in ("config.json", "generation_config.json"):
+        assert (tmp_path / "same" / name).read_bytes() == (base / name).read_bytes()
+    fields = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(fields | {"dtype": "float32"}))
+    other = tiny_chat.load(base)[0].save_pretrained_merged(tmp_path / "other")
+    assert other["config_changes"] == {"dtype": ["float32", "bfloat16"]}
+    got = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert list(got.items()) == list((fields | {"dtype": "bfloat16"}).items())
+
+
+def test_the_share_of_the_delta_lost_to_rounding_is_in_the_manifest(saved, model, folder):
+    base = {k: v.astype(np.float32) for k, v in tensors(folder).items()}
+    exact = sums(model, base)
+    norm = lambda some: np.sqrt(sum(np.square(x, dtype=np.float64).sum() for x in some))
+    lost = norm(x - x.astype(BFLOAT16).astype(np.float32) for x in exact.values())
+    share = lost / norm(exact[k] - base[k] for k in base)
+    assert saved["merged"][1]["rounding_over_delta"] == pytest.approx(share, rel=1e-4)
+    assert 0.001 < share < 0.5
 
 
 @pytest.mark.parametrize("kind", ["adapter", "lora", "merged"])

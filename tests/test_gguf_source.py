@@ -213,6 +213,17 @@ def test_an_unknown_architecture_is_named_with_the_known_ones(tmp_path):
         ({"embedding_length": "wide"}, "'wide', not a positive number"),
         ({"rope__scaling__type": "longrope"}, "'longrope'; known: none, linear, yarn"),
         ({"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0}, "original_context_length"),
+        ({"rope__scaling__attn_factor": 0.8}, "attn_factor is 0.8.* with rope scaling 'default'"),
+        (
+            {
+                "rope__scaling__type": "yarn",
+                "rope__scaling__factor": 4.0,
+                "rope__scaling__original_context_length": 32,
+                "rope__scaling__yarn_attn_factor": 1.1,
+                "rope__scaling__attn_factor": 1.5,
+            },
+            "yarn_attn_factor is 1.1, but rope.scaling.attn_factor=1.5 with factor 4.0 makes 1.70",
+        ),
     ],
 )
 def test_metadata_that_is_not_honoured_is_refused(tmp_path, changes, message):

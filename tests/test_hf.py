@@ -189,6 +189,60 @@ def test_a_mixed_checkpoint_loads_each_layer_in_its_own_kind(copy):
     np.testing.assert_array_equal(up[2], made["model.layers.2.mlp.up_proj.weight"].dequantize())
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("part", ["absmax", "nested_absmax", "nested_quant_map", "nested_offset"])
+@pytest.mark.parametrize("keep", ["nf4", None])
+def test_4bit_statistics_that_are_not_finite_are_refused_by_name(copy, part, value, keep):
+    layer = "up_proj" if part == "absmax" else "q_proj"  # `as_4bit` nests none of the first
+    as_4bit(copy, lambda n: layer in n)
+    name = f"model.layers.1.mlp.{layer}.weight" if layer == "up_proj" else ""
+    name = name or f"model.layers.1.self_attn.{layer}.weight"
+
+    def change(t):
+        if part != "nested_offset":
+            t[f"{name}.{part}"][-1] = value
+            return
+        said = json.loads(t[f"{name}.{bnb_nf4.STATE}"].tobytes()) | {part: float(value)}
+        t[f"{name}.{bnb_nf4.STATE}"] = np.frombuffer(json.dumps(said).encode(), np.uint8)
+
+    rewrite(copy, change)
+    said = f"{name}.{part}" if keep else name
+    with pytest.raises(ValueError, match=f"{said} holds values that are not finite"):
+        hf.load(SafetensorsSource(copy), quantize=keep)
+
+
+BROKEN = {
+    "a list as config": ("config.json", b"[1]", "config.json holds a list, expected a JSON object"),
+    "a binary config": ("config.json", b"\xff\xfe\x00", "config.json is not JSON"),
+    "half a generation config": ("generation_config.json", b"{", "generation_config.json is not"),
+    "a list as generation config": ("generation_config.json", b"[]", "holds a list"),
+    "an index without a map": (
+        "model.safetensors.index.json", b"{}", "None as weight_map, expected weights' names"),
+    "an index of numbers": (
+        "model.safetensors.index.json", b'{"weight_map": {"a": 1}}', "expected weights' names"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file, content, message", BROKEN.values(), ids=BROKEN)
+def test_a_broken_json_file_is_named_with_what_was_expected(copy, file, content, message):
+    (copy / file).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        SafetensorsSource(copy)
+
+
+@pytest.mark.parametrize(
+    "size", [0, -3, True, 1.5, None, "abcGB", "GB", "5XB", "-1GB", "0MB", "nanGB", "1e400GB"]
+)
+def test_a_size_that_means_nothing_is_refused_with_the_known_units(size):
+    with pytest.raises(ValueError, match=f"size {size!r} is not understood.*'GIB'"):
+        safetensors_file.size_in_bytes(size)
+
+
+@pytest.mark.parametrize("text, size", [("5GB", 5 * 10**9), (" 1.5 kib", 1536), (7, 7)])
+def test_sizes_are_read_with_their_units(text, size):
+    assert safetensors_file.size_in_bytes(text) == size
+
+
 MEMORY = """
 import ctypes, gc, sys, threading, time
 import jax, numpy as np, jax.numpy as jnp

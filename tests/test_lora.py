@@ -216,6 +216,7 @@ def test_scaling_is_alpha_by_rank_or_by_its_root(alpha, rank, rslora, expected):
         (dict(layers=(3,)), r"names \[3\]; there are 0 to 2"),
         (dict(layers=()), "names no layer"),
         (dict(targets=SOME_LAYERS, layers=(0,)), "regular expression"),
+        (dict(targets=["layers.1.mlp.up_proj"], layers=(0,)), "leaves nothing to adapt.*up_proj"),
         (dict(start="pissa"), r"'pissa' is not supported; supported: \[True, 'gaussian'\]"),
         (dict(rank=0), "positive integer, got 0"),
     ],
@@ -224,3 +225,9 @@ def test_scaling_is_alpha_by_rank_or_by_its_root(alpha, rank, rslora, expected):
 def test_wrong_settings_are_refused_by_name(key, change, message):
     with pytest.raises(ValueError, match=message):
         lora.init(key, tiny.pair("llama").params, **dict(rank=4) | change)
+
+
+@pytest.mark.parametrize("layers", [(True,), (0, True)], ids=str)
+def test_a_layer_that_is_no_integer_is_refused(key, layers):
+    with pytest.raises(TypeError, match=r"must be integers, got \[True\]"):
+        lora.init(key, tiny.pair("llama").params, 4, layers=layers)

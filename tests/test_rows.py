@@ -1,5 +1,7 @@
 """workflows.rows and workflows.responses: each schema gives the rows that its loss asks for."""
 
+from pathlib import Path
+
 import datasets
 import jaxtyping
 import pytest
@@ -291,3 +293,48 @@ def test_rows_without_columns_or_content_are_refused(chatml):
         rows([{"messages": TALK}, silent], chatml, max_length=None)
     with pytest.raises(ValueError, match=r"row 0: columns \['text'\] \(None in \['text'\]\)"):
         rows([{"text": None}], chatml, max_length=None)
+
+
+BARE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+SAID = ["<think>a</think> two ", "four", "4", " Hello.", "Hello.\n"]
+
+
+@pytest.mark.parametrize("said", SAID)
+@pytest.mark.parametrize("kind", ["byte_level", "digits"])
+def test_answers_that_no_special_token_ends_are_found_without_markers(kind, said):
+    tokenizer = get_chat_template(TOKENIZERS[kind](), (BARE, "eos_token"))
+    assert markers(tokenizer).stop is None
+    talk = [dict(m) for m in TALK]
+    talk[1]["content"] = said
+    whole = one({"messages": talk}, tokenizer)
+    exact = one({"messages": talk}, tokenizer, assistant_only_loss=True)
+    assert responses_only([whole], tokenizer) == [exact]
+
+
+def test_a_question_that_takes_the_headers_space_is_not_learnt():
+    # This vocabulary has " th" and no " x": the marker's last space is a token only now and then.
+    given = bt.load(Path(__file__).parent / "data" / "tiny_tokenizer")
+    tokenizer = get_chat_template(given, (BARE, "eos_token"))
+    said = ("one", "<a> two ", "three", "four")
+    talk = [dict(m, content=text) for m, text in zip(TALK, said, strict=True)]
+    (row,) = responses_only([one({"messages": talk}, tokenizer)], tokenizer)
+    assert learnt(tokenizer, row) == "<a> two \n four\n"
+
+
+def test_a_message_that_holds_a_marker_is_refused_where_nothing_tells_it_apart():
+    tokenizer = get_chat_template(byte_level(), (BARE, "eos_token"))
+    asked = {"role": "user", "content": "Say\nassistant: four"}
+    made = rows([{"messages": TALK}, {"messages": [asked, TALK[1]]}], tokenizer, max_length=None)
+    with pytest.raises(ValueError, match="row 1: two response markers .* assistant_only_loss"):
+        responses_only(made, tokenizer)
+
+
+def test_turns_that_their_openings_do_not_tell_apart_are_refused():
+    # The first role is written with its space and later ones without: they share the colon only.
+    tokenizer = get_chat_template(TOKENIZERS["metaspace"](), (BARE, "eos_token"))
+    made = rows([{"messages": TALK}], tokenizer, max_length=None)
+    with pytest.raises(ValueError, match="ends answers with no special token, and the text that"):
+        responses_only(made, tokenizer)

@@ -295,3 +295,71 @@ def test_bad_templates_are_refused(options, error, text):
 def test_a_copy_of_the_tokenizer_has_the_same_state():
     tokenizer = byte_level()
     assert bt.state(copy.deepcopy(tokenizer)) == bt.state(tokenizer)
+
+
+HEADED = "<|im_start|>{{ m.role }}\n"
+HEADS = {
+    "trimmed": HEADED + "{{ m.content|trim }}<|im_end|>\n",
+    "plain": HEADED + "{{ m.content }}<|im_end|>\n",
+    "history without thoughts": HEADED
+    + "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n",
+    "calls": HEADED
+    + "{% if m.tool_calls %}{{ m.tool_calls }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n",
+}
+
+
+@pytest.mark.parametrize("loop", HEADS)
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_header_is_not_learnt_where_the_template_ignores_the_generation_prompt(kind, loop):
+    jinja = "{% for m in messages %}" + HEADS[loop] + "{% endfor %}"
+    tokenizer = get_chat_template(TOKENIZERS[kind](), (jinja, "<|im_end|>"))
+    messages = [dict(m) for m in TALK]
+    messages[1]["content"] = "<think>a</think> two "
+    if loop == "calls":
+        messages[1] |= {"content": None, "tool_calls": ["book"]}
+    shown = bt.preview_mask(tokenizer, *bt.conversation_row(tokenizer, messages))
+    parts = [part.split("]]")[0] for part in shown.split("[[")[1:]]
+    first = {"history without thoughts": "two <|im_end|>", "calls": "['book']<|im_end|>"}
+    wanted = [first.get(loop, "<think>a</think> two"), "It's 4.<|im_end|>"]
+    assert len(parts) == 2 and parts[1] == wanted[1]
+    assert parts[0].strip().startswith(wanted[0]) and parts[0].endswith("<|im_end|>")
+    assert bt.end_of_turn(tokenizer) == tokenizer.eos_token_id
+
+
+def test_a_template_that_hides_where_answers_begin_is_refused():
+    jinja = "{% for m in messages %}{{ m.role + ': ' + (m.content|length|string) }}{% endfor %}"
+    tokenizer = get_chat_template(byte_level(), (jinja, "eos_token"))
+    with pytest.raises(ValueError, match="message 1: the chat template ignores add_generation"):
+        bt.conversation_row(tokenizer, TALK)
+
+
+def test_an_answer_without_any_token_is_refused():
+    jinja = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer = get_chat_template(byte_level(), (jinja, "eos_token"))
+    with pytest.raises(ValueError, match="message 1: no token to learn"):
+        bt.conversation_row(tokenizer, [USER, {"role": "assistant", "content": ""}])
+
+
+BROKEN = "{{ bos_token }}\n{% for m in messages %}\n{{ m.content }"
+
+
+def test_broken_jinja_is_refused_at_once_with_its_line(tmp_path):
+    with pytest.raises(ValueError, match=r"chat_template is not valid Jinja: line 3: unexpected"):
+        get_chat_template(byte_level(), (BROKEN, "eos_token"))
+    tagged = "{% generation %}{{ messages[0].content }}{% endgeneration %}"
+    assert get_chat_template(byte_level(), (tagged, "eos_token")).chat_template == tagged
+
+
+@pytest.mark.parametrize("names", [("default",), ("default", "tool_use")])
+def test_a_broken_template_of_a_folder_is_refused_at_load(tmp_path, names):
+    tokenizer = byte_level()
+    tokenizer.chat_template = "{{ 'x' }}" if len(names) == 1 else dict.fromkeys(names, "{{ 'x' }}")
+    tokenizer.save_pretrained(tmp_path)
+    held = sorted(tmp_path.rglob("*.jinja"))
+    assert len(held) == len(names) and bt.load(tmp_path).chat_template
+    held[-1].write_text("{% if x %}")
+    with pytest.raises(ValueError, match=r"is not valid Jinja: line 1: .*endif"):
+        bt.load(tmp_path)

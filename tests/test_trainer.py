@@ -239,6 +239,28 @@ def test_a_trainer_needs_adapters_and_data(base):
         trainer(FastLanguageModel.get_peft_model(base, r=4), None)
 
 
+def test_adapters_that_hold_nothing_are_not_trained(fresh):
+    fresh.adapters = {}
+    with pytest.raises(ValueError, match="adapters are empty: target_modules=.*q_proj"):
+        trainer(fresh)
+
+
+@pytest.mark.parametrize("layer", [1.5, "1", True])
+def test_layers_that_are_no_integers_get_no_adapters(base, layer):
+    base.adapters = None
+    with pytest.raises(TypeError):
+        FastLanguageModel.get_peft_model(base, r=4, layers_to_transform=[layer])
+    assert base.adapters is None
+
+
+def test_the_hashes_of_the_adapters_are_printed_around_a_run(fresh, capsys):
+    before = sft.short_hash(fresh.adapters)
+    trainer(fresh, max_steps=1).train()
+    after = sft.short_hash(fresh.adapters)
+    assert f"adapters sha256 {before} before, {after} after\n" in capsys.readouterr().out
+    assert before != after and len(after) == 12
+
+
 def test_old_keywords_of_the_trainer_stand_above_the_config_and_leave_it_alone(fresh):
     args = SFTConfig(**SAME)
     run = SFTTrainer(

@@ -6,6 +6,7 @@ attach(params, adapters, scaling(16, 16))     # train on it, sample from it, exp
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -49,7 +50,8 @@ def modules(
 
     `targets` are last names, a regular expression over full names (`model.layers.0.mlp.up_proj`)
     or "all-linear": every matrix in a layer. `layers` limits the stacked ones to these layers.
-    Raises ValueError for a target or layer that is not there.
+    Raises ValueError for a target or layer that is not there, or where they have no module in
+    common, TypeError for a layer that is no integer.
     """
     counts = _matrices(params)
     if targets == ALL_LINEAR:
@@ -65,7 +67,13 @@ def modules(
         )
     wanted = _wanted(layers, max(counts.values()))
     kept = {p: tuple(i for i in ids if i in wanted) for p, ids in found.items()}
-    return {p: ids for p, ids in kept.items() if ids or not counts[p]}
+    left = {p: ids for p, ids in kept.items() if ids or not counts[p]}
+    if not left:
+        raise ValueError(
+            f"layers_to_transform={layers} leaves nothing to adapt of target_modules={targets}; "
+            f"these are in {found}"
+        )
+    return left
 
 
 def _matrices(params: Params) -> dict[str, int]:
@@ -123,6 +131,9 @@ def init(
 
 
 def _wanted(layers: Sequence[int], count: int) -> tuple[int, ...]:
+    wrong = [i for i in layers if not isinstance(i, Integral) or isinstance(i, bool)]
+    if wrong:
+        raise TypeError(f"layers_to_transform={layers} must be integers, got {wrong}")
     outside = [i for i in layers if not 0 <= i < count]
     if outside or not layers:
         raise ValueError(

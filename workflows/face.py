@@ -1,7 +1,11 @@
 """Unsloth's names over the pure core; signatures and defaults are theirs."""
 
+import difflib
 import os
+import re
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bridge import gguf_tokenizer, hf, hub, peft_adapter, safetensors_file
+from bridge import export, gguf_tokenizer, hf, hub, peft_adapter, safetensors_file
 from bridge import tokenizer as text
 from bridge.gguf_source import GGUFSource
 from bridge.peft_adapter import Settings
@@ -20,6 +24,7 @@ from workflows.model import Model
 from workflows.plan import CHECKPOINTING, check_budget
 
 DTYPES = ("float32", "bfloat16", "float16")
+DIFF_LINES = 12
 DEFAULT = "unsloth/Llama-3.2-1B-Instruct"
 LOAD_USED = (
     "model_name", "max_seq_length", "dtype", "load_in_4bit", "load_in_16bit", "token", "device_map",
@@ -174,13 +179,16 @@ class FastLanguageModel:
             model = _load(str(model_name), path, **load)
             return model, model.tokenizer
         config = path / peft_adapter.CONFIG
-        base = safetensors_file.read_json(config).get("base_model_name_or_path")
+        fields = safetensors_file.read_json(config)
+        base = fields.get("base_model_name_or_path")
         if not base:
             raise ValueError(f"{config} names no base_model_name_or_path to load")
-        model = _load(base, hub.find(base, **(find | {"revision": None})), **load)
+        model = _load(base, hub.find(base, **(find | {"revision": fields.get("revision")})), **load)
         model.adapters, model.peft = peft_adapter.load(path, model.params)
-        if any((path / name).exists() for name in text.FILES):
-            model.tokenizer, model.tokenizer_folder = text.load(path), path
+        own = text.load(path) if any((path / name).exists() for name in text.FILES) else None
+        _compare_templates(model, own)
+        if own is not None:
+            model.tokenizer, model.tokenizer_folder = own, path
         return model, model.tokenizer
 
     @staticmethod
@@ -224,7 +232,9 @@ class FastLanguageModel:
         _meaningful(r, lora_alpha, target_modules)
         targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
         layers = _layers(layers_to_transform, finetune_last_n_layers, model.config.layers)
-        peft = Settings(r, lora_alpha, use_rslora, targets, layers, init_lora_weights)
+        peft = Settings(
+            r, lora_alpha, use_rslora, targets, layers, init_lora_weights, revision=_commit(model)
+        )
         if model.adapters is not None and _meaning(model.peft) != _meaning(peft):
             raise TypeError(f"the model already has adapters with {model.peft}, asked for {peft}")
         model.memory = CHECKPOINTING[use_gradient_checkpointing]
@@ -273,6 +283,15 @@ def _meaningful(r: Any, alpha: float | int, targets: Any) -> None:
         raise ValueError(f"lora_alpha must be over 0, got {alpha!r}")
     if not isinstance(targets, str | list | tuple | set | frozenset):
         raise TypeError(f"target_modules must be names or a regex, got {targets!r}")
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ValueError(
+                f"target_modules {targets!r} is no regular expression: {error}"
+            ) from None
+    elif not all(isinstance(t, str) for t in targets):
+        raise TypeError(f"target_modules must be names or a regex, got {targets!r}")
 
 
 def _meaning(s: Settings) -> tuple:
@@ -287,17 +306,51 @@ def _layers(
     if chosen is not None and last is not None:
         raise ValueError("give layers_to_transform or finetune_last_n_layers, not both")
     if last is not None:
+        typed("get_peft_model", {"finetune_last_n_layers": last}, {"finetune_last_n_layers": int})
         return tuple(range(count - max(1, min(last, count)), count))
     return None if chosen is None else tuple(sorted(np.atleast_1d(chosen).tolist()))
+
+
+def _commit(model: Model) -> str | None:
+    """The commit that the hub's cache holds the base under; None for a folder of the user's."""
+    held = getattr(model.source, "folder", None)
+    cached = held is not None and held.parent.name == "snapshots" and held != Path(model.name)
+    return held.name if cached else None
+
+
+def _compare_templates(model: Model, own: Any) -> None:
+    """Says where an adapter was trained with another chat template than its base's.
+
+    `own` is the tokenizer in the adapter's folder, None where it has none.
+    """
+    base = model.tokenizer.chat_template
+    mine = None if own is None else own.chat_template
+    hashed = lambda template: export.text_hash(template if isinstance(template, str) else None)
+    trained = model.peft.metadata.get("chat_template_sha256") or hashed(mine)
+    if trained is None or trained == hashed(base):
+        return
+    said = f"the adapter was trained with another chat template than that of {model.name}"
+    if not isinstance(mine, str):
+        say(f"{said}, which is used: sha256 {trained}, the base's is {hashed(base)}")
+        return
+    lines = [(base if isinstance(base, str) else "").splitlines(), mine.splitlines()]
+    changes = list(difflib.unified_diff(*lines, "base", "adapter", lineterm="", n=0))
+    shown = [line[:200] for line in changes[:DIFF_LINES]]
+    left = [f"({len(changes) - len(shown)} more lines)"] * (len(changes) > len(shown))
+    say("\n".join([f"{said}; the adapter's is used:", *shown, *left]))
 
 
 def _load(name: str, path: Path, *, max_seq_length: int, dtype: Any, four: bool) -> Model:
     """A model folder or a GGUF file as a Model without adapters."""
     if hub.kind(path) == "gguf":
         source = GGUFSource(path)
-        folder = gguf_tokenizer.save_folder(path, tempfile.mkdtemp(prefix="unsloth_jax-tokenizer-"))
+        folder = Path(tempfile.mkdtemp(prefix="unsloth_jax-tokenizer-"))
+        # Exports copy its files, so they stay as long as the model that they are of.
+        weakref.finalize(source, shutil.rmtree, folder, ignore_errors=True)
+        gguf_tokenizer.save_folder(path, folder)
     else:
         source, folder = safetensors_file.SafetensorsSource(path), path
+    hf.described(source)  # its complaints before the tokenizer's
     tokenizer = text.load(folder)
     family, c, params = hf.load(source, dtype, "nf4" if four else None)
     longest = source.config.get("max_position_embeddings", max_seq_length)

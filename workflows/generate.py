@@ -54,7 +54,10 @@ def check(
         "top_k": (s.top_k >= 0 and s.top_k % 1 == 0, "a whole number, at least 0 (0 keeps all)"),
         "top_p": (0 < s.top_p <= 1, "in (0, 1]"),
         "min_p": (0 <= s.min_p <= 1, "in [0, 1]"),
-        "repetition_penalty": (s.repetition_penalty > 0, "over 0 (1 changes nothing)"),
+        "repetition_penalty": (
+            0 < s.repetition_penalty < np.inf,
+            "over 0 and finite (1 changes nothing)",
+        ),
     }
     for name, (fine, rule) in legal.items():
         if not fine:

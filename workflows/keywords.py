@@ -1,6 +1,7 @@
 """What becomes of a keyword: used, accepted with a stated reason, or refused by name."""
 
 import difflib
+import math
 import os
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
@@ -66,18 +67,29 @@ KINDS = {
 
 
 def typed(where: str, values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
-    """Raises TypeError for a value whose kind (`int`, `float | None`, ...) is another."""
+    """Raises TypeError for a value whose kind (`int`, `float | None`, ...) is another.
+
+    Not-a-number is of the kind float, but no value of anything: it raises ValueError.
+    """
     for name, kind in kinds.items():
         if not any(KINDS[one](values[name]) for one in get_args(kind) or (kind,)):
             expected = getattr(kind, "__name__", None) or str(kind)
             raise TypeError(f"{where}: {name} must be {expected}, got {values[name]!r}")
+        if isinstance(values[name], Real) and math.isnan(values[name]):
+            raise ValueError(f"{where}: {name} must be a number, got {values[name]!r}")
 
 
 def ranged(where: str, values: Mapping[str, Any], limits: Mapping[str, tuple]) -> None:
-    """Raises ValueError for a value outside its (least, most), either of which may be None."""
-    for name, (least, most) in limits.items():
+    """Raises ValueError for a value outside its (least, most), either of which may be None.
+
+    (least, most, "below") leaves `most` itself out.
+    """
+    for name, (least, most, *below) in limits.items():
         value = values[name]
-        low = value is not None and least is not None and value < least
-        if low or (value is not None and most is not None and value > most):
-            span = f"at least {least}" if most is None else f"from {least} to {most}"
+        if value is None:
+            continue
+        low = least is not None and value < least
+        if low or (most is not None and (value >= most if below else value > most)):
+            until = "to below" if below else "to"
+            span = f"at least {least}" if most is None else f"from {least} {until} {most}"
             raise ValueError(f"{where}: {name} must be {span}, got {value!r}")

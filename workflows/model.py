@@ -21,7 +21,16 @@ from unsloth_jax.dims import Params
 from unsloth_jax.remat import PLAIN, Memory
 from workflows import generate, saving
 from workflows.generate import Answer
-from workflows.inputs import GENERATE_IGNORED, GENERATE_LATER, GENERATE_USED, masked, sampling
+from workflows.inputs import (
+    GENERATE_IGNORED,
+    GENERATE_LATER,
+    GENERATE_USED,
+    check_settings,
+    masked,
+    sampling,
+    stop_texts,
+    stops,
+)
 from workflows.keywords import settle
 
 SHARDS = {"max_shard_size": "adapters are one file"}
@@ -116,16 +125,17 @@ class Model:
         settle("generate", other, GENERATE_USED, GENERATE_IGNORED, GENERATE_LATER)
         if (inputs is None) == (input_ids is None):
             raise ValueError("give input_ids, or inputs in their place")
+        lengths = {"max_new_tokens": max_new_tokens, "max_length": max_length}
+        check_settings("generate", lengths | {"seed": seed})
         tokens, mask = masked(inputs if input_ids is None else input_ids, attention_mask)
         prompts = [row[on != 0].tolist() for row, on in zip(tokens, mask, strict=True)]
         given = (temperature, top_k, top_p, min_p, repetition_penalty)
-        stops = self.stop_ids() if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
         found = self.answers(
             prompts,
-            max_new_tokens=self._room(prompts, max_new_tokens, max_length),
+            max_new_tokens=int(self._room(prompts, max_new_tokens, max_length)),
             sampling=sampling(self.generation_config(), do_sample, *given),
-            stop_ids=stops,
-            stop_strings=[stop_strings] if isinstance(stop_strings, str) else stop_strings or (),
+            stop_ids=self.stop_ids() if eos_token_id is None else stops(eos_token_id),
+            stop_strings=stop_texts(stop_strings),
             tokenizer=tokenizer,
             streamer=_started(streamer, tokens),
             seed=seed,
@@ -133,8 +143,7 @@ class Model:
         )
         if streamer is not None:
             streamer.end()
-        width = max(len(a.tokens) for a in found)
-        out = np.full((len(found), width), self.pad_id(), np.int32)
+        out = np.full((len(found), max(len(a.tokens) for a in found)), self.pad_id(), np.int32)
         for row, answer in zip(out, found, strict=True):
             row[: len(answer.tokens)] = answer.tokens
         return np.concatenate([tokens, out], axis=1)

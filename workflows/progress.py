@@ -53,6 +53,11 @@ def _plain(total: int, rows: AbstractContextManager) -> Iterator[Callable[[dict[
         yield show
 
 
+def adapters(before: str, after: str) -> None:
+    """Prints the hashes of the adapters around a run."""
+    print(f"adapters sha256 {before} before, {after} after", flush=True)
+
+
 def _line(row: dict[str, Any]) -> str:
     return (
         f"loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "

@@ -1,15 +1,17 @@
 """Response-only masks by the texts that open a turn, for rows whose messages are not known."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from bridge.tokenizer import encode, end_of_turn, render
+from bridge.tokenizer import conversation_row, encode, end_of_turn, render
 from unsloth_jax.data import Row
 
 # Unlikely in any template, and each begins and ends so that no template trims it.
 PROBE = ("ask-one-7f3a", "say-one-7f3a", "ask-two-7f3a", "say-two-7f3a")
+REMEDY = "use assistant_only_loss=True with messages, or give instruction_part and response_part"
 
 
 class Markers(NamedTuple):
@@ -36,9 +38,13 @@ def responses_only(
     """The rows with only the answers supervised: between markers as Unsloth does, or, without
     markers, from where the chat template opens an answer through its end-of-turn token.
 
-    Raises ValueError for one marker of two, or with the index of a row in which none is left.
+    Raises ValueError for one marker of two, or with the index of a row in which none is left or
+    in which, without an end-of-turn token, the markers found don't take turns.
     """
     found = markers(tokenizer, instruction_part, response_part, force_match=force_match)
+    if response_part is None and found.stop is None:
+        _require_proved(tokenizer, found)
+        _require_turns(rows, found)
     mask = lambda row: mask_responses(row.tokens, row.mask, found, last_response_only)
     masked = [Row(row.tokens, mask(row)) for row in rows]
     bare = [index for index, row in enumerate(masked) if not any(row.mask)]
@@ -60,6 +66,29 @@ def mask_responses(
     starts = starts[-1:] if last_response_only else starts
     spans = [(s, _end(tokens, s, asks, markers.stop)) for s in starts]
     return [int(on and any(s <= i < e for s, e in spans)) for i, on in enumerate(mask)]
+
+
+def _require_proved(tokenizer: PreTrainedTokenizerBase, markers: Markers) -> None:
+    """Raises ValueError where the markers mask a probe otherwise than rendering it turn by turn."""
+    tokens, wanted = conversation_row(tokenizer, _probe())
+    if mask_responses(tokens, [1] * len(tokens), markers) != wanted:
+        raise ValueError(
+            "the chat template ends answers with no special token, and the text that opens its "
+            f"turns doesn't tell the answers of {tokenizer.decode(tokens)!r}; {REMEDY}"
+        )
+
+
+def _require_turns(rows: Sequence[Row], markers: Markers) -> None:
+    """Raises ValueError where a message may hold a marker: two of one kind in succession."""
+    for index, row in enumerate(rows):
+        found = [(at, "instruction") for at in _places(row.tokens, markers.instruction)]
+        found += [(at, "response") for at in _places(row.tokens, markers.response)]
+        twice = [a for (_, a), (_, b) in pairwise(sorted(found)) if a == b]
+        if twice:
+            raise ValueError(
+                f"row {index}: two {twice[0]} markers follow each other, and the chat template "
+                f"ends answers with no special token to tell them apart; {REMEDY}"
+            )
 
 
 def _start(tokens: Sequence[int], at: int, markers: Markers) -> int:
@@ -114,6 +143,8 @@ def markers(
 
 def _shared(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The longest run of the marker's ids that stays whole whatever stands beside it."""
+    # A space at its end may become part of the word that follows.
+    text = text.rstrip(" ") or text
     plain = lambda text: encode(tokenizer, text, special=False).ids
     beside = [(a, b) for a in ("", "\n", "a\n") for b in ("", "x", " x", "\n", "\n\n", "7")]
     around = [plain(before + text + after) for before, after in beside]
@@ -123,14 +154,17 @@ def _shared(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return next((run for run in runs if all(_places(other, run) for other in around)), [])
 
 
+def _probe() -> list[dict[str, str]]:
+    roles = ("user", "assistant") * 2
+    return [{"role": r, "content": text} for r, text in zip(roles, PROBE, strict=True)]
+
+
 def detect_markers(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """(instruction_part, response_part) as the chat template writes them around a probe.
 
     Raises ValueError where the template changes the probe's texts.
     """
-    roles = ("user", "assistant") * 2
-    probe = [{"role": r, "content": text} for r, text in zip(roles, PROBE, strict=True)]
-    rendered = render(tokenizer, probe)
+    rendered = render(tokenizer, _probe())
     pieces, rest = [], rendered
     for text in PROBE:
         before, found, rest = rest.partition(text)

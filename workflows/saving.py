@@ -63,10 +63,11 @@ TOKENIZER_FILES = (
 
 def adapter(model: "Model", target: str | Path, tokenizer: Any, overwrite: bool) -> dict[str, Any]:
     """The adapters as a PEFT folder; returns its manifest. Raises ValueError without adapters."""
-    if model.adapters is None:
+    if not model.adapters:
         raise ValueError("the model has no adapters: call FastLanguageModel.get_peft_model first")
     template = export.text_hash(_given(model, tokenizer).chat_template)
-    metadata = {"chat_template_sha256": template} if template else {}
+    config = export.text_hash(json.dumps(model.source.config, sort_keys=True))
+    metadata = {"config_sha256": config} | ({"chat_template_sha256": template} if template else {})
     settings = model.peft._replace(base=model.name, metadata=metadata)
     with export.complete(Path(target), overwrite) as folder:
         peft_adapter.save(folder, model.adapters, settings)
@@ -87,11 +88,13 @@ def merged(
     with export.complete(Path(target), overwrite) as folder:
         safetensors_file.check_space(folder, sum(w.nbytes for w in found.weights))
         safetensors_file.save(folder, found.weights, max_shard_size)
-        _write_config(model, folder, found)
+        changes = _write_config(model, folder, found)
         copy_tokenizer(model, folder, tokenizer)
         facts = {
             "kind": "merged_16bit",
             **found.facts,
+            **changes,
+            **_rounding(found),
             **_distances(model, found),
             **_facts(model, tokenizer),
         }
@@ -112,16 +115,18 @@ def gguf(
     if not formats:
         raise ValueError("quantization_method names no format")
     found = _merged(model, "float32", base)
-    reports = {}
+    config, reports = hf_config(model, "float32"), {}
     with export.complete(Path(target), overwrite) as folder:
         tokens = folder / "tokenizer"
         copy_tokenizer(model, tokens, tokenizer)
+        needed = [gguf_file.room(config, found.weights, tokens, fmt) for fmt in formats]
+        safetensors_file.check_space(folder, sum(needed))
         for fmt in formats:
             path = folder / f"model.{fmt.upper()}.gguf"
-            config = hf_config(model, "float32")
             report = gguf_file.save(path, config, found.weights, tokens, fmt, name=model.name)
             reports[path.name] = _gguf_facts(report)
         shutil.rmtree(tokens)
+        _tell_notes(reports)
         facts = {
             "kind": "gguf",
             **found.facts,
@@ -194,13 +199,54 @@ def _distances(m: "Model", found: merge.Merged) -> dict[str, Any]:
     return {"base_error_over_delta": {"median": median, "largest": largest}}
 
 
-def _write_config(model: "Model", folder: Path, found: merge.Merged) -> None:
+def _rounding(found: merge.Merged) -> dict[str, Any]:
+    """The share of the delta that the output's dtype does not hold."""
+    share = found.rounding()
+    if share is None:
+        return {}
+    say(f"rounding the merged weights loses {share:.2%} of the delta (norm over norm)")
+    return {"rounding_over_delta": share}
+
+
+def _write_config(model: "Model", folder: Path, found: merge.Merged) -> dict[str, Any]:
+    """config.json and generation_config.json, byte for byte where nothing has to change.
+
+    Returns the fields that differ from the checkpoint's config.json, where it has one: a GGUF file
+    has none.
+    """
     adapted = {w.dtype.name for w in found.weights if w.name in found.adapted}
     dtypes = adapted or {w.dtype.name for w in found.weights}
     config = hf_config(model, sorted(dtypes)[0])
-    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    settings = json.dumps(model.generation_config(), indent=2)
-    (folder / "generation_config.json").write_text(settings + "\n")
+    was = model.source.config
+    changed = {k: [was.get(k), config.get(k)] for k in was | config if was.get(k) != config.get(k)}
+    from_file = _copied(model, folder, "config.json")
+    if changed or not from_file:
+        fields = json.dumps(config, indent=2, ensure_ascii=False)
+        (folder / "config.json").write_text(fields + "\n", encoding="utf-8")
+    if not _copied(model, folder, "generation_config.json"):
+        settings = json.dumps(model.generation_config(), indent=2)
+        (folder / "generation_config.json").write_text(settings + "\n")
+    if not from_file:
+        return {}
+    if changed:
+        say(f"fields of config.json that change, [before, after]: {changed}")
+    return {"config_changes": changed}
+
+
+def _copied(model: "Model", folder: Path, name: str) -> bool:
+    """Copies a file of the checkpoint's folder; False where it has none, as a GGUF file."""
+    source = getattr(model.source, "folder", None)
+    if source is None or not (source / name).exists():
+        return False
+    shutil.copyfile(source / name, folder / name)
+    return True
+
+
+def _tell_notes(reports: dict[str, dict[str, Any]]) -> None:
+    """Says each note once, with the files it is about."""
+    for note in dict.fromkeys(note for facts in reports.values() for note in facts["notes"]):
+        files = [name for name, facts in reports.items() if note in facts["notes"]]
+        say(f"{', '.join(files)}: {note}")
 
 
 def _gguf_facts(report: gguf_file.Report) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: the loop from token rows to adapters."""
 
+import hashlib
 import itertools
 import math
 import signal
@@ -7,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -178,6 +180,37 @@ class Run:
         with uninterrupted():
             self.state, report = self.step(self.state, self.frozen, batch)
         return report
+
+
+def resumed(folder: Path, fresh: train.State, facts: dict[str, Any]) -> train.State:
+    """The state of a folder's newest checkpoint, or of the checkpoint that is `folder` itself.
+
+    Raises ValueError where there is none, or where it belongs to a run with other `facts`.
+    """
+    step = None
+    if folder.name.startswith("checkpoint_"):
+        folder, step = folder.parent, int(folder.name.removeprefix("checkpoint_"))
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder} to resume from")
+    checkpoints = Checkpoints(folder)
+    found = checkpoints.restore(fresh, step)
+    checkpoints.close()
+    was = found.facts.get
+    differing = {k: (was(k), v) for k, v in facts.items() if was(k) != v}
+    if differing:
+        raise ValueError(
+            f"the checkpoint in {folder} belongs to another run, which differs in (its value, "
+            f"this run's): {differing}"
+        )
+    return found.state
+
+
+def short_hash(trainable: Params) -> str:
+    """The first 12 hex digits of the sha256 of all leaves' bytes."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(trainable):
+        digest.update(np.ascontiguousarray(leaf))
+    return digest.hexdigest()[:12]
 
 
 def hosted(params: Params) -> Params:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
+import jax
 import numpy as np
 
 from bridge.checkpoint import Checkpoints
 from unsloth_jax import optim
-from unsloth_jax.train import State, start
+from unsloth_jax.train import start
 from workflows import diagnose, plan, progress, responses, rows, sft
 from workflows.generate import Stopwatch
 from workflows.keywords import ranged, say, settle, typed
@@ -103,7 +104,7 @@ RANGES = {
     "logging_steps": (1, None), "save_steps": (1, None), "save_total_limit": (1, None),
     "max_seq_length": (1, None), "max_length": (1, None), "learning_rate": (0, None),
     "warmup_steps": (0, None), "warmup_ratio": (0, 1), "weight_decay": (0, None),
-    "max_grad_norm": (0, None), "adam_beta1": (0, 1), "adam_beta2": (0, 1),
+    "max_grad_norm": (0, None), "adam_beta1": (0, 1, "below"), "adam_beta2": (0, 1, "below"),
     "adam_epsilon": (0, None), "seed": (0, None),
 }  # fmt: skip
 
@@ -224,6 +225,11 @@ class SFTTrainer:
         settle("SFTTrainer", other, TRAINER_USED, TRAINER_IGNORED, TRAINER_LATER)
         if model.adapters is None:
             raise ValueError("the model has no adapters; call FastLanguageModel.get_peft_model")
+        if not jax.tree.leaves(model.adapters):
+            raise ValueError(
+                f"the model's adapters are empty: target_modules={model.peft.targets} in layers "
+                f"{model.peft.layers} name no weight to train"
+            )
         if model.peft.dropout:
             raise ValueError(
                 f"lora_dropout={model.peft.dropout} of the adapter is not supported yet: only 0"
@@ -276,11 +282,14 @@ class SFTTrainer:
         with m.multiplied_in(a.matmul_dtype), prepared as step:
             state = start(m.adapters, optimizer)
             if resume_from_checkpoint:
-                state = self._resumed(resume_from_checkpoint, state, facts)
+                given = resume_from_checkpoint
+                folder = self._folder() if given is True else Path(given)
+                state = sft.resumed(folder, state, facts)
+            before = sft.short_hash(state.trainable)
+            saving = self._saving(batches, facts, int(state.step))
             self.log_history.clear()
             with progress.bar(total, self._metrics_file(), int(state.step)) as show:
                 log = lambda row: (self.log_history.append(row), show(row))
-                saving = self._saving(batches, facts, int(state.step))
                 find = diagnose.first_bad_layer(m.family, m.config, m.scale)
                 run = sft.Run(
                     step, state, m.params, batches, rate, total, log, a.logging_steps, saving, find
@@ -291,6 +300,7 @@ class SFTTrainer:
                     m.adapters = run.state.trainable
                     if run.saving:
                         run.saving.checkpoints.close()
+        progress.adapters(before, sft.short_hash(m.adapters))
         return _output(int(run.state.step), run.losses, clock())
 
     def _batches(self) -> sft.Batches:
@@ -324,25 +334,6 @@ class SFTTrainer:
                 "resume_from_checkpoint=True, or choose another output_dir"
             )
         return sft.Saving(checkpoints, every, facts)
-
-    def _resumed(self, where: bool | str, fresh: State, facts: dict[str, Any]) -> State:
-        folder = self._folder() if where is True else Path(where)
-        step = None
-        if folder.name.startswith("checkpoint_"):
-            folder, step = folder.parent, int(folder.name.removeprefix("checkpoint_"))
-        if not folder.is_dir():
-            raise ValueError(f"no folder {folder} to resume from")
-        checkpoints = Checkpoints(folder)
-        found = checkpoints.restore(fresh, step)
-        checkpoints.close()
-        was = found.facts.get
-        differing = {k: (was(k), v) for k, v in facts.items() if was(k) != v}
-        if differing:
-            raise ValueError(
-                f"the checkpoint in {folder} belongs to another run, which differs in (its value, "
-                f"this run's): {differing}"
-            )
-        return found.state
 
     def _facts(self, total: int) -> dict[str, Any]:
         """Everything that decides which batch and which update comes next."""

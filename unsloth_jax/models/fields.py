@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from types import NoneType
 from typing import Any
 
 from unsloth_jax.layers import ACTIVATIONS
@@ -43,7 +45,15 @@ DENSE = frozenset(
 REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
 )  # fmt: skip
+COUNTS = (
+    *REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings",
+    "original_max_position_embeddings", "sliding_window",
+)  # fmt: skip
+SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 ROPE_ANY = frozenset("rope_type type rope_theta partial_rotary_factor".split())
+ROPE_WORDS = frozenset("rope_type type truncate finetuned".split())
+# A zero stands for the default in transformers.
+ROPE_NULL = frozenset("beta_fast beta_slow mscale mscale_all_dim".split())
 # Rope type -> (keys that it needs, keys that it may have); a null counts as absent.
 ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
@@ -85,6 +95,46 @@ def check(hf: Mapping[str, Any], own: Iterable[str] = ()) -> None:
                 f"config field {name}={hf[name]!r} is not supported; supported: {values}"
             )
     activation(hf)
+    _kinds(hf)
+    _heads(hf)
+
+
+def _number(value: Any) -> bool:
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    return real and math.isfinite(value) and value > 0
+
+
+def _kinds(hf: Mapping[str, Any]) -> None:
+    """Raises ValueError with every count, number and switch that is none; null means absent."""
+    wrong = [
+        f"{name}={hf[name]!r}, expected a whole number over 0"
+        for name in COUNTS
+        if hf.get(name) is not None and not (_number(hf[name]) and isinstance(hf[name], Integral))
+    ]
+    wrong += [
+        f"{name}={hf[name]!r}, expected true or false"
+        for name in SWITCHES
+        if not isinstance(hf.get(name, False), bool | NoneType)
+    ]
+    if not _number(hf.get("rms_norm_eps", 1e-6)):
+        wrong.append(f"rms_norm_eps={hf['rms_norm_eps']!r}, expected a number over 0")
+    if wrong:
+        raise ValueError(f"config of {hf.get('model_type')!r} has " + "; ".join(wrong))
+
+
+def _heads(hf: Mapping[str, Any]) -> None:
+    heads, width = hf["num_attention_heads"], hf["hidden_size"]
+    kv_heads = hf.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise ValueError(
+            f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}: "
+            "expected as many queries for each"
+        )
+    if hf.get("head_dim") is None and width % heads:
+        raise ValueError(
+            f"hidden_size={width} is no multiple of num_attention_heads={heads}: expected one, "
+            "or a head_dim"
+        )
 
 
 def activation(hf: Mapping[str, Any]) -> str:
@@ -118,6 +168,8 @@ def rope(hf: Mapping[str, Any], width: int) -> Rope:
     `modeling_rope_utils`.
     """
     r, context = _rope_fields(hf)
+    if width % 2:
+        raise ValueError(f"heads are {width} wide, rope turns pairs: expected an even head_dim")
     kind, longest = r["rope_type"], hf.get("max_position_embeddings", 2048)
     own: dict[str, Any] = {}
     if kind == "dynamic":
@@ -134,6 +186,9 @@ def rope(hf: Mapping[str, Any], width: int) -> Rope:
 def _rope_fields(hf: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
     """(the checked fields that are set, the original context)."""
     old, new = hf.get("rope_scaling"), hf.get("rope_parameters")
+    for name, given in (("rope_scaling", old), ("rope_parameters", new)):
+        if not isinstance(given, Mapping | NoneType):
+            raise ValueError(f"{name}={given!r}, expected an object with {sorted(ROPE_ANY)}")
     if old and new and old != new:
         raise ValueError(f"config has both rope_scaling={old} and rope_parameters={new}")
     r = {key: value for key, value in (old or new or {}).items() if value is not None}
@@ -147,6 +202,7 @@ def _rope_fields(hf: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
             f"rope keys {unknown} are not understood with rope type {kind!r}; "
             f"understood: {sorted(ROPE_ANY | {*needed, *optional})}"
         )
+    _rope_numbers(kind, r | {"rope_theta": r.get("rope_theta") or hf.get("rope_theta") or 1e4})
     if r.get("partial_rotary_factor", 1) != 1:
         raise ValueError(
             f"partial_rotary_factor={r['partial_rotary_factor']} is not supported: only 1"
@@ -160,6 +216,22 @@ def _rope_fields(hf: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
     if missing:
         raise ValueError(f"rope type {kind!r} needs {missing}, got {r}")
     return r, context
+
+
+def _rope_numbers(kind: str, r: Mapping[str, Any]) -> None:
+    """Raises ValueError with every value that is no number over 0, `truncate` and names aside."""
+    wrong = [
+        f"{key}={value!r}"
+        for key, value in r.items()
+        if key not in ROPE_WORDS and not _number(value) and not (key in ROPE_NULL and value == 0)
+    ]
+    if wrong:
+        raise ValueError(f"rope type {kind!r} has {', '.join(wrong)}; expected numbers over 0")
+    if not isinstance(r.get("truncate", True), bool):
+        raise ValueError(f"rope key truncate={r['truncate']!r}, expected true or false")
+    low, high = r.get("low_freq_factor"), r.get("high_freq_factor")
+    if low is not None and high is not None and low >= high:
+        raise ValueError(f"high_freq_factor must be over low_freq_factor={low}, got {high}")
 
 
 def _yarn(r: Mapping[str, Any]) -> dict[str, Any]:
