@@ -16,11 +16,13 @@ import tiny
 import torch
 
 from bridge.checkpoint import Checkpoints
+from pallas_kernels import adam8_update
+from pallas_kernels.adam8_update import Moment
 from unsloth_jax import adam8, data, lora, optim, train
 from unsloth_jax.dims import Batch, Total
 from workflows import sft
 
-MAPS = {True: adam8.SIGNED, False: adam8.UNSIGNED}
+MAPS = {True: adam8_update.SIGNED, False: adam8_update.UNSIGNED}
 VALUES = {
     signed: bitsandbytes.functional.create_dynamic_map(signed=signed).numpy() for signed in MAPS
 }
@@ -30,7 +32,7 @@ B1, B2, RATE, DECAY = 0.9, 0.999, 1e-3, 0.5
 SHAPES = {"whole": (3, 16, 128), "short": (70, 100), "small": (45, 91)}
 DEQUANTIZE, QUANTIZE = (
     {signed: jax.jit(partial(f, table=table)) for signed, table in MAPS.items()}
-    for f in (adam8.dequantize, adam8.quantize)
+    for f in (adam8_update.dequantize, adam8_update.quantize)
 )
 
 
@@ -65,7 +67,7 @@ def drawn(signed: bool) -> np.ndarray:
 @pytest.mark.parametrize("signed", MAPS)
 def test_codes_stand_for_the_values_of_bitsandbytes_map(signed):
     codes = jnp.arange(256, dtype=jnp.uint8)[None]
-    got = DEQUANTIZE[signed](adam8.Blocks(codes, jnp.ones(1)))[0]
+    got = DEQUANTIZE[signed](Moment(codes, jnp.ones(1)))[0]
     np.testing.assert_allclose(got, VALUES[signed], rtol=5e-7)
     assert got[MAPS[signed].zero] == 0 and got[255] == 1
     np.testing.assert_array_equal(QUANTIZE[signed](jnp.asarray(VALUES[signed])[None]).codes, codes)
@@ -94,12 +96,12 @@ def spread(absmax: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.repeat(np.asarray(absmax, np.float64), 256)[: np.prod(shape)].reshape(shape)
 
 
-def decoded(moment: adam8.Blocks, signed: bool) -> np.ndarray:
+def decoded(moment: Moment, signed: bool) -> np.ndarray:
     codes = np.asarray(moment.codes)
     return VALUES[signed][codes] * spread(moment.absmax, codes.shape)
 
 
-def assert_same_codes(ours: adam8.Blocks, theirs: adam8.Blocks, exact: np.ndarray, signed: bool):
+def assert_same_codes(ours: Moment, theirs: Moment, exact: np.ndarray, signed: bool):
     """Ours are the nearest of the exact moment, theirs of one at most half a cell away."""
     np.testing.assert_allclose(ours.absmax, theirs.absmax, rtol=1e-6)
     starts = range(0, exact.size, 256)
@@ -134,7 +136,7 @@ def test_twenty_steps_are_those_of_bitsandbytes(case):
             np.testing.assert_allclose(state[0].nu, kept["state2"], rtol=1e-6, atol=1e-12)
             continue
         mu, nu = (
-            adam8.Blocks(kept[f"state{i}"].numpy().copy(), kept[f"absmax{i}"].numpy().copy())
+            Moment(kept[f"state{i}"].numpy().copy(), kept[f"absmax{i}"].numpy().copy())
             for i in (1, 2)
         )
         m = B1 * decoded(old.mu, True) + (1 - B1) * g.astype(np.float64)

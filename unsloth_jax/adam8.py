@@ -6,41 +6,21 @@ The maps and one array's step are `pallas_kernels.adam8_update`'s; this is their
 import math
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from pallas_kernels import adam8_update
-from pallas_kernels.adam8_update import BLOCK, Map, Moment, Rates
+from pallas_kernels.adam8_update import BLOCK, Moment, Rates
 
-SIGNED, UNSIGNED = adam8_update.SIGNED, adam8_update.UNSIGNED  # maps of first, second moments
 SMALLEST = 4096  # a leaf with fewer elements keeps float32 moments
-
-
-@flax.struct.dataclass
-class Blocks:
-    """A leaf's moment in 8 bits; each 256 elements of the flattened leaf share a maximum."""
-
-    codes: Any  # uint8, the leaf's shape
-    absmax: Any  # float32 [N], N = elements / 256, rounded up
-
-
-def quantize(x: Float[Array, "*any"], table: Map) -> Blocks:
-    """The nearest code of every x / absmax; in a signed map a negative x has a negative code."""
-    return Blocks(*adam8_update.quantize(x, table))
-
-
-def dequantize(blocks: Blocks, table: Map) -> Float[Array, "*any"]:
-    """What the codes stand for (to float32's rounding), times their block's maximum."""
-    return adam8_update.dequantize(_moment(blocks), table)
 
 
 def scale_by_adam(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
 ) -> optax.GradientTransformation:
-    """optax's `scale_by_adam` with moments of leaves of 4096 elements and more as `Blocks`.
+    """optax's `scale_by_adam` with moments of leaves of 4096 elements and more as `Moment`.
 
     The moments that a step uses are the float32 ones, before they are rounded.
     """
@@ -57,11 +37,10 @@ def scale_by_adam(
 
         def one(grad, mu, nu):
             g = jnp.asarray(grad, jnp.float32)
-            if not isinstance(mu, Blocks):
-                out, *new = adam8_update.adam(rates, g, mu, nu, first, second)
+            if isinstance(mu, Moment):
+                out, *new = adam8_update.update(rates, g, mu, nu, unbias)
             else:
-                out, *new = adam8_update.update(rates, g, _moment(mu), _moment(nu), unbias)
-                new = [Blocks(*moment) for moment in new]
+                out, *new = adam8_update.adam(rates, g, mu, nu, first, second)
             return out.astype(grad.dtype), *new
 
         leaves, tree = jax.tree.flatten(grads)
@@ -77,11 +56,7 @@ def _no_moment(leaf: Any) -> Any:
     if leaf.size < SMALLEST:
         return jnp.zeros(leaf.shape, jnp.float32)
     maxima = jnp.zeros(-(-leaf.size // BLOCK), jnp.float32)
-    return Blocks(jnp.zeros(leaf.shape, jnp.uint8), maxima)
-
-
-def _moment(blocks: Blocks) -> Moment:
-    return Moment(blocks.codes, blocks.absmax)
+    return Moment(jnp.zeros(leaf.shape, jnp.uint8), maxima)
 
 
 def _reached(decay: float, count: Array) -> Array:
