@@ -79,6 +79,15 @@ def test_unsloth_gets_its_fastest_mode_and_we_the_plan_named_auto():
     assert "no plan" in same["missed"] and rows.met(same, "must") is False
 
 
+def test_figures_of_another_matmul_dtype_have_names_of_their_own():
+    theirs = [measurement("unsloth", 10.0, 6.8)]
+    plain, other = (
+        {row["name"] for row in sides.figures([measurement("ours", 15.0, 7.0, **more)], theirs)}
+        for more in ({}, {"matmul_dtype": "fp8_backward"})
+    )
+    assert other == {f"{name}, fp8_backward" for name in plain}
+
+
 def test_the_leanest_plan_must_not_be_slower_than_unsloths_leanest():
     ours = [measurement("ours", 9.0, 5.0), measurement("ours", 12.0, 6.0)]
     *_, peak = sides.figures(ours, [measurement("unsloth", 10.0, 6.8)])

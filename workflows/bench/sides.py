@@ -103,7 +103,13 @@ def figures(ours: Sequence[Row], theirs: Sequence[Row]) -> list[Row]:
             out.append(_at_their_peak(shape, mine, leanest(others)))
         if shape in PEAK:
             out.append(_peak(shape, mine, leanest(others)))
-    return out + _longest(ours)
+    return [row | {"name": row["name"] + _dtype(ours)} for row in out + _longest(ours)]
+
+
+def _dtype(ours: Sequence[Row]) -> str:
+    """What sets these measurements' names apart: frozen weights multiplied in another dtype."""
+    found = {m.get("matmul_dtype", "bf16") for m in ours} - {"bf16"}
+    return "".join(f", {dtype}" for dtype in sorted(found))
 
 
 def title(shape: Shape) -> str:

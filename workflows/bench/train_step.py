@@ -196,7 +196,7 @@ def key(case: Case, a: argparse.Namespace) -> dict[str, Any]:
 
 def run(a: argparse.Namespace) -> None:
     """Takes the measurements that are missing, as long as there is time."""
-    end, params, s = time.monotonic() + a.budget_s, None, setting(a)
+    end, params, s = time.monotonic() + a.budget_s, None, None
     for case in cases(a):
         if rows.find(rows.read(a.output), key(case, a)):
             continue
@@ -204,9 +204,11 @@ def run(a: argparse.Namespace) -> None:
             print("no time left for", case, flush=True)
             continue
         if a.alone:
+            # Before anything asks for the device, whose memory the child needs.
             _alone(case, a)
             continue
         if params is None:
+            s = setting(a)
             emulate = jax.default_backend() == "cpu"
             params = quant.matmul_in(weights.random(s.shapes), a.matmul_dtype, emulate)
         params, program, found = ready(s, params, case)
