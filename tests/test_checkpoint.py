@@ -16,7 +16,8 @@ import tiny_chat
 from bridge.checkpoint import Checkpoints
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer
 from unsloth_jax.optim import make
-from unsloth_jax.train import start
+from unsloth_jax.train import State, start
+from workflows import sft
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = dict(
@@ -220,3 +221,8 @@ def test_only_as_many_checkpoints_are_kept_as_asked(tmp_path):
     assert sorted(p.name for p in (tmp_path / "k").glob("checkpoint_*")) == [
         "checkpoint_2", "checkpoint_3",
     ]  # fmt: skip
+
+
+def test_a_name_without_a_step_is_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="'checkpoint_abc' names no checkpoint; expected"):
+        sft.resumed(tmp_path / "checkpoint_abc", State({}, None, 0), {})

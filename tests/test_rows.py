@@ -169,6 +169,8 @@ IDS = {"input_ids": [5, 6, 7]}
         (IDS | {"labels": [5, 6]}, {}, r"3 input_ids, but labels and masks of lengths \[2,"),
         (IDS | {"labels": [5, 6, 8]}, {}, "labels differ"),
         ({"input_ids": [5, 10**6]}, {}, "outside the vocabulary"),
+        ({"input_ids": [5.5, 6]}, {}, r"whole numbers, got \[5.5, 6\]"),
+        ({"input_ids": "123"}, {}, "whole numbers, got 123"),
         ({"input_ids": []}, {}, "row 1: no supervised token"),
         ({"text": "Hello. " * 20}, {"max_length": 8}, "row 1: .* tokens, more than max_length=8"),
         (IDS | {"labels": [-100, -100, 7]}, {"max_length": 2, "truncate": True},

@@ -216,7 +216,10 @@ def _completion(example: Example, tokenizer: PreTrainedTokenizerBase, loss: Loss
 
 
 def _tokenised(example: Example, tokenizer: PreTrainedTokenizerBase, loss: Loss) -> Tokens:
-    tokens = [int(token) for token in example["input_ids"]]
+    given = example["input_ids"]
+    if isinstance(given, str) or any(int(token) != token for token in given):
+        raise ValueError(f"input_ids must be whole numbers, got {str(given)[:80]}")
+    tokens = [int(token) for token in given]
     ones = [1] * len(tokens)
     column = lambda name, default: default if (got := example.get(name)) is None else list(got)
     labels = column("labels", tokens)

@@ -189,7 +189,12 @@ def resumed(folder: Path, fresh: train.State, facts: dict[str, Any]) -> train.St
     """
     step = None
     if folder.name.startswith("checkpoint_"):
-        folder, step = folder.parent, int(folder.name.removeprefix("checkpoint_"))
+        number = folder.name.removeprefix("checkpoint_")
+        if not number.isdigit():
+            raise ValueError(
+                f"{folder.name!r} names no checkpoint; expected checkpoint_ and a step"
+            )
+        folder, step = folder.parent, int(number)
     if not folder.is_dir():
         raise ValueError(f"no folder {folder} to resume from")
     checkpoints = Checkpoints(folder)
