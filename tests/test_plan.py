@@ -104,6 +104,7 @@ def test_every_rung_of_the_ladder_is_leaner_than_the_one_before(shape, batch, le
     totals = [plan.estimate(here, memory).total for memory in rungs]
     assert totals == sorted(totals, reverse=True) and len(set(totals)) == len(totals) >= 4
     assert [m.keep for m in rungs][0] == "none" and rungs[-1].keep == "offload"
+    assert [m.unroll for m in rungs] == [m.keep == "none" for m in rungs]
     assert all(length * batch % m.tiles == 0 for m in rungs)
     assert any(m.host_embedding for m in rungs) == (shape == LLAMA)
     assert not any(m.host_embedding for m in plan.ladder(job(2, 65536)))
