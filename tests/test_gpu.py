@@ -1,7 +1,9 @@
 """What only a GPU can show: the same numbers as the CPU, and peak memory while loading."""
 
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from pallas_kernels import adam8_update, attention, nf4_dequantize
 from pallas_kernels.nf4_dequantize import LowRank
 from unsloth_jax import data, decoder, lora, optim, train, tree
 from unsloth_jax.quant import FORMATS
+from unsloth_jax.quant.nf4 import NF4
 from unsloth_jax.remat import KEPT, Memory
 from workflows import sft
 
@@ -87,7 +90,9 @@ def test_loading_peaks_at_the_model_and_three_of_its_largest_tensors(tmp_path):
     sizes = dict(hidden_size=2048, intermediate_size=16384, num_hidden_layers=3)
     folder = tiny.save(tiny.reference("llama", **sizes).bfloat16(), tmp_path)
     code = PEAK.format(root=str(Path(__file__).parents[1]), folder=str(folder))
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    # This process holds a share of the device's memory already.
+    alone = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=alone)
     assert ran.returncode == 0, ran.stderr[-2000:]
     peak, model, largest = map(int, ran.stdout.split())
     assert peak <= model + 3 * largest, (peak, model, largest)
@@ -124,10 +129,15 @@ def losses_of(family, c, params, adapters, batch, memory, documents):
     return np.array(seen)
 
 
+def in_float32(leaf):
+    """The same values, computed with in float32."""
+    return replace(leaf, dtype="float32") if isinstance(leaf, NF4) else leaf.astype(jnp.float32)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_every_plan_follows_the_float32_reference(folder, packed):
-    family, c, exact = hf.load(SafetensorsSource(folder), jnp.float32, "nf4")
-    params = hf.load(SafetensorsSource(folder), jnp.bfloat16, "nf4")[2]
+    family, c, params = hf.load(SafetensorsSource(folder), jnp.bfloat16, "nf4")
+    exact = tree.map_paths(lambda _, leaf: in_float32(leaf), params)
     rng = np.random.default_rng(3)
     sizes = [[40, 70, 18], [128], [64, 30], [5, 100, 23]] if packed else [[128]] * 4
     rows = [[data.Row(rng.integers(3, 256, n).tolist(), [1] * n) for n in row] for row in sizes]
@@ -139,14 +149,14 @@ def test_every_plan_follows_the_float32_reference(folder, packed):
     assert wanted[-1] < 0.7 * wanted[0]
     for memory in WAYS:
         got = losses_of(family, c, params, adapters, batch, memory, documents)
-        # bfloat16 keeps 8 bits; the losses differ by less, and start within a thousandth.
+        # bfloat16 keeps 8 bits; the losses differ by less, and start within two thousandths.
         assert abs(got[0] - wanted[0]) <= 2e-3 * wanted[0], memory
-        assert np.abs(got - wanted).max() <= 2e-2 * wanted[0], (memory, got, wanted)
+        assert np.abs(got - wanted).max() <= 1e-2 * wanted[0], (memory, got, wanted)
     if "lm_head" in params:
         lean = losses_of(
             family, c, sft.hosted(params), adapters, batch, Memory("offload"), documents
         )
-        np.testing.assert_allclose(lean, got, atol=2e-2 * wanted[0])
+        np.testing.assert_allclose(lean, got, atol=1e-2 * wanted[0])
 
 
 def test_the_dequantizing_kernel_is_exact_here():

@@ -241,9 +241,10 @@ def _attention(job: Job) -> int:
 
 
 def _layer(job: Job, memory: Memory) -> int:
-    in_flight = 4 if memory.keep == "offload" else 0  # inputs on their way, both directions
+    # Inputs on their way, both directions; none are when attention's rows come to life.
+    in_flight = 4 if memory.keep == "offload" else 0
     moving = in_flight * job.tokens * job.config.width * _item(job)
-    return max(_mlp(job, memory), _attention(job)) + moving
+    return max(_mlp(job, memory) + moving, _attention(job))
 
 
 def _loss(job: Job, memory: Memory) -> int:

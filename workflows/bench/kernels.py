@@ -225,26 +225,25 @@ def ops(O: int, I: int) -> list[Op]:
 def seconds(fn: Callable[..., Any], sets: list[Arrays], repeats: int, runs: int = 5) -> float:
     """Median device seconds of one `fn(*inputs)`, each waiting for the last."""
 
-    def once(sets, outs, link):
-        new = []
-        for inputs, _ in zip(sets, outs, strict=True):
-            inputs, link = jax.lax.optimization_barrier((inputs, link))
-            out = fn(*inputs)
-            link = jax.tree.leaves(out)[0].reshape(-1)[0].astype(jnp.float32)
-            new.append(out)
-        return tuple(new), link
+    def once(sets, outs):
+        new, last = [], outs[-1]
+        for inputs in sets:
+            inputs, _ = jax.lax.optimization_barrier((inputs, last))
+            last = fn(*inputs)
+            new.append(last)
+        return tuple(new)
 
-    @jax.jit
-    def loop(sets, link):
-        # Results are carried, else all of them but a first element would be left out.
-        outs = tuple(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), out) for out in shapes)
-        return jax.lax.fori_loop(0, repeats, lambda i, c: once(sets, *c), (outs, link))[1]
+    @partial(jax.jit, donate_argnums=1)
+    def loop(sets, outs):
+        # All results leave the program, else XLA would leave out what makes them.
+        return jax.lax.fori_loop(0, repeats, lambda i, outs: once(sets, outs), outs)
 
     shapes = [jax.eval_shape(fn, *inputs) for inputs in sets]
-    link, took = jax.block_until_ready(loop(sets, jnp.zeros(()))), []
+    outs = tuple(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), out) for out in shapes)
+    outs, took = jax.block_until_ready(loop(sets, outs)), []
     for _ in range(runs):
         start = time.perf_counter()
-        link = jax.block_until_ready(loop(sets, link))
+        outs = jax.block_until_ready(loop(sets, outs))
         took.append(time.perf_counter() - start)
     return statistics.median(took) / (repeats * len(sets))
 

@@ -236,7 +236,9 @@ def unsloth(a: argparse.Namespace) -> None:
         subprocess.run([*command, "make", *start], check=True, env=environment)
     options = [f"--{name}={getattr(a, name)}" for name in "shapes packed rank".split()]
     options += ["--output", str(a.unsloth), "--budget-s", str(a.budget_s)]
-    subprocess.run([*command, "train", *start, *options], check=True, env=environment)
+    done = subprocess.run([*command, "train", *start, *options], env=environment)
+    if done.returncode:
+        sys.exit("Unsloth's side is not complete (see above); give the command again to go on")
 
 
 COLUMNS = (
