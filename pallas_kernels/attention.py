@@ -181,24 +181,27 @@ def _compared(dtype: str, group: int, width: int, packed: bool, window: bool) ->
             segments[row, start:end] = (n + 1) % (len(ends) + 1)
             positions[row, start:end] = np.arange(end - start)
     rule = Rule(width**-0.5, window=50 if window else None, documents=3 if packed else 1)
-    real = jnp.asarray(segments > 0)[..., None, None]
 
-    def values(fn):
+    # Given as arguments: XLA would compute with constants while it compiles.
+    def values(fn, q, k, v, g, segments, positions):
+        real = (segments > 0)[..., None, None]
+
         def out(q, k, v):
-            y = fn(rule, q, k, v, jnp.asarray(segments), jnp.asarray(positions))
+            y = fn(rule, q, k, v, segments, positions)
             return jnp.where(real, y, 0).astype(jnp.float32)
 
         y, back = jax.vjp(out, q, k, v)
         return [y, *back(jnp.where(real, g, 0).astype(jnp.float32))]
 
+    given = q, k, v, g, jnp.asarray(segments), jnp.asarray(positions)
     by_offsets = lambda rule, q, k, v, segments, positions: _cudnn(rule, q, k, v, segments)
     try:
-        found = jax.jit(lambda: values(by_offsets))()
+        found = jax.jit(functools.partial(values, by_offsets))(*given)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
         return f"cuDNN refuses it on this GPU: {str(error).splitlines()[0]}"
-    expected = jax.jit(lambda: values(reference))()
+    expected = jax.jit(functools.partial(values, reference))(*given)
     names = ("y", "dq", "dk", "dv")
     for name, got, want in zip(names, found, expected, strict=True):
         got, want = (np.asarray(x, np.float32) for x in (got, want))
