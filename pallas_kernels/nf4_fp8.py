@@ -285,14 +285,13 @@ def _backward(layouts, how, saved, dys):
     now = (w._replace(layer=i) for w, i in zip(weights, numbers, strict=True))
     decoded = [_decoded(layout, w, True, how) for layout, w in zip(layouts, now, strict=True)]
     d8s, sd, inverse = _cast(dys, [sw for _, sw in decoded], how)
-    # Found first, else layers that are written out could keep x for the end.
-    d8s, gradients = jax.lax.optimization_barrier((d8s, pair_gradients(x, pairs, dys)))
     total = _low_rank_sum(x, pairs, dys, inverse)
     for d8, (w8, _) in zip(d8s, decoded, strict=True):
         part = _dot(d8, w8, _sum_dtype(x))
         # The sum so far stands second: as the addend of the product.
         total = part if total is None else part + total
-    return (total.astype(jnp.float32) * sd).astype(x.dtype), None, gradients
+    dx = (total.astype(jnp.float32) * sd).astype(x.dtype)
+    return dx, None, pair_gradients(x, pairs, dys)
 
 
 def _low_rank_sum(x, pairs, dys, inverse):

@@ -171,9 +171,7 @@ def _backward(layouts, groups, saved, dys):
         jnp.einsum("mo,oi->mi", dy, _dense(layout, w._replace(layer=i), pair, x.dtype))
         for layout, w, i, pair, dy in zip(layouts, weights, numbers, pairs, dys, strict=True)
     ]
-    # Nothing waits for the pairs' gradients: layers that are written out would keep x for the end.
-    terms[-1], gradients = jax.lax.optimization_barrier((terms[-1], pair_gradients(x, pairs, dys)))
-    return sum(terms), None, gradients
+    return sum(terms), None, pair_gradients(x, pairs, dys)
 
 
 def pair_gradients(

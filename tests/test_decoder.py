@@ -104,6 +104,23 @@ def test_spending_memory_otherwise_leaves_loss_and_gradients_as_they_are(way):
         assert np.abs(x - y).max() <= 1e-6 * max(1.0, np.abs(x).max()), path
 
 
+def test_in_layers_written_out_dx_waits_for_the_adapters_gradients():
+    pair = tiny.pair("llama")
+    b = batch([tiny.draw(1, 20)], 20)
+    adapters = lora.init(jax.random.key(0), pair.params, 2, ("q_proj", "up_proj"))
+
+    def barriers(memory):
+        loss = lambda adapters: nll(*pair[1:3], lora.attach(pair.params, adapters, 1.0), b, memory)
+        text = str(jax.make_jaxpr(jax.grad(lambda adapters: loss(adapters).mean()))(adapters))
+        lines = [line for line in text.splitlines() if "= optimization_barrier" in line]
+        return [len(line.split("= optimization_barrier")[1].split()) for line in lines]
+
+    # x, and a, b and scale of two adapters.
+    held = 1 + 3 * 2
+    assert held in barriers(Memory("none", unroll=True))
+    assert held not in barriers(Memory("none"))
+
+
 def test_rows_of_a_table_on_the_host_give_the_same_hidden_states():
     pair = tiny.pair("llama")
     b = batch([tiny.draw(1, 20), tiny.draw(2, 12)], 20)

@@ -97,20 +97,6 @@ def test_backward_keeps_no_weight_and_dequantizes_again():
     assert grad.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 2 * len(HEIGHTS)
 
 
-def test_the_cotangent_waits_for_the_pairs_gradients():
-    layouts, weights, pairs, _ = group(GROUPS["one without"])
-    x = draw(5, ROWS, WIDTH).astype(jnp.bfloat16)
-    with _choice.target("gpu"):
-        loss = lambda x, pairs: sum(
-            y.sum() for y in nf4_matmul.products(layouts, x, weights, pairs)
-        )
-        text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, pairs))
-    (last,) = [line for line in text.splitlines() if "optimization_barrier" in line][-1:]
-    # One of dx's terms, and a, b and scale of both pairs.
-    held = last.split("optimization_barrier")[1].split()
-    assert len(held) == 1 + 3 * sum(pair is not None for pair in pairs), last
-
-
 def test_the_merged_road_is_refused_with_the_reason_where_it_cannot_run():
     layouts, weights, pairs, _ = group(GROUPS["all adapted"])
     x = draw(5, ROWS, WIDTH)

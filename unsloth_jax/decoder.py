@@ -111,8 +111,9 @@ def scan_layers(
             rebuilds.append({p: build for p, (_, build) in here.items()})
 
         def one(carry, flat_xs, i, j, g=g, rebuilds=rebuilds):
-            w = tree.unflatten({p: rebuilds[j][p](x) for p, x in flat_xs.items()})
-            return body(carry, kinds[g.start + j], w, i)
+            w = {p: rebuilds[j][p](x) for p, x in flat_xs.items()}
+            carry, w = _tied(carry, w) if unroll else (carry, w)
+            return body(carry, kinds[g.start + j], tree.unflatten(w), i)
 
         layers = [wrap(partial(one, j=j)) for j in range(g.period)]
         # One function for all rounds, so that writing them out traces each layer once.
@@ -136,6 +137,26 @@ def _apart(xs: Any, count: int) -> list[Any]:
     split = lambda x: [part[0] for part in jax.lax.split(x, [1] * count)]
     leaves, kind = jax.tree.flatten(xs)
     return [kind.unflatten(parts) for parts in zip(*map(split, leaves), strict=True)]
+
+
+def _tied(carry: Any, weights: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A layer's inputs as they are; in the backward pass adapters' gradients come before dx.
+
+    Else nothing waits for them, and what they are made of is kept for the end.
+    """
+    adapted = {p: (w.a, w.b, w.scale) for p, w in weights.items() if isinstance(w, Lora)}
+    carry, adapted = _together(carry, adapted)
+    pairs = {p: Lora(weights[p].base, *own) for p, own in adapted.items()}
+    return carry, weights | pairs
+
+
+@jax.custom_vjp
+def _together(*inputs: Any) -> Any:
+    """Its inputs, whose cotangents wait for each other."""
+    return inputs
+
+
+_together.defvjp(lambda *inputs: (inputs, None), lambda _, ct: jax.lax.optimization_barrier(ct))
 
 
 def document_lengths(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
