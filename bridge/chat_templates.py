@@ -55,6 +55,8 @@ def get_chat_template(
     Raises TypeError for another type, ValueError for an unknown name, key or missing message, and
     for text that is no Jinja.
     """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"get_chat_template takes a tokenizer, got {type(tokenizer).__name__}")
     template = _chosen(tokenizer, chat_template)
     text = _filled(template.jinja, system_message)
     require_jinja(text, "chat_template")

@@ -37,9 +37,16 @@ def find(
     `org/repo/file.gguf` is one file of a repo. Raises FileNotFoundError for a path that is not
     there or a folder without a model, OSError naming the repo where the hub gives nothing.
     """
+    if not isinstance(model_name, str | os.PathLike) or not str(model_name).strip():
+        error = ValueError if isinstance(model_name, str) else TypeError
+        raise error(
+            "model_name must be a folder, a .gguf file or a hub name such as 'org/model', got "
+            f"{model_name!r}"
+        )
     name = os.fspath(model_name)
     local = Path(name).expanduser()
-    if local.exists():
+    # Unlike Path.exists it answers for names that no file can have.
+    if os.path.exists(local):
         kind(local)
         return local
     if _looks_like_a_path(name):

@@ -3,18 +3,22 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import groupby
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
+
+from bridge.safetensors_file import read_json
 
 Messages = Sequence[Mapping[str, Any]]
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TEMPLATE_FILES = ("chat_template.json", "processor_config.json", "preprocessor_config.json")
 # A private-use character: no template tests for it and no sane message holds it.
 MARK = "\ue0f1"
@@ -31,20 +35,54 @@ def load(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder, chat template included wherever the folder keeps it.
 
     Raises FileNotFoundError where it has no tokenizer, TypeError where none can give offsets,
-    ValueError where its chat template is no Jinja.
+    ValueError where a file is broken, which it names, or the chat template is no Jinja.
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in FILES):
         raise FileNotFoundError(f"no tokenizer in {folder}: expected one of {', '.join(FILES)}")
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    _require_whole(folder)
+    with _naming(f"the tokenizer in {folder}", AttributeError, KeyError, TypeError, ValueError):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     _require_offsets(tokenizer)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = _processor_template(folder)
     templates = tokenizer.chat_template or {}
+    if not isinstance(templates, str | Mapping):
+        raise ValueError(
+            f"chat_template of the tokenizer in {folder} is {templates!r}, expected Jinja text"
+        )
     named = {"chat_template": templates} if isinstance(templates, str) else templates
     for name, jinja in named.items():
         require_jinja(jinja, f"{name} of the tokenizer in {folder}")
     return tokenizer
+
+
+def _require_whole(folder: Path) -> None:
+    """Raises ValueError naming the first file that is not JSON, not text, or no tokenizer."""
+    for name in (*FILES, *SETTINGS_FILES, *TEMPLATE_FILES):
+        if name.endswith(".json") and (folder / name).is_file():
+            read_json(folder / name)
+    for path in sorted(folder.glob("*.jinja")):
+        with _naming(str(path), UnicodeDecodeError):
+            path.read_text(encoding="utf-8")
+    if (file := folder / "tokenizer.json").is_file():
+        with _naming(str(file), Exception):
+            Tokenizer.from_file(str(file))
+
+
+class _naming(AbstractContextManager):
+    """Inside, errors of exactly these classes become ValueErrors that begin with `what`."""
+
+    def __init__(self, what: str, *classes: type[Exception]):
+        self.what, self.classes = what, classes
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        # By class and not by `except`: tokenizers raises Exception itself, and no subclass.
+        if kind in self.classes:
+            raise ValueError(
+                f"{self.what} can't be read: {kind.__name__}: {error}; expected what a fast "
+                "tokenizer's save_pretrained writes"
+            ) from error
 
 
 def require_jinja(jinja: str, what: str) -> None:
@@ -71,7 +109,7 @@ def _require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _processor_template(folder: Path) -> str | None:
     paths = [folder / name for name in TEMPLATE_FILES]
-    found = [json.loads(p.read_text(encoding="utf-8")) for p in paths if p.is_file()]
+    found = [read_json(path) for path in paths if path.is_file()]
     return next((f["chat_template"] for f in found if f.get("chat_template")), None)
 
 
@@ -247,9 +285,17 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def stop_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: Mapping[str, Any] | None = None
 ) -> list[int]:
-    """Every id that ends an answer: generation_config.json's, the tokenizer's, the template's."""
-    named = (generation_config or {}).get("eos_token_id")
-    named = named if isinstance(named, list | tuple) else [named]
+    """Every id that ends an answer: generation_config.json's, the tokenizer's, the template's.
+
+    Raises ValueError where the first names what is no id.
+    """
+    eos = (generation_config or {}).get("eos_token_id")
+    named = eos if isinstance(eos, list | tuple) else [eos]
+    if not all(x is None or type(x) is int and 0 <= x < 2**31 for x in named):
+        raise ValueError(
+            f"eos_token_id of generation_config.json or config.json: expected a token id or a "
+            f"list of them, got {eos!r}"
+        )
     found = {*named, tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None}
     return sorted(found)
 

@@ -4,60 +4,28 @@ Tensors are [THREADS], one element a thread. A quad of lanes reads a block's 32 
 row, so that a byte's two weights are a register of the left operand as they come, and x's columns
 match them without a shuffle. A byte's pair of bfloat16 values is one 4-byte load: the 256 pairs
 stand in shared memory 32 times, one copy in each bank, and no two lanes ever wait for a bank.
-
-One or two rows of x leave columns of the right operand free: there they hold four blocks' columns
-each, so that a lane reads one block of x for four of the weight, and needs two blocks' scales.
-All that a program reads from global memory is asked for before the first thing that waits.
 """
 
 import triton.language as tl
 
 from pallas_kernels._nf4_few_rows_triton import choose, codebook, group, jit
 
-PAIRS, SCALES, SUMS = "nf4_few_rows_pairs", "nf4_few_rows_scales", "nf4_few_rows_sums"
+PAIRS, SCALES = "nf4_few_rows_pairs", "nf4_few_rows_scales"
 
 
-def _fill(maps: int) -> str:
-    """PTX: thread e writes pair e ($1) to each bank, copies maps' scales; $0 is 4 times the lane.
-
-    Needs at least 256 threads. What was asked for before is on its way when the first one waits.
-    """
+def _fill() -> str:
+    """PTX: thread e writes pair e ($1) to each bank, three maps' scales; $0 is 4 times the lane."""
     lines = [
         f".shared .align 128 .b32 {PAIRS}[8192]; .shared .align 16 .b32 {SCALES}[768];",
-        f".shared .align 16 .b32 {SUMS}[2048];",
         "{ .reg .b32 a, b, c, e, l; mov.u32 l, %laneid; mov.u32 a, %tid.x; and.b32 a, a, 255;",
         f"mov.u32 b, {PAIRS}; shl.b32 e, a, 2; shl.b32 a, a, 7; add.u32 a, a, b;",
     ]
-    lines.append(f"mov.u32 c, {SCALES}; add.u32 e, e, c;")
-    for k in range(maps):
-        lines.append(f"cp.async.ca.shared.global [e+{1024 * k}], [${2 + k}], 4;")
-    lines.append("bar.warp.sync 0xffffffff;")
     for k in range(8):
         lines.append(f"add.u32 c, l, {k}; and.b32 c, c, 7; shl.b32 c, c, 4; add.u32 c, c, a;")
         lines.append("st.shared.v4.b32 [c], {$1, $1, $1, $1};")
-    return " ".join([*lines, "cp.async.wait_all; bar.sync 0; shl.b32 $0, l, 2; }"])
-
-
-def _sum(warps: int, values: int, paired: bool) -> str:
-    """PTX: thread 32 k + l gets value k ($1 on) of lane l, added over warps (and lanes l, l ^ 1).
-
-    The last operand is the buffer's place: two of them in turn make one barrier enough, as whoever
-    writes a buffer again has passed the other's barrier, which its readers reach behind their loads.
-    """
-    lines = [
-        "{ .reg .b32 a, b, t; .reg .f32 v; .reg .pred p; mov.u32 t, %tid.x;",
-        f"mov.u32 b, {SUMS}; add.u32 b, b, ${1 + values}; shl.b32 a, t, 2; add.u32 a, a, b;",
-    ]
-    lines += [f"st.shared.b32 [a+{128 * warps * k}], ${1 + k};" for k in range(values)]
-    lines.append(f"and.b32 a, t, 31; shl.b32 a, a, 2; add.u32 a, a, b; shr.u32 b, t, 5;")
-    lines.append(f"and.b32 b, b, {values - 1}; mul.lo.u32 b, b, {128 * warps}; add.u32 a, a, b;")
-    lines.append(f"setp.lt.u32 p, t, {32 * values}; mov.f32 $0, 0f00000000; bar.sync 0;")
-    for k in range(warps):
-        lines.append(f"mov.f32 v, 0f00000000; @p ld.shared.b32 v, [a+{128 * k}];")
-        lines.append("add.f32 $0, $0, v;")
-    if paired:
-        lines.append("shfl.sync.bfly.b32 v, $0, 1, 0x1f, 0xffffffff; add.f32 $0, $0, v;")
-    return " ".join([*lines, "}"])
+    lines.append(f"mov.u32 b, {SCALES}; add.u32 a, e, b;")
+    lines += [f"st.shared.b32 [a+{1024 * k}], ${2 + k};" for k in range(3)]
+    return " ".join([*lines, "bar.sync 0; shl.b32 $0, l, 2; }"])
 
 
 def _load(count: int) -> str:
@@ -92,9 +60,7 @@ def _multiply() -> str:
     return " ".join([*lines, "}"])
 
 
-FILL, FILL_PLAIN = tl.constexpr(_fill(3)), tl.constexpr(_fill(0))
-SUM8, SUM8_SPREAD = tl.constexpr(_sum(8, 4, False)), tl.constexpr(_sum(8, 2, True))
-SUM16_SPREAD = tl.constexpr(_sum(16, 2, True))
+FILL = tl.constexpr(_fill())
 LOAD1, LOAD2, LOAD4 = (tl.constexpr(_load(count)) for count in (1, 2, 4))
 DECODE, MULTIPLY = tl.constexpr(_decode()), tl.constexpr(_multiply())
 COLUMNS = tl.constexpr(
@@ -112,10 +78,10 @@ LONGS1, LONGS2, LONGS4 = (tl.constexpr((tl.int64,) * (2 * count)) for count in (
 
 
 @jit
-def eight_columns(address):
-    """16 neighbouring columns of a row of x from each address, in the order of the program."""
+def eight_columns(address, KEPT: tl.constexpr):
+    """16 neighbouring columns of a row of x from each address; KEPT ones are asked for once."""
     return tl.inline_asm_elementwise(
-        COLUMNS, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,l", [address], dtype=WORDS, is_pure=False, pack=1
+        COLUMNS, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,l", [address], dtype=WORDS, is_pure=KEPT, pack=1
     )
 
 
@@ -172,12 +138,12 @@ def stored_together(absmax, number, STEP: tl.constexpr, NESTED: tl.constexpr):
 
 
 @jit
-def scale_of(stored, wide, offset, maps, fours, PLACE: tl.constexpr, NESTED: tl.constexpr):
-    """The float32 scale of block PLACE of those stored together; `fours` keeps it behind FILL."""
+def scale_of(stored, wide, offset, maps, PLACE: tl.constexpr, NESTED: tl.constexpr):
+    """The float32 scale of block PLACE of those stored together."""
     if NESTED:
         at = maps + ((stored >> (8 * PLACE)) & 255) * 4
         value = tl.inline_asm_elementwise(
-            SCALE, "=f,r,r", [at, fours], dtype=tl.float32, is_pure=True, pack=1
+            SCALE, "=f,r", [at], dtype=tl.float32, is_pure=True, pack=1
         )
         return value * wide + offset
     else:
@@ -186,14 +152,11 @@ def scale_of(stored, wide, offset, maps, fours, PLACE: tl.constexpr, NESTED: tl.
 
 @jit
 def ask(
-    tile, block, quad, place, layer, packed, absmax, nested, near,
+    tile, block, quad, place, layer, packed, absmax, nested,
     O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr,
-    I: tl.constexpr, STEP: tl.constexpr, NESTED: tl.constexpr, SPREAD: tl.constexpr,
+    I: tl.constexpr, STEP: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
-    """A step's bytes and stored scales of rows quad and quad + 8 of a tile, of blocks from one.
-
-    SPREAD: columns of x as well, and only the two scales of a row that the lane's sums need.
-    """
+    """A step's bytes and stored scales of rows quad and quad + 8 of a tile, of blocks from one."""
     per_row: tl.constexpr = I // 64
     matrix, start, before = group(tile, 16, O0, O1)
     height = tl.where(matrix == 0, O0, tl.where(matrix == 1, O1, O2))
@@ -204,91 +167,41 @@ def ask(
     w = blocks_bytes(base + upper * (I // 2), base + lower * (I // 2), STEP)
     scales = choose(matrix, absmax[0], absmax[1], absmax[2]) + layer * height * per_row
     first, second = upper * per_row + block, lower * per_row + block
-    if SPREAD:
-        s = stored_together(scales, first + place % 2 * 2, 2, NESTED)
-        t = stored_together(scales, second + place % 2 * 2, 2, NESTED)
-        columns = eight_columns(near + block * 128)
-    else:
-        s = stored_together(scales, first, STEP, NESTED)
-        t = stored_together(scales, second, STEP, NESTED)
-        columns = None
+    s = stored_together(scales, first, STEP, NESTED)
+    t = stored_together(scales, second, STEP, NESTED)
     if NESTED:
         outer = choose(matrix, nested[0], nested[1], nested[2])
         outer += layer * ((height * per_row + 255) // 256)
-        return w, s, t, tl.load(outer + first // 256), tl.load(outer + second // 256), columns
+        return w, s, t, tl.load(outer + first // 256), tl.load(outer + second // 256)
     else:
-        return w, s, t, 0.0, 0.0, columns
+        return w, s, t, 0.0, 0.0
 
 
 @jit
 def add_step(
-    total, ahead, found, right, at, then, fours, offset, maps,
-    STEP: tl.constexpr, NESTED: tl.constexpr,
+    total, found, right, at, fours, offset, maps,
+    STEP: tl.constexpr, NESTED: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Adds the products of a step's blocks, each scaled in float32, to four sums a thread.
-
-    `ahead` is the first block's columns of x; those of the block at `then` come back beside sums.
-    """
-    w, s, t, wide, wide_t, _ = found
+    """Adds the products of a step's blocks, each scaled in float32, to four sums a thread."""
+    w, s, t, wide, wide_t = found
     for k in tl.static_range(STEP):
-        columns = ahead
-        following = at + 128 * (k + 1) if k + 1 < STEP else then
-        ahead = columns_of(right, following)
         left = left_of(w[k], w[STEP + k], fours)
-        a = scale_of(s, wide, offset, maps, fours, k, NESTED)
-        b = scale_of(t, wide_t, offset, maps, fours, k, NESTED)
+        a = scale_of(s, wide, offset, maps, k, NESTED)
+        b = scale_of(t, wide_t, offset, maps, k, NESTED)
         sums = ()
         for c in tl.static_range(len(right)):
-            p = block_sums(left, columns[c])
+            p = block_sums(left, eight_columns(right[c] + (at + 128 * k), KEPT))
             old = total[c]
             new = (old[0] + p[0] * a, old[1] + p[1] * a, old[2] + p[2] * b, old[3] + p[3] * b)
             sums = sums + (new,)
         total = sums
-    return total, ahead
+    return total
 
 
 @jit
-def columns_of(right, at):
-    """A block's columns of up to 8 rows of x at each address of a tuple."""
-    found = ()
-    for c in tl.static_range(len(right)):
-        found = found + (eight_columns(right[c] + at),)
-    return found
-
-
-@jit
-def add_spread(total, found, odd, fours, offset, maps, NESTED: tl.constexpr):
-    """Adds a step's four blocks: column c of a product holds block c % 4 of row c // 4 of x.
-
-    A lane's columns 2t, 2t + 1 are blocks 0, 1 or, where t is odd, 2, 3; others' sums are dropped.
-    """
-    w, s, t, wide, wide_t, right = found
-    p0 = block_sums(left_of(w[0], w[4], fours), right)
-    p1 = block_sums(left_of(w[1], w[5], fours), right)
-    p2 = block_sums(left_of(w[2], w[6], fours), right)
-    p3 = block_sums(left_of(w[3], w[7], fours), right)
-    upper, lower = total[0]
-    first = scale_of(s, wide, offset, maps, fours, 0, NESTED)
-    second = scale_of(s, wide, offset, maps, fours, 1, NESTED)
-    upper += tl.where(odd, p2[0], p0[0]) * first + tl.where(odd, p3[1], p1[1]) * second
-    first = scale_of(t, wide_t, offset, maps, fours, 0, NESTED)
-    second = scale_of(t, wide_t, offset, maps, fours, 1, NESTED)
-    lower += tl.where(odd, p2[2], p0[2]) * first + tl.where(odd, p3[3], p1[3]) * second
-    return ((upper, lower),)
-
-
-@jit
-def fill(pair, map0, map1, map2, NESTED: tl.constexpr):
-    """Fills the tables in shared memory, for all threads when it comes back: 4 times the lane."""
-    if NESTED:
-        return tl.inline_asm_elementwise(
-            FILL, "=r,r,l,l,l", [pair, map0.to(tl.int64), map1.to(tl.int64), map2.to(tl.int64)],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-    else:
-        return tl.inline_asm_elementwise(
-            FILL_PLAIN, "=r,r", [pair], dtype=tl.int32, is_pure=False, pack=1
-        )
+def over_warps(value, WARPS: tl.constexpr):
+    """Sums of equal lanes of all warps [32]."""
+    return tl.sum(value.reshape(WARPS, 32), axis=0)
 
 
 @jit
@@ -310,7 +223,6 @@ def warp_kernel(
     per_row: tl.constexpr = I // 64
     steps: tl.constexpr = per_row // (WARPS * STEP)
     last: tl.constexpr = (O0 + 15) // 16 + (O1 + 15) // 16 + (O2 + 15) // 16 - 1
-    SPREAD: tl.constexpr = STEP == 4 and M <= 2
     if TRACED:
         layer = tl.load(layers)
     layer = tl.cast(layer, tl.int64)
@@ -320,41 +232,31 @@ def warp_kernel(
     packed, absmax = (packed0, packed1, packed2), (absmax0, absmax1, absmax2)
     nested = (nested0, nested1, nested2)
     tile, stride = tl.program_id(0), tl.num_programs(0)
-    row, column = tl.minimum(quad // 4, M - 1), quad % 4 * 64 + place * 16
-    near = x.to(tl.int64) + (row * I + column) * 2
-    now = ask(
-        tile, part, quad, place, layer, packed, absmax, nested, near,
-        O0, O1, O2, I, STEP, NESTED, SPREAD,
-    )  # fmt: skip
+    now = ask(tile, part, quad, place, layer, packed, absmax, nested, O0, O1, O2, I, STEP, NESTED)
     soon = now
     if TILES * steps > 1:
         soon = ask(
             tl.minimum(tile + stride * (1 // steps), last), part + 1 % steps * STEP, quad, place,
-            layer, packed, absmax, nested, near, O0, O1, O2, I, STEP, NESTED, SPREAD,
+            layer, packed, absmax, nested, O0, O1, O2, I, STEP, NESTED,
         )  # fmt: skip
-    offsets = (0.0, 0.0, 0.0)
-    if NESTED:
-        first = tl.load(offset0 + layer)
-        offsets = (
-            first,
-            tl.load(offset1 + layer) if O1 > 0 else first,
-            tl.load(offset2 + layer) if O2 > 0 else first,
-        )
-    right, nothing, ahead = (), (), ()
-    if not SPREAD:
-        for c in tl.static_range((M + 7) // 8):
-            row = tl.minimum(quad + 8 * c, M - 1)
-            right = right + (x.to(tl.int64) + (row * I + place * 16 + part * 64) * 2,)
-        ahead = columns_of(right, 0)
     code = thread % 256
-    scale = layer * 256 + code
-    fours = fill(word_of_pair(code), map0 + scale, map1 + scale, map2 + scale, NESTED)
-    zero = fours * 0.0
-    if SPREAD:
-        nothing = ((zero, zero),)
+    pair = word_of_pair(code)
+    if NESTED:
+        s0 = tl.load(map0 + layer * 256 + code)
+        s1 = tl.load(map1 + layer * 256 + code) if O1 > 0 else s0
+        s2 = tl.load(map2 + layer * 256 + code) if O2 > 0 else s0
     else:
-        for c in tl.static_range((M + 7) // 8):
-            nothing = nothing + ((zero, zero, zero, zero),)
+        s0 = codebook(code)
+        s1, s2 = s0, s0
+    fours = tl.inline_asm_elementwise(
+        FILL, "=r,r,f,f,f", [pair, s0, s1, s2], dtype=tl.int32, is_pure=False, pack=1
+    )
+    zero = fours * 0.0
+    right, nothing = (), ()
+    for c in tl.static_range((M + 7) // 8):
+        row = tl.minimum(quad + 8 * c, M - 1)
+        right = right + (x.to(tl.int64) + (row * I + place * 16 + part * 64) * 2,)
+        nothing = nothing + ((zero, zero, zero, zero),)
     total = nothing
     for n in tl.static_range(TILES * steps):
         then = soon
@@ -362,78 +264,33 @@ def warp_kernel(
             then = ask(
                 tl.minimum(tile + stride * ((n + 2) // steps), last),
                 part + (n + 2) % steps * STEP, quad, place,
-                layer, packed, absmax, nested, near, O0, O1, O2, I, STEP, NESTED, SPREAD,
+                layer, packed, absmax, nested, O0, O1, O2, I, STEP, NESTED,
             )  # fmt: skip
         matrix, start, before = group(tl.minimum(tile + stride * (n // steps), last), 16, O0, O1)
-        offset = choose_scale(matrix, offsets)
-        if SPREAD:
-            total = add_spread(
-                total, now, place % 2 == 1, fours, offset, matrix * 1024, NESTED
-            )
-        else:
-            total, ahead = add_step(
-                total, ahead, now, right, n % steps * STEP * 128, (n + 1) % steps * STEP * 128,
-                fours, offset, matrix * 1024, STEP, NESTED,
-            )  # fmt: skip
+        offset = tl.load(choose(matrix, offset0, offset1, offset2) + layer) if NESTED else 0.0
+        total = add_step(
+            total, now, right, n % steps * STEP * 128, fours, offset, matrix * 1024,
+            STEP, NESTED, M == 1 and TILES == 1,
+        )  # fmt: skip
         now = soon
         soon = then
         if n % steps == steps - 1:
             height = tl.where(matrix == 0, O0, tl.where(matrix == 1, O1, O2))
             inside = tile + stride * (n // steps) <= last
-            put(
-                y + before, total, start, tl.where(inside, height, 0), n // steps,
-                M, O0 + O1 + O2, WARPS, SPREAD,
-            )  # fmt: skip
+            put(y + before, total, start, tl.where(inside, height, 0), M, O0 + O1 + O2, WARPS)
             total = nothing
 
 
 @jit
-def choose_scale(matrix, offsets):
-    """The offset of the scales of the matrix that a program works on."""
-    return tl.where(matrix == 0, offsets[0], tl.where(matrix == 1, offsets[1], offsets[2]))
-
-
-@jit
-def over_warps(
-    sums, ROUND: tl.constexpr, WARPS: tl.constexpr, SPREAD: tl.constexpr
-):
-    """Value k of lane l, added over all warps, in thread 32 k + l; SPREAD: over two lanes too."""
-    place = ROUND % 2 * 4096
-    if not SPREAD:
-        return tl.inline_asm_elementwise(
-            SUM8, "=&f,f,f,f,f,r", [sums[0], sums[1], sums[2], sums[3], place],
-            dtype=tl.float32, is_pure=False, pack=1,
-        )  # fmt: skip
-    elif WARPS == 8:
-        return tl.inline_asm_elementwise(
-            SUM8_SPREAD, "=&f,f,f,r", [sums[0], sums[1], place],
-            dtype=tl.float32, is_pure=False, pack=1,
-        )  # fmt: skip
-    else:
-        return tl.inline_asm_elementwise(
-            SUM16_SPREAD, "=&f,f,f,r", [sums[0], sums[1], place],
-            dtype=tl.float32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@jit
-def put(
-    y, total, start, height, TILE: tl.constexpr,
-    M: tl.constexpr, O: tl.constexpr, WARPS: tl.constexpr, SPREAD: tl.constexpr,
-):  # fmt: skip
+def put(y, total, start, height, M: tl.constexpr, O: tl.constexpr, WARPS: tl.constexpr):
     """Adds all warps' sums and stores them: a lane has columns 2t, 2t + 1 of rows g, g + 8."""
-    thread = tl.arange(0, 32 * WARPS)
-    lane, k = thread % 32, thread // 32
-    for c in tl.static_range(len(total)):
-        value = over_warps(total[c], TILE * len(total) + c, WARPS, SPREAD)
-        if SPREAD:
-            column, row = lane % 4 // 2, start + lane // 4 + k * 8
-            mine = (k < 2) & (lane % 2 == 0)
-        else:
-            column, row = 8 * c + lane % 4 * 2 + k % 2, start + lane // 4 + k // 2 * 8
-            mine = k < 4
-        where = y + column * O + row
-        tl.store(where, value.to(y.dtype.element_ty), mask=mine & (column < M) & (row < height))
+    lane = tl.arange(0, 32)
+    for c in tl.static_range((M + 7) // 8):
+        for k in tl.static_range(4):
+            if M > 1 or k % 2 == 0:
+                column, row = 8 * c + lane % 4 * 2 + k % 2, start + lane // 4 + k // 2 * 8
+                value = over_warps(total[c][k], WARPS).to(y.dtype.element_ty)
+                tl.store(y + column * O + row, value, mask=(column < M) & (row < height))
 
 
 @jit

@@ -2,7 +2,9 @@
 
 import inspect
 import io
+import json
 import runpy
+import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -117,7 +119,7 @@ def test_the_config_has_unsloths_defaults():
     assert {n: v for n, v in made.items() if n in CONFIG} == {
         n: CONFIG[n] for n in made if n in CONFIG
     }
-    others = "max_length warmup_steps save_steps logging_dir truncation memory_budget matmul_dtype"
+    others = "max_length warmup_steps save_steps truncation memory_budget matmul_dtype"
     assert made.keys() - CONFIG.keys() == set(others.split())
     assert vars(SFTConfig(**CONFIG)) == made
 
@@ -492,6 +494,186 @@ def test_the_notebooks_say_which_lines_they_changed():
 def test_a_gpu_that_is_asked_for_in_any_form_has_to_be_there(folder, device_map):
     with pytest.raises(RuntimeError, match="asks for a GPU"):
         FastLanguageModel.from_pretrained(str(folder), device_map=device_map)
+
+
+@pytest.mark.parametrize("device_map", ["nonsense", "tpu", "cuda:", True, 5.5, [], {"": "disk"}])
+def test_what_is_no_device_is_refused_with_those_that_are(folder, device_map):
+    with pytest.raises(ValueError, match="device_map names .*; expected None, 'auto', 'sequent"):
+        FastLanguageModel.from_pretrained(str(folder), device_map=device_map)
+
+
+@pytest.mark.parametrize("device_map", [None, "auto", "cpu", {"": "cpu"}, "balanced_low_0"])
+def test_devices_that_a_cpu_satisfies_pass(device_map):
+    face.require_device(device_map)
+
+
+WIDTHS = [
+    dict(load_in_4bit=True, load_in_8bit=True),
+    dict(load_in_4bit=True, load_in_16bit=True),
+    dict(load_in_4bit=True, load_in_fp8="block"),
+    dict(load_in_16bit=True, load_in_8bit=True),
+]
+
+
+@pytest.mark.parametrize("given", WIDTHS, ids=str)
+def test_two_widths_asked_for_at_once_are_refused_by_both_names(folder, given):
+    (one, a), (other, b) = given.items()
+    with pytest.raises(ValueError) as error:
+        FastLanguageModel.from_pretrained(str(folder), **given)
+    assert all(f"{name}={value!r}" in str(error.value) for name, value in given.items())
+    assert "expected one width of ['load_in_4bit'" in str(error.value)
+    if one == "load_in_4bit":  # given by place
+        with pytest.raises(ValueError, match=f"load_in_4bit=True and {other}="):
+            FastLanguageModel.from_pretrained(str(folder), 64, None, True, **{other: b})
+
+
+def test_one_width_beside_the_default_is_no_clash(folder):
+    for given in (dict(load_in_16bit=True), dict(load_in_16bit=True, load_in_4bit=False)):
+        model, _ = FastLanguageModel.from_pretrained(str(folder), max_seq_length=64, **given)
+        assert not model.quantized
+    given = dict(load_in_4bit=True, load_in_16bit=False, load_in_8bit=None, load_in_fp8=False)
+    assert FastLanguageModel.from_pretrained(str(folder), max_seq_length=64, **given)[0].quantized
+
+
+NAMES = [
+    (dict(model_name=None), TypeError, "model_name must be str, got None"),
+    (dict(model_name=5), TypeError, "model_name must be str, got 5"),
+    (dict(model_name=b"x"), TypeError, "model_name must be str, got b'x'"),
+    (dict(model_name=["x"]), TypeError, "model_name must be str, got .'x'."),
+    (dict(model_name=""), ValueError, "model_name must be a text that names something, got ''"),
+    (dict(model_name="a\0b"), ValueError, "model_name must be a text that names something"),
+    (dict(revision=5), TypeError, "revision must be str | None, got 5"),
+    (dict(revision=""), ValueError, "revision must be a text that names something"),
+    (dict(cache_dir=5), TypeError, "cache_dir must be str | None, got 5"),
+    (dict(token=5), TypeError, "token must be str | bool | None, got 5"),
+    (dict(local_files_only=None), TypeError, "local_files_only must be bool, got None"),
+    (dict(load_in_16bit=None), TypeError, "load_in_16bit must be bool, got None"),
+]
+
+
+def unchecked(function):
+    """A function without the tests' own checks of annotations, which users don't have."""
+    return inspect.unwrap(function)
+
+
+@pytest.mark.parametrize("given, error, message", NAMES, ids=str)
+def test_what_names_no_model_is_refused_before_it_is_looked_for(
+    folder, monkeypatch, given, error, message
+):
+    monkeypatch.setattr(face.hub, "find", lambda *args, **options: pytest.fail("looked for it"))
+    load = unchecked(FastLanguageModel.from_pretrained)
+    with pytest.raises(error, match=f"from_pretrained: {message}".replace("|", r"\|")):
+        load(**{"model_name": str(folder)} | given)
+
+
+PEFT_SLIPS = [
+    (dict(model=None), TypeError, "model must be Model, got None"),
+    (dict(model=("model", len)), TypeError, "model must be Model, got a tuple of str, builtin"),
+    (dict(r="16"), TypeError, "r must be a positive integer, got '16'"),
+    (dict(r=16.0), TypeError, "r must be a positive integer, got 16.0"),
+    (dict(r=10**9), ValueError, "r must be at most 128, the model's widest matrix, got 10+"),
+    (dict(lora_alpha=float("inf")), ValueError, "lora_alpha must be finite"),
+    (dict(random_state=2**70), ValueError, "random_state must be from"),
+    (dict(init_lora_weights=[]), TypeError, "init_lora_weights must be bool | str, got ..$"),
+    (dict(use_gradient_checkpointing=[]), ValueError, "must be one of .*got ..$"),
+]
+
+
+@pytest.mark.parametrize("given, error, message", PEFT_SLIPS, ids=str)
+def test_slips_in_adapter_settings_are_refused_by_name(model, given, error, message):
+    with pytest.raises(error, match=message.replace(" | ", r" \| ")):
+        unchecked(FastLanguageModel.get_peft_model)(**{"model": model} | given)
+    assert model.adapters is None
+
+
+@pytest.mark.parametrize(
+    "function", [FastLanguageModel.for_inference, FastLanguageModel.for_training]
+)
+def test_what_is_no_model_has_no_modes(function):
+    with pytest.raises(TypeError, match=f"{function.__name__}: model must be Model, got None"):
+        unchecked(function)(None)
+
+
+def test_a_rank_may_be_numpys(folder):
+    adapt = unchecked(FastLanguageModel.get_peft_model)
+    model = adapt(tiny_chat.load(folder)[0], r=np.int64(4))
+    assert type(model.peft.rank) is int and model.peft.rank == 4
+
+
+def with_settings(folder: Path, place: Path, **settings) -> Path:
+    """A copy of the folder with this generation_config.json."""
+    shutil.copytree(folder, place)
+    ends = dict(eos_token_id=tiny_chat.EOS, pad_token_id=tiny_chat.EOS)
+    (place / "generation_config.json").write_text(json.dumps(ends | settings))
+    return place
+
+
+# Settings of the file; an end of 5 stands for the token at that place of the plain answer.
+IN_THE_FILE = [
+    dict(repetition_penalty=1.7),
+    dict(do_sample=False, temperature=0.6, top_k=20, top_p=0.9),
+    dict(temperature=0.6, top_p=0.9),
+    dict(do_sample=True, top_k=1),
+    dict(do_sample=True, top_k=50, top_p=1e-6),
+    dict(do_sample=True, min_p=1.0),
+    dict(eos_token_id=[tiny_chat.EOS, 5]),
+    dict(eos_token_id=[5]),
+]
+
+
+@pytest.mark.parametrize("settings", IN_THE_FILE, ids=str)
+def test_settings_of_the_checkpoints_file_give_transformers_answer(
+    model, folder, prompt, tmp_path, settings
+):
+    plain = model.generate(prompt, max_new_tokens=NEW)[0, prompt.shape[1] :]
+    if "eos_token_id" in settings:
+        ends = [int(plain[x]) if x == 5 else x for x in settings["eos_token_id"]]
+        settings = {"eos_token_id": ends}
+    place = with_settings(folder, tmp_path / "m", **settings)
+    with torch.no_grad():
+        expected = tiny_chat.reference(place).generate(*to_torch(prompt), max_new_tokens=NEW)
+    got = tiny_chat.load(place)[0].generate(prompt, max_new_tokens=NEW)
+    assert np.array_equal(got, expected)
+    if "repetition_penalty" in settings or "eos_token_id" in settings:
+        assert not np.array_equal(got[0, prompt.shape[1] :], plain)
+
+
+LENGTHS = [
+    dict(max_new_tokens=5), dict(max_length=20), dict(max_length=24),
+    dict(max_length=24, max_new_tokens=3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", LENGTHS, ids=str)
+def test_the_length_of_the_checkpoints_file_is_transformers_and_what_is_asked_stands_above_it(
+    model, folder, prompt, tmp_path, settings
+):
+    place = with_settings(folder, tmp_path / "m", **settings)
+    theirs, (ours, _) = tiny_chat.reference(place), tiny_chat.load(place)
+    for asked in ({}, {"max_new_tokens": 7}, {"max_length": prompt.shape[1] + 6}):
+        got = ours.generate(prompt, **asked)
+        if settings.get("max_length") == 20 and not asked:
+            # transformers' own default of 20 in all is nobody's wish.
+            assert np.array_equal(got, model.generate(prompt))
+            continue
+        # There a file's max_new_tokens stands above a max_length that was asked for.
+        lengths = {"max_new_tokens": None} | asked if "max_length" in asked else asked
+        with torch.no_grad():
+            expected = theirs.generate(*to_torch(prompt), do_sample=False, **lengths)
+        assert np.array_equal(got, expected)
+
+
+def test_other_decoding_in_the_checkpoints_file_is_refused(folder, prompt, tmp_path):
+    model, _ = tiny_chat.load(with_settings(folder, tmp_path / "m", num_beams=4))
+    with pytest.raises(ValueError, match="generation_config.json: num_beams=4 is not supported"):
+        model.generate(prompt, max_new_tokens=2)
+    assert model.generate(prompt, max_new_tokens=2, num_beams=1).shape == (1, prompt.shape[1] + 2)
+
+
+@pytest.mark.parametrize("given", [dict(streamer="x"), dict(tokenizer=5)], ids=str)
+def test_what_shows_no_answer_is_refused_before_it_is_made(model, prompt, given):
+    with pytest.raises(TypeError, match=f"generate: {next(iter(given))} must have"):
+        model.generate(prompt, max_new_tokens=2, **given)
 
 
 LOAD_WRONG = [

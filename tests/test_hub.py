@@ -1,5 +1,6 @@
 """Finding models: local paths without a request, hub names through the hub's cache, errors."""
 
+import inspect
 import os
 import socket
 import subprocess
@@ -89,6 +90,20 @@ def test_a_missing_path_names_its_neighbours(tmp_path, no_network):
     folder_with(tmp_path, "other-model")
     with pytest.raises(FileNotFoundError, match="other-model"):
         hub.find(str(tmp_path / "my-model"))
+
+
+@pytest.mark.parametrize("name", [None, 5, b"model", True, ["model"], "", " "])
+def test_what_is_no_name_is_refused_with_what_a_name_is(no_network, name):
+    find = inspect.unwrap(hub.find)  # without the tests' own checks of annotations
+    error = ValueError if isinstance(name, str) else TypeError
+    with pytest.raises(error, match="model_name must be a folder, .*'org/model', got") as found:
+        find(name)
+    assert str(found.value).endswith(f"got {name!r}")
+
+
+def test_a_name_that_no_file_can_have_is_asked_of_the_cache(cached, no_network):
+    with pytest.raises(OSError, match="is neither here nor on the hub"):
+        hub.find("x" * 5000, cache_dir=cached[0], local_files_only=True)
 
 
 @pytest.mark.parametrize(

@@ -340,3 +340,22 @@ def test_turns_that_their_openings_do_not_tell_apart_are_refused():
     made = rows([{"messages": TALK}], tokenizer, max_length=None)
     with pytest.raises(ValueError, match="ends answers with no special token, and the text that"):
         responses_only(made, tokenizer)
+
+
+@pytest.mark.parametrize("ids", [5, [None], [float("nan")], [float("inf")], [[3]], ["3"], [1.5]])
+def test_input_ids_that_are_no_whole_numbers_are_refused_by_row(chatml, ids):
+    with pytest.raises(ValueError, match="row 0: input_ids must be whole numbers, got"):
+        rows([{"input_ids": ids}], chatml, max_length=9)
+
+
+def test_a_formatting_func_returns_a_list_for_a_batch_too(chatml):
+    once = iter([["a"]])
+    func = lambda batch: next(once, "abc")
+    with pytest.raises(TypeError, match="a list for one example and str for a batch of them"):
+        rows([{"text": "abc"}], chatml, max_length=None, formatting_func=func)
+
+
+def test_an_instruction_marker_that_no_row_has_is_refused(chatml):
+    made = rows([{"messages": TALK}], chatml, max_length=None)
+    with pytest.raises(ValueError, match="'### Ask:' is in none of the 1 rows: what users say"):
+        responses_only(made, chatml, "### Ask:", ANSWER_PART)

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+from functools import cache
 
 import pytest
 from small_tokenizers import RENDERED, SYSTEM, TALK, TEMPLATES, TOKENIZERS, USER, byte_level
@@ -344,6 +345,57 @@ def test_an_answer_without_any_token_is_refused():
 
 
 BROKEN = "{{ bos_token }}\n{% for m in messages %}\n{{ m.content }"
+
+
+@cache
+def sound() -> str:
+    return byte_level().backend_tokenizer.to_str()
+
+
+# A file's name, what stands in it (a dict: fields of a sound tokenizer.json that are replaced).
+BROKEN_FILES = [
+    ("tokenizer.json", 900, "tokenizer.json is not JSON: .*line"),
+    ("tokenizer.json", "", "tokenizer.json is not JSON"),
+    ("tokenizer.json", b"\xff\xfe", "tokenizer.json is not JSON: .*utf-8"),
+    ("tokenizer.json", "[]", "tokenizer.json holds a list, expected a JSON object"),
+    ("tokenizer.json", "{}", "tokenizer.json can't be read: .*Model missing.*expected what"),
+    ("tokenizer.json", {"model": {"type": "BPE"}}, "tokenizer.json can't be read: .*vocab"),
+    ("tokenizer.json", {"added_tokens": [{"id": 1}]}, "tokenizer.json .*missing field"),
+    ("tokenizer.json", {"added_tokens": None}, "tokenizer.json can't be read: .*null"),
+    ("tokenizer.json", {"pre_tokenizer": {"type": "No"}}, "tokenizer.json .*PreTokenizer"),
+    ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
+    ("tokenizer_config.json", '{"eos_token": 5}', "the tokenizer in .* can't be read: .*eos_token"),
+    ("tokenizer_config.json", '{"chat_template": 5}', "chat_template of .* is 5, expected Jinja"),
+    ("special_tokens_map.json", "{", "special_tokens_map.json is not JSON"),
+    ("processor_config.json", "[]", "processor_config.json holds a list"),
+    ("chat_template.jinja", b"\xff", "chat_template.jinja can't be read: .*utf-8"),
+]
+
+
+@pytest.mark.parametrize("name, held, message", BROKEN_FILES)
+def test_a_broken_file_is_refused_by_its_name(tmp_path, name, held, message):
+    byte_level().save_pretrained(tmp_path)
+    if isinstance(held, int):
+        held = sound()[:held]
+    if isinstance(held, dict):
+        held = json.dumps(json.loads(sound()) | held)
+    (tmp_path / name).write_bytes(held if isinstance(held, bytes) else held.encode())
+    with pytest.raises(ValueError, match=message) as error:
+        bt.load(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_what_is_neither_broken_nor_ours_keeps_its_own_error(tmp_path):
+    with pytest.raises(ZeroDivisionError), bt._naming("a file", ValueError):
+        _ = 1 / 0
+    with pytest.raises(FileNotFoundError, match="no tokenizer in"):
+        bt.load(tmp_path)
+
+
+@pytest.mark.parametrize("eos", ["2", [2, None, "3"], 2.0, True, [-1], 2**40, {"a": 1}])
+def test_an_end_that_is_no_token_id_is_refused(eos):
+    with pytest.raises(ValueError, match="eos_token_id of generation_config.json or config.json"):
+        bt.stop_ids(byte_level(), {"eos_token_id": eos})
 
 
 def test_broken_jinja_is_refused_at_once_with_its_line(tmp_path):

@@ -1,6 +1,8 @@
 """SFTConfig and SFTTrainer: how many steps, what is logged, what is left whatever ends a run."""
 
+import inspect
 import json
+import math
 import os
 import signal
 
@@ -13,7 +15,7 @@ import torch
 import transformers
 
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer, train_on_responses_only
-from workflows import sft
+from workflows import progress, sft
 
 # One compiled program serves all runs with these: a constant rate does not know max_steps.
 SAME = dict(
@@ -290,7 +292,11 @@ WRONG_KIND = dict(
     packing="False", max_steps=2.5, learning_rate="2e-4", per_device_train_batch_size=2.5,
     seed=None, save_steps=True, lr_scheduler_type=3, num_train_epochs="3",
 )  # fmt: skip
-OUT_OF_RANGE = dict(warmup_ratio=3, adam_beta1=2, max_length=0, weight_decay=-1, save_total_limit=0)
+OUT_OF_RANGE = dict(
+    warmup_ratio=3, adam_beta1=2, max_length=0, weight_decay=-1, save_total_limit=0,
+    learning_rate=math.inf, num_train_epochs=math.inf, warmup_steps=math.nan, adam_epsilon=0,
+    max_steps=2**31, output_dir="", dataset_text_field=" ",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRONG_KIND)
@@ -315,3 +321,151 @@ def test_an_empty_data_set_and_a_dictionary_for_a_config_are_refused(fresh):
         SFTTrainer(fresh, train_dataset=[])
     with pytest.raises((TypeError, jaxtyping.TypeCheckError), match="args"):
         SFTTrainer(fresh, train_dataset=[LONG], args={"max_steps": 1})
+
+
+def test_two_names_of_one_limit_may_not_differ():
+    with pytest.raises(ValueError, match="max_seq_length=7 and max_length=5 name the same limit"):
+        SFTConfig(max_seq_length=7, max_length=5)
+    assert SFTConfig(max_seq_length=7, max_length=7).max_length == 7
+
+
+OLD_STYLE = [
+    (dict(packing="no"), TypeError, "packing must be bool, got 'no'"),
+    (dict(packing=1), TypeError, "packing must be bool, got 1"),
+    (dict(max_seq_length=-5), ValueError, "max_seq_length must be at least 1, got -5"),
+    (dict(max_seq_length=0), ValueError, "max_seq_length must be at least 1, got 0"),
+    (dict(max_seq_length="64"), TypeError, "max_seq_length must be int | None, got '64'"),
+    (dict(max_seq_length=2.5), TypeError, "max_seq_length must be int | None, got 2.5"),
+    (dict(dataset_text_field=5), TypeError, "dataset_text_field must be str, got 5"),
+    (dict(dataset_text_field=""), ValueError, "dataset_text_field must be a text that names"),
+]
+
+
+@pytest.mark.parametrize("given, error, message", OLD_STYLE, ids=str)
+def test_the_trainers_own_keywords_are_checked_like_the_configs(fresh, given, error, message):
+    with pytest.raises(error) as found:
+        SFTTrainer(fresh, train_dataset=tiny_chat.TEXTS, **given)
+    assert str(found.value).startswith(f"SFTTrainer: {message}")
+
+
+def test_a_keyword_that_is_none_leaves_the_configs_and_one_that_differs_is_said(fresh, capsys):
+    args = SFTConfig(max_seq_length=48, **SAME | {"max_length": None})
+    none = dict(max_seq_length=None, packing=None, dataset_text_field=None)
+    run = SFTTrainer(fresh, train_dataset=tiny_chat.TEXTS, args=args, **none)
+    assert run.args == args and "replaces" not in capsys.readouterr().out
+    run = SFTTrainer(fresh, train_dataset=tiny_chat.TEXTS, args=args, max_seq_length=40)
+    assert run.length == 40
+    assert "SFTTrainer(max_seq_length=40) replaces SFTConfig's 48" in capsys.readouterr().out
+
+
+SLIPS = [
+    (dict(model=None), "model must be Model, got None"),
+    (dict(model=("model", object())), "model must be Model, got a tuple of str, object"),
+    (dict(args={"max_steps": 1}), "args must be .*SFTConfig.*, got a value of dict"),
+    (dict(args=SFTConfig), "args must be .*SFTConfig.*, got <class"),
+    (dict(tokenizer="x"), "tokenizer must be .*PreTrainedTokenizerBase.*, got 'x'"),
+    (dict(processing_class=5), "processing_class must be .*PreTrainedTokenizerBase.*, got 5"),
+    (dict(train_dataset=5), "train_dataset must be .*Iterable.*, got 5"),
+    (dict(formatting_func="x"), "formatting_func must be .*Callable.*, got 'x'"),
+]
+
+
+def unchecked(function):
+    """A function without the tests' own checks of annotations, which users don't have."""
+    return inspect.unwrap(function)
+
+
+@pytest.mark.parametrize("given, message", SLIPS)
+def test_what_a_trainer_cannot_take_is_refused_by_its_keyword(fresh, given, message):
+    made = dict(model=fresh, train_dataset=tiny_chat.TEXTS) | given
+    with pytest.raises(TypeError, match=f"SFTTrainer: {message}"):
+        unchecked(SFTTrainer.__init__)(object.__new__(SFTTrainer), **made)
+
+
+def test_two_tokenizers_that_differ_are_refused(fresh):
+    both = dict(tokenizer=fresh.tokenizer, processing_class=fresh.tokenizer)
+    assert SFTTrainer(fresh, train_dataset=tiny_chat.TEXTS, **both).tokenizer is fresh.tokenizer
+    both["tokenizer"] = transformers.AutoTokenizer.from_pretrained(fresh.tokenizer_folder)
+    with pytest.raises(ValueError, match="tokenizer or processing_class, got two that differ"):
+        SFTTrainer(fresh, train_dataset=tiny_chat.TEXTS, **both)
+
+
+@pytest.mark.parametrize(
+    "given", [dict(trainer=None), dict(instruction_part=5), dict(last_response_only="yes")], ids=str
+)
+def test_what_responses_only_cannot_take_is_refused(fresh, given):
+    (name,) = given
+    with pytest.raises(TypeError, match=f"train_on_responses_only: {name} must be .*, got"):
+        unchecked(train_on_responses_only)(**{"trainer": trainer(fresh)} | given)
+
+
+@pytest.mark.parametrize("resume, error", [(5, TypeError), ([], TypeError), ("", ValueError)])
+def test_what_no_run_is_resumed_from_is_refused(fresh, resume, error):
+    run = trainer(fresh, max_steps=1)
+    with pytest.raises(error, match="train: resume_from_checkpoint must be .*, got"):
+        unchecked(SFTTrainer.train)(run, resume)
+
+
+def test_an_output_dir_that_is_a_file_is_refused_before_the_run(fresh, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match="output_dir='.*out' is a file, expected a folder"):
+        trainer(fresh, max_steps=1, output_dir=str(tmp_path / "out")).train()
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def steps_in(file) -> list[int]:
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()]
+
+
+def test_a_new_run_moves_the_log_of_an_earlier_one_aside(fresh, tmp_path, capsys):
+    run = trainer(fresh, max_steps=3, output_dir=str(tmp_path))
+    kept = []
+    for steps in (3, 2, 1):
+        run.args.max_steps = steps
+        run.train()
+        kept.append((tmp_path / "metrics.jsonl").read_bytes())
+    assert steps_in(tmp_path / "metrics.jsonl") == [1]
+    older = [tmp_path / f"metrics.{n}.jsonl" for n in (1, 2)]
+    assert [file.read_bytes() for file in older] == kept[:2]
+    assert sorted(tmp_path.iterdir()) == sorted([*older, tmp_path / "metrics.jsonl"])
+    said = capsys.readouterr().out
+    assert "the log of an earlier run in" in said and "is now metrics.2.jsonl" in said
+
+
+def test_a_run_without_checkpoints_does_not_mix_with_those_of_an_earlier_one(fresh, tmp_path):
+    kept = dict(max_steps=2, output_dir=str(tmp_path))
+    trainer(fresh, save_strategy="steps", save_steps=1, **kept).train()
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    for resume in (None, str(tmp_path / "checkpoint_1")):
+        with pytest.raises(FileExistsError, match="checkpoint 2 of an earlier run: continue it"):
+            trainer(fresh, **kept).train(resume_from_checkpoint=resume)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_resumed_into_another_folder_leaves_that_folders_log_whole(fresh, tmp_path):
+    saved = dict(max_steps=2, save_strategy="steps", save_steps=1)
+    trainer(fresh, output_dir=str(tmp_path / "a"), **saved).train()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "metrics.jsonl").write_text('{"step": 1, "loss": 7}\n')
+    run = trainer(fresh, output_dir=str(tmp_path / "b"), max_steps=2)
+    run.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint_1"))
+    assert steps_in(tmp_path / "b" / "metrics.jsonl") == [2]
+    assert (tmp_path / "b" / "metrics.1.jsonl").read_text() == '{"step": 1, "loss": 7}\n'
+
+
+@pytest.mark.parametrize("text", ['{"step": 1}\nnotes\n{"step": 2}\n', '{"loss": 1}\n', "[1]\n{}"])
+def test_a_continued_file_that_is_no_log_is_named_and_left_alone(tmp_path, text):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="metrics.jsonl is not the log of a run.*another output"):
+        with progress.bar(3, file, 1):
+            pass
+    assert file.read_text() == text
+
+
+def test_a_last_line_that_was_cut_short_is_written_anew(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    with progress.bar(3, file, 2):
+        pass
+    assert steps_in(file) == [1, 2]

@@ -1,12 +1,15 @@
 """Unsloth's names over the pure core; signatures and defaults are theirs."""
 
 import difflib
+import functools
+import inspect
 import os
 import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -19,74 +22,27 @@ from bridge import tokenizer as text
 from bridge.gguf_source import GGUFSource
 from bridge.peft_adapter import Settings
 from unsloth_jax import lora
-from workflows.keywords import neutral, ranged, say, settle, typed
+from workflows.face_keywords import (
+    LOAD_IGNORED,
+    LOAD_KINDS,
+    LOAD_LATER,
+    LOAD_NAMES,
+    LOAD_USED,
+    PEFT_IGNORED,
+    PEFT_KINDS,
+    PEFT_LATER,
+    PEFT_USED,
+    WIDTHS,
+)
+from workflows.inputs import SEEDS
+from workflows.keywords import ranged, say, settle, shown, typed, written
 from workflows.model import Model
 from workflows.plan import CHECKPOINTING, check_budget
 
 DTYPES = ("float32", "bfloat16", "float16")
 DIFF_LINES = 12
+DEVICES = re.compile(r"auto|sequential|balanced|balanced_low_0|cpu|\d+|(cuda|gpu)(:\d+)?")
 DEFAULT = "unsloth/Llama-3.2-1B-Instruct"
-LOAD_USED = (
-    "model_name", "max_seq_length", "dtype", "load_in_4bit", "load_in_16bit", "token", "device_map",
-    "revision", "cache_dir", "local_files_only",
-)  # fmt: skip
-PEFT_USED = (
-    "r", "target_modules", "lora_alpha", "layers_to_transform", "finetune_last_n_layers",
-    "use_gradient_checkpointing", "random_state", "use_rslora", "init_lora_weights",
-    "memory_budget",
-)  # fmt: skip
-LOAD_LATER = {
-    "load_in_8bit": (False, None),
-    "load_in_fp8": (False, None),
-    "full_finetuning": (False, None),
-    "rope_scaling": (None,),
-    "resize_model_vocab": (None,),
-    "offload_embedding": (False, None),
-    "float32_mixed_precision": (None, False),
-    "fast_inference": (False, None),
-    "float8_kv_cache": (False, None),
-    "qat_scheme": (None,),
-    "unsloth_tiled_mlp": (False, None),
-    "text_only": (False, None),
-    "num_labels": (None,),
-    "quantization_config": (None,),
-    "trust_remote_code": (False, None),
-    "subfolder": (None, ""),
-    "variant": (None,),
-    "config": (None,),
-    "id2label": (None,),
-    "label2id": (None,),
-    "gguf_file": (None,),
-    "unsloth_vllm_standby": (False, None),
-}
-LOAD_IGNORED = {
-    "fix_tokenizer": "the tokenizer is read and never altered",
-    "use_exact_model_name": "names are never mapped to other repos",
-    "use_gradient_checkpointing": "it is set by get_peft_model",
-    "gpu_memory_utilization": "no second engine shares the GPU",
-    "random_state": "loading draws nothing",
-    "max_lora_rank": "adapters of any rank are sampled from",
-    "disable_log_stats": "no second engine writes statistics",
-    "attn_implementation": "attention is chosen by device and shape",
-}
-PEFT_LATER = {
-    "lora_dropout": (0, None),
-    "bias": ("none", None),
-    "layers_pattern": (None,),
-    "modules_to_save": (None, []),
-    "loftq_config": ({}, None),
-    "qat_scheme": (None,),
-    "target_parameters": (None, []),
-    "ensure_weight_tying": (False, None),
-    "use_dora": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-}
-PEFT_IGNORED = {
-    "max_seq_length": "the length given to from_pretrained stands",
-    "temporary_location": "nothing is spilled to disk",
-    "task_type": "the model is a causal language model",
-}
 
 
 def is_bfloat16_supported() -> bool:
@@ -112,10 +68,19 @@ def compute_dtype(dtype: Any) -> jnp.dtype:
 
 
 def require_device(device_map: Any) -> None:
-    """Raises RuntimeError where a GPU is asked for, or stands unused, and JAX sees only CPUs."""
+    """Raises RuntimeError where a GPU is asked for, or stands unused, and JAX sees only CPUs.
+
+    Raises ValueError for what names no place.
+    """
+    wanted = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
+    wrong = [d for d in wanted if d is not None and not _is_device(d)]
+    if wrong:
+        raise ValueError(
+            f"device_map names {shown(wrong[0])}; expected None, 'auto', 'sequential', 'balanced', "
+            "'cpu', 'cuda', 'cuda:0', a GPU's number, or modules with one of these"
+        )
     if jax.default_backend() != "cpu" or str(device_map) == "cpu":
         return
-    wanted = device_map.values() if isinstance(device_map, Mapping) else [device_map]
     asked = any(isinstance(d, int) or str(d).startswith(("cuda", "gpu")) for d in wanted)
     unused = Path("/proc/driver/nvidia/version").exists() and "cpu" not in os.environ.get(
         "JAX_PLATFORMS", ""
@@ -132,10 +97,33 @@ def require_device(device_map: Any) -> None:
         )
 
 
+def _is_device(value: Any) -> bool:
+    return not isinstance(value, bool) and bool(DEVICES.fullmatch(str(value)))
+
+
+def one_width(load: Callable) -> Callable:
+    """`load`, which refuses two of WIDTHS where the caller names both; a default is no wish."""
+    names = inspect.signature(load).parameters
+
+    @functools.wraps(load)
+    def checked(*args: Any, **given: Any) -> Any:
+        named = dict(zip(names, args, strict=False)) | given
+        asked = [f"{n}={named[n]!r}" for n in WIDTHS if named.get(n) not in (None, False)]
+        if len(asked) > 1:
+            raise ValueError(
+                f"{load.__name__} got {' and '.join(asked)}, expected one width of {list(WIDTHS)}; "
+                "load_in_4bit=True is the default"
+            )
+        return load(*args, **given)
+
+    return checked
+
+
 class FastLanguageModel:
     """Loading and adapting, by the names of Unsloth's notebooks."""
 
     @staticmethod
+    @one_width
     def from_pretrained(
         model_name: str | Path = DEFAULT,
         max_seq_length: int = 2048,
@@ -156,19 +144,21 @@ class FastLanguageModel:
             max_seq_length: longest prompt plus answer, and longest training row, in tokens.
             dtype: None (float32 on a CPU, bfloat16 on a GPU), a name, or a NumPy or JAX dtype.
             load_in_4bit: packs the layers' matrices as NF4; False (or load_in_16bit) keeps `dtype`.
-            device_map: "cpu", or "cuda" to insist on a GPU; anything else takes what JAX finds.
+            device_map: "cpu", or "cuda" to insist on a GPU; the others take what JAX finds.
 
         Raises ValueError for what the checkpoint or a keyword asks that is not supported, with
         what is; RuntimeError where no GPU is there and one was asked for.
         """
-        settle("from_pretrained", other, LOAD_USED, LOAD_IGNORED, LOAD_LATER)
-        given = dict(max_seq_length=max_seq_length, load_in_4bit=load_in_4bit, in_16=load_in_16bit)
-        typed("from_pretrained", given, dict(max_seq_length=int, load_in_4bit=bool, in_16=bool))
-        ranged("from_pretrained", given, {"max_seq_length": (1, None)})
-        require_device(device_map)
         find = dict(
             revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
+        settle("from_pretrained", other, LOAD_USED, LOAD_IGNORED, LOAD_LATER)
+        given = find | dict(model_name=model_name, max_seq_length=max_seq_length)
+        given |= dict(load_in_4bit=load_in_4bit, load_in_16bit=load_in_16bit)
+        typed("from_pretrained", given, LOAD_KINDS)
+        written("from_pretrained", given, LOAD_NAMES)
+        ranged("from_pretrained", given, {"max_seq_length": (1, None)})
+        require_device(device_map)
         path = hub.find(model_name, **find)
         load = dict(
             max_seq_length=max_seq_length,
@@ -221,15 +211,14 @@ class FastLanguageModel:
         that mean nothing or are not supported.
         """
         settle("get_peft_model", other, PEFT_USED, PEFT_IGNORED, PEFT_LATER)
-        if use_gradient_checkpointing not in CHECKPOINTING:
-            raise ValueError(
-                f"use_gradient_checkpointing must be one of {list(CHECKPOINTING)}, got "
-                f"{use_gradient_checkpointing!r}"
-            )
+        _checkpointing("get_peft_model", model, use_gradient_checkpointing)
         check_budget(memory_budget)
         given = dict(lora_alpha=lora_alpha, use_rslora=use_rslora, random_state=random_state)
-        typed("get_peft_model", given, dict(lora_alpha=float, use_rslora=bool, random_state=int))
-        _meaningful(r, lora_alpha, target_modules)
+        given |= {"init_lora_weights": init_lora_weights}
+        typed("get_peft_model", given, PEFT_KINDS)
+        ranged("get_peft_model", given, {"random_state": SEEDS["seed"]})
+        r = _rank(r, model.config)
+        _meaningful(lora_alpha, target_modules)
         targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
         layers = _layers(layers_to_transform, finetune_last_n_layers, model.config.layers)
         peft = Settings(
@@ -256,6 +245,7 @@ class FastLanguageModel:
     @staticmethod
     def for_inference(model: Model) -> Model:
         """The model as it is: there is no mode to switch."""
+        typed("for_inference", {"model": model}, {"model": Model})
         return model
 
     @staticmethod
@@ -264,21 +254,32 @@ class FastLanguageModel:
 
         True leaves a plan that has any as it is.
         """
-        if use_gradient_checkpointing not in CHECKPOINTING:
-            neutral(
-                "for_training",
-                "use_gradient_checkpointing",
-                use_gradient_checkpointing,
-                tuple(CHECKPOINTING),
-            )
+        _checkpointing("for_training", model, use_gradient_checkpointing)
         if use_gradient_checkpointing is not True or model.memory == CHECKPOINTING[False]:
             model.memory = CHECKPOINTING[use_gradient_checkpointing]
         return model
 
 
-def _meaningful(r: Any, alpha: float | int, targets: Any) -> None:
-    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-        raise TypeError(f"r must be a positive integer, got {r!r}")
+def _checkpointing(where: str, model: Any, asked: Any) -> None:
+    """Raises TypeError where `model` is none, ValueError for what is no gradient checkpointing."""
+    typed(where, {"model": model}, {"model": Model})
+    if not isinstance(asked, bool | str) or asked not in CHECKPOINTING:
+        raise ValueError(
+            f"{where}: use_gradient_checkpointing must be one of {list(CHECKPOINTING)}, got "
+            f"{shown(asked)}"
+        )
+
+
+def _rank(r: Any, config: Any) -> int:
+    """`r` as an int; a pair wider than the widest matrix holds nothing that a narrower can't."""
+    if not isinstance(r, Integral) or isinstance(r, bool) or r < 1:
+        raise TypeError(f"r must be a positive integer, got {shown(r)}")
+    if r > (widest := max(config.width, config.mlp_width)):
+        raise ValueError(f"r must be at most {widest}, the model's widest matrix, got {r}")
+    return int(r)
+
+
+def _meaningful(alpha: float | int, targets: Any) -> None:
     if alpha <= 0:
         raise ValueError(f"lora_alpha must be over 0, got {alpha!r}")
     if not isinstance(targets, str | list | tuple | set | frozenset):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from unsloth_jax.sample import Sampling
-from workflows.keywords import ranged, say, typed
+from workflows.keywords import neutral, ranged, say, shown, typed
 
 GENERATE_USED = (
     "input_ids", "attention_mask", "inputs", "max_new_tokens", "max_length", "do_sample",
@@ -34,6 +34,35 @@ GENERATE_LATER = {
     "assistant_model": (None,),
 }
 
+# Fields of generation_config.json: those read, those of other decoding with their neutral values
+# (FILE_SAMPLED act on draws alone), and those that change no answer here.
+FILE_READ = {
+    "max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p",
+    "repetition_penalty", "eos_token_id",
+}  # fmt: skip
+FILE_LATER = {
+    "num_beams": (1,), "num_beam_groups": (1,), "num_return_sequences": (1,),
+    "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "penalty_alpha": (0,),
+    "encoder_repetition_penalty": (1,), "min_length": (0,), "min_new_tokens": (0,),
+    "bad_words_ids": ([],), "force_words_ids": ([],), "constraints": ([],),
+    "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "sequence_bias": ({}, []),
+    "forced_bos_token_id": (), "forced_eos_token_id": (), "guidance_scale": (1,),
+    "exponential_decay_length_penalty": (), "watermarking_config": (), "stop_strings": ([],),
+    "dola_layers": (), "token_healing": (False,), "max_time": (), "remove_invalid_values": (False,),
+}  # fmt: skip
+FILE_SAMPLED = {"typical_p": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,), "top_h": ()}
+FILE_IGNORED = {
+    *GENERATE_IGNORED, "bos_token_id", "decoder_start_token_id", "transformers_version",
+    "length_penalty", "early_stopping", "diversity_penalty", "renormalize_logits", "low_memory",
+    "output_attentions", "output_hidden_states", "output_scores", "output_logits", "is_assistant",
+    "cache_config", "max_cache_len", "disable_compile", "compile_config", "prefill_chunk_size",
+    "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+    "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit",
+    "assistant_lookbehind", "target_lookbehind", "return_legacy_cache",
+}  # fmt: skip
+FILE = "generation_config.json"
+CLASS_LENGTH = 20  # transformers' max_length where nobody set one
+
 # What `generate` takes beside prompts; of floats the meaning is checked where they are used.
 SETTINGS = {
     "max_new_tokens": int | None,
@@ -46,7 +75,11 @@ SETTINGS = {
     "repetition_penalty": float | None,
     "seed": int,
 }
+LENGTHS = {name: SETTINGS[name] for name in ("max_new_tokens", "max_length")}
 SEEDS = {"seed": (-(2**63), 2**63 - 1)}
+
+
+IDS = 2**31  # ids are int32
 
 
 def check_settings(where: str, given: Mapping[str, Any]) -> None:
@@ -55,13 +88,75 @@ def check_settings(where: str, given: Mapping[str, Any]) -> None:
     ranged(where, given, {name: span for name, span in SEEDS.items() if name in given})
 
 
+def check_file(config: Mapping[str, Any], do_sample: bool) -> None:
+    """Raises ValueError where generation_config.json asks for decoding that is not supported.
+
+    Fields that nobody here knows are named in one line.
+    """
+    later = FILE_LATER | FILE_SAMPLED if do_sample else FILE_LATER
+    for name in later.keys() & config.keys():
+        neutral(FILE, name, config[name], (None, *later[name]))
+    known = FILE_READ | FILE_IGNORED | FILE_LATER.keys() | FILE_SAMPLED.keys()
+    other = sorted(n for n in config.keys() - known if config[n] is not None and n[0] != "_")
+    if other:
+        say(f"{FILE}: {other} have no effect here")
+
+
+def room(
+    config: Mapping[str, Any], longest: int, limit: int, new: int | None, total: int | None
+) -> int:
+    """Tokens that may follow a prompt of `longest`: `new`, or up to `total` with the prompt.
+
+    Without either generation_config.json's max_new_tokens or max_length, cut to `limit`, and
+    without these up to `limit`. Raises ValueError where nothing may follow or `limit` is passed.
+    """
+    where, asked = "generate", (new, total) != (None, None)
+    if not asked:
+        where, new, total = FILE, config.get("max_new_tokens"), config.get("max_length")
+        total = None if total == CLASS_LENGTH else total
+        typed(where, {"max_new_tokens": new, "max_length": total}, LENGTHS)
+    if new is not None:
+        ranged(where, {"max_new_tokens": new}, {"max_new_tokens": (1, None)})
+    elif total is not None and total <= longest:
+        raise ValueError(
+            f"{where}: max_length={total} leaves no room for an answer to {longest} tokens of "
+            "prompt; give max_new_tokens"
+        )
+    if longest >= limit:
+        raise ValueError(f"a prompt of {longest} tokens leaves no room in max_seq_length={limit}")
+    wanted = new if new is not None else (total or limit) - longest
+    if asked and longest + wanted > limit:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {wanted} new ones pass max_seq_length={limit}"
+        )
+    return int(min(wanted, limit - longest))
+
+
+def check_objects(streamer: Any, tokenizer: Any) -> None:
+    """Raises TypeError for a streamer that takes no tokens, or a tokenizer that gives no text."""
+    for name, value, methods in (
+        ("streamer", streamer, ("put", "end")),
+        ("tokenizer", tokenizer, ("decode",)),
+    ):
+        missing = [m for m in methods if not callable(getattr(value, m, None))]
+        if value is not None and missing:
+            raise TypeError(
+                f"generate: {name} must have {' and '.join(methods)}, got {shown(value)}"
+            )
+
+
 def stops(eos_token_id: Any) -> list[int]:
-    """The ids of one id or several, as a list. Raises TypeError for what is no id."""
+    """The ids of one id or several, as a list.
+
+    Raises TypeError for what is no whole number, ValueError for one that is no id.
+    """
     plain = eos_token_id.tolist() if hasattr(eos_token_id, "tolist") else eos_token_id
     ids = [plain] if isinstance(plain, Integral) else plain
     whole = lambda x: isinstance(x, Integral) and not isinstance(x, bool)
     if not isinstance(ids, Sequence) or not all(map(whole, ids)):
         raise TypeError(f"eos_token_id: expected a token id or a list of them, got {plain!r}")
+    if not all(0 <= x < IDS for x in ids):
+        raise ValueError(f"eos_token_id: expected ids from 0 to {IDS - 1}, got {plain!r}")
     return [int(x) for x in ids]
 
 
@@ -82,11 +177,22 @@ def integers(values: Any, name: str = "input_ids") -> np.ndarray:
     """int32 [B, T] of lists, NumPy, JAX or CPU torch arrays; one row may lack its batch axis.
 
     Raises ValueError for ragged rows, which need padding and an attention mask, and TypeError for
-    numbers that are no integers.
+    numbers that are no integers. Only masks may be bool.
     """
     plain = lambda x: x.tolist() if hasattr(x, "tolist") else x
-    rows = [plain(row) for row in plain(values)]
-    rows = rows if rows and isinstance(rows[0], list | tuple) else [rows]
+    if isinstance(values, Mapping):
+        raise TypeError(
+            f"{name}: expected integers [B, T], got {type(values).__name__}; give a tokenizer's "
+            "answer as keywords: generate(**inputs)"
+        )
+    found = plain(values)
+    if not isinstance(found, Sequence) or isinstance(found, str | bytes):
+        raise TypeError(f"{name}: expected integers [B, T], got {shown(values)}")
+    rows = [plain(row) for row in found]
+    many = lambda x: isinstance(x, Sequence) and not isinstance(x, str | bytes)
+    rows = rows if any(map(many, rows)) else [rows]
+    if not all(map(many, rows)) or any(many(x) for row in rows for x in row):
+        raise TypeError(f"{name}: expected integers [B, T], got {shown(found)}")
     lengths = sorted({len(row) for row in rows})
     if len(lengths) != 1 or lengths == [0]:
         raise ValueError(
@@ -94,8 +200,11 @@ def integers(values: Any, name: str = "input_ids") -> np.ndarray:
             "give attention_mask"
         )
     array = np.asarray(rows)
-    if array.ndim != 2 or array.dtype.kind not in "iub":
+    kinds = "iu" if name == "input_ids" else "iub"
+    if array.ndim != 2 or array.dtype.kind not in kinds:
         raise TypeError(f"{name}: expected integers [B, T], got {array.dtype} {array.shape}")
+    if array.min() < -IDS or array.max() >= IDS:
+        raise ValueError(f"{name} lie in {array.min()} to {array.max()}, expected 32-bit integers")
     return array.astype(np.int32)
 
 
@@ -107,7 +216,9 @@ def masked(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]
     mask = integers(attention_mask, "attention_mask")
     if mask.shape != tokens.shape:
         raise ValueError(f"attention_mask has shape {mask.shape}, input_ids {tokens.shape}")
-    return tokens, (mask != 0).astype(np.int32)
+    if not np.isin(mask, (0, 1)).all():
+        raise ValueError(f"attention_mask must be 0 and 1, got {mask.min()} to {mask.max()}")
+    return tokens, mask
 
 
 def sampling(
@@ -121,14 +232,15 @@ def sampling(
 ) -> Sampling:
     """transformers' reading of generation settings: greedy unless sampling is asked for.
 
-    Raises TypeError for a value of another kind, given or found in `config`.
+    Raises TypeError for a value of another kind, given or found in `config`, ValueError for a
+    field of `config` that asks for other decoding.
     """
     pick = lambda name, given, default: next(
         x for x in (given, config.get(name), default) if x is not None
     )
     penalty = pick("repetition_penalty", repetition_penalty, 1.0)
     if do_sample is None:
-        do_sample = config.get("do_sample", False)
+        do_sample = False if config.get("do_sample") is None else config["do_sample"]
         if not do_sample and any(x is not None for x in (temperature, top_k, top_p, min_p)):
             say(
                 "temperature, top_k, top_p and min_p act only with do_sample=True; "
@@ -143,7 +255,8 @@ def sampling(
         repetition_penalty=penalty,
     )
     check_settings("generate or generation_config.json", chosen)
+    check_file(config, do_sample)
     if not do_sample:
         return Sampling(temperature=0.0, repetition_penalty=penalty)
     del chosen["do_sample"]
-    return Sampling(**chosen | {"top_k": max(chosen["top_k"], 0)})
+    return Sampling(**chosen | {"top_k": min(max(chosen["top_k"], 0), IDS - 1)})

@@ -8,6 +8,8 @@ from numbers import Integral, Real
 from types import NoneType
 from typing import Any, get_args
 
+SHOWN = 80  # characters of a value that an error repeats
+
 _said: set[str] = set()
 
 
@@ -67,16 +69,46 @@ KINDS = {
 
 
 def typed(where: str, values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
-    """Raises TypeError for a value whose kind (`int`, `float | None`, ...) is another.
+    """Raises TypeError for a value whose kind (`int`, `float | None`, a class, ...) is another.
 
-    Not-a-number is of the kind float, but no value of anything: it raises ValueError.
+    Not-a-number and infinity are of the kind float, but no values of anything: ValueError.
     """
     for name, kind in kinds.items():
-        if not any(KINDS[one](values[name]) for one in get_args(kind) or (kind,)):
-            expected = getattr(kind, "__name__", None) or str(kind)
-            raise TypeError(f"{where}: {name} must be {expected}, got {values[name]!r}")
-        if isinstance(values[name], Real) and math.isnan(values[name]):
-            raise ValueError(f"{where}: {name} must be a number, got {values[name]!r}")
+        value = values[name]
+        if not any(_is(value, one) for one in get_args(kind) or (kind,)):
+            expected = kind.__name__ if isinstance(kind, type) else str(kind)
+            raise TypeError(f"{where}: {name} must be {expected}, got {shown(value)}")
+        if isinstance(value, Real) and math.isnan(value):
+            raise ValueError(f"{where}: {name} must be a number, got {value!r}")
+        if isinstance(value, Real) and math.isinf(value):
+            raise ValueError(f"{where}: {name} must be finite, got {value!r}")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    return KINDS[kind](value) if kind in KINDS else isinstance(value, kind)
+
+
+def shown(value: Any) -> str:
+    """A value as an error repeats it: itself where it is plain and short, else its class."""
+    if isinstance(value, list | tuple | set | frozenset) and not all(map(_plain, value)):
+        return f"a {type(value).__name__} of {', '.join(type(x).__name__ for x in value)}"[:SHOWN]
+    plain = _plain(value) or isinstance(value, list | tuple | set | frozenset)
+    if plain:
+        text = repr(value)
+        return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return repr(value) if isinstance(value, type) else f"a value of {type(value).__name__}"
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, str | bytes | Real | NoneType | os.PathLike)
+
+
+def written(where: str, values: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises ValueError for a name or path that holds nothing, or a null character."""
+    for name in names:
+        text = None if values[name] is None else os.fspath(values[name])
+        if text is not None and (not text.strip() or "\0" in text):
+            raise ValueError(f"{where}: {name} must be a text that names something, got {text!r}")
 
 
 def ranged(where: str, values: Mapping[str, Any], limits: Mapping[str, tuple]) -> None:

@@ -25,8 +25,10 @@ from workflows.inputs import (
     GENERATE_IGNORED,
     GENERATE_LATER,
     GENERATE_USED,
+    check_objects,
     check_settings,
     masked,
+    room,
     sampling,
     stop_texts,
     stops,
@@ -114,7 +116,8 @@ class Model:
         Args:
             input_ids: [B, T] or [T], lists, NumPy or torch; padding on either side where
                 `attention_mask` is 0.
-            max_new_tokens: tokens to add; None goes on to the model's max_seq_length.
+            max_new_tokens, max_length: tokens to add, or in all; without them those of
+                generation_config.json, and else what the model's max_seq_length leaves.
             do_sample, temperature, top_k, top_p, min_p, repetition_penalty: as in transformers,
                 which takes generation_config.json's values for those not given.
             stop_strings: texts that end an answer.
@@ -127,13 +130,19 @@ class Model:
             raise ValueError("give input_ids, or inputs in their place")
         lengths = {"max_new_tokens": max_new_tokens, "max_length": max_length}
         check_settings("generate", lengths | {"seed": seed})
+        check_objects(streamer, tokenizer)
+        config = self.generation_config() | other
         tokens, mask = masked(inputs if input_ids is None else input_ids, attention_mask)
         prompts = [row[on != 0].tolist() for row, on in zip(tokens, mask, strict=True)]
-        given = (temperature, top_k, top_p, min_p, repetition_penalty)
+        longest, given = (
+            max(map(len, prompts)),
+            (temperature, top_k, top_p, min_p, repetition_penalty),
+        )
+        most = room(config, longest, self.max_seq_length, max_new_tokens, max_length)
         found = self.answers(
             prompts,
-            max_new_tokens=int(self._room(prompts, max_new_tokens, max_length)),
-            sampling=sampling(self.generation_config(), do_sample, *given),
+            max_new_tokens=most,
+            sampling=sampling(config, do_sample, *given),
             stop_ids=self.stop_ids() if eos_token_id is None else stops(eos_token_id),
             stop_strings=stop_texts(stop_strings),
             tokenizer=tokenizer,
@@ -143,21 +152,7 @@ class Model:
         )
         if streamer is not None:
             streamer.end()
-        out = np.full((len(found), max(len(a.tokens) for a in found)), self.pad_id(), np.int32)
-        for row, answer in zip(out, found, strict=True):
-            row[: len(answer.tokens)] = answer.tokens
-        return np.concatenate([tokens, out], axis=1)
-
-    def _room(self, prompts: list[list[int]], new: int | None, total: int | None) -> int:
-        """Tokens that may be added. Raises ValueError where they pass max_seq_length."""
-        longest = max(map(len, prompts))
-        new = (total or self.max_seq_length) - longest if new is None else new
-        if longest + new > self.max_seq_length:
-            raise ValueError(
-                f"a prompt of {longest} tokens and {new} new ones pass "
-                f"max_seq_length={self.max_seq_length}"
-            )
-        return new
+        return np.concatenate([tokens, _in_rows(found, self.pad_id())], axis=1)
 
     def answers(
         self, prompts, *, stop_ids=None, tokenizer=None, streamer=None, **settings
@@ -279,6 +274,14 @@ def logits_program(family: ModuleType, c: Any, scale: float):
         return decoder.logits(family, c, params, hidden)
 
     return jax.jit(run)
+
+
+def _in_rows(answers: Sequence[Answer], pad: int) -> np.ndarray:
+    """Answers' tokens [B, longest], the rest of each row `pad`."""
+    out = np.full((len(answers), max(len(a.tokens) for a in answers)), pad, np.int32)
+    for row, answer in zip(out, answers, strict=True):
+        row[: len(answer.tokens)] = answer.tokens
+    return out
 
 
 def _started(streamer: Any, tokens: np.ndarray) -> Any:

@@ -1,5 +1,6 @@
 """A run as a person sees it: a progress bar in a terminal, lines elsewhere, a JSON line a step."""
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -10,13 +11,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from workflows.keywords import say
+
 LINES = 20  # printed in all where there is no terminal
 
 
 def bar(total: int, file: Path | None, done: int = 0):
     """A context that gives `show(row)`: draws the row of one log step and appends it to `file`.
 
-    Of what `file` holds, rows up to step `done` stay: those of the run that is continued.
+    Of what `file` holds, rows up to step `done` stay: those of the run that is continued. At 0 a
+    file of an earlier run is moved aside. Raises ValueError where a continued file is no log.
     """
     write = _appended(file, done)
     return _terminal(total, write) if sys.stdout.isatty() else _plain(total, write)
@@ -71,8 +75,30 @@ def _appended(file: Path | None, done: int) -> Iterator[Callable[[dict[str, Any]
         yield lambda row: None
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = file.read_text(encoding="utf-8").splitlines() if done and file.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
+    kept = _kept(file, done) if done and file.exists() else []
+    if not done and file.exists() and file.stat().st_size:
+        _move_aside(file)
     with open(file, "w", encoding="utf-8") as out:
         out.writelines(line + "\n" for line in kept)
         yield lambda row: (out.write(json.dumps(row) + "\n"), out.flush())
+
+
+def _kept(file: Path, done: int) -> list[str]:
+    """The lines of steps up to `done`; a last one that was cut short is none."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        whole = lines if not lines or lines[-1].endswith("}") else lines[:-1]
+        return [line for line in whole if json.loads(line)["step"] <= done]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is not the log of a run, a JSON object with a step on each line: {error}; "
+            "move it away or choose another output_dir"
+        ) from error
+
+
+def _move_aside(file: Path) -> None:
+    """Renames a log to the first free name of `metrics.1.jsonl`, `metrics.2.jsonl` and so on."""
+    names = (file.with_name(f"{file.stem}.{n}{file.suffix}") for n in itertools.count(1))
+    free = next(path for path in names if not path.exists())
+    file.rename(free)
+    say(f"the log of an earlier run in {file.parent} is now {free.name}")

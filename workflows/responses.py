@@ -38,13 +38,16 @@ def responses_only(
     """The rows with only the answers supervised: between markers as Unsloth does, or, without
     markers, from where the chat template opens an answer through its end-of-turn token.
 
-    Raises ValueError for one marker of two, or with the index of a row in which none is left or
-    in which, without an end-of-turn token, the markers found don't take turns.
+    Raises ValueError for one marker of two, for an instruction marker that is nowhere, or with the
+    index of a row in which none is left or in which, without an end-of-turn token, the markers
+    found don't take turns.
     """
     found = markers(tokenizer, instruction_part, response_part, force_match=force_match)
     if response_part is None and found.stop is None:
         _require_proved(tokenizer, found)
         _require_turns(rows, found)
+    elif response_part is not None:
+        _require_questions(rows, tokenizer, found)
     mask = lambda row: mask_responses(row.tokens, row.mask, found, last_response_only)
     masked = [Row(row.tokens, mask(row)) for row in rows]
     bare = [index for index, row in enumerate(masked) if not any(row.mask)]
@@ -75,6 +78,18 @@ def _require_proved(tokenizer: PreTrainedTokenizerBase, markers: Markers) -> Non
         raise ValueError(
             "the chat template ends answers with no special token, and the text that opens its "
             f"turns doesn't tell the answers of {tokenizer.decode(tokens)!r}; {REMEDY}"
+        )
+
+
+def _require_questions(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, markers: Markers
+) -> None:
+    """Raises ValueError where the rows hold answers but nowhere the instruction marker."""
+    asked = any(_places(row.tokens, markers.instruction) for row in rows)
+    if not asked and any(_places(row.tokens, markers.response) for row in rows):
+        raise ValueError(
+            f"the instruction marker {tokenizer.decode(markers.instruction)!r} is in none of the "
+            f"{len(rows)} rows: what users say after an answer would be supervised"
         )
 
 

@@ -1,7 +1,9 @@
 """A user's data set in, token rows with loss masks out: each schema that a trainer takes."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
+from numbers import Real
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -132,7 +134,18 @@ def formatted(dataset: Iterable[Example], formatting_func: Callable[[Any], Any])
     many = bool(head) and _returns_list(formatting_func(head[0]))
     if not many:
         return (_text_of(formatting_func(example)) for example in stream)
-    return (_text_of(text) for batch in _batches(stream) for text in formatting_func(batch))
+    return (
+        _text_of(text) for batch in _batches(stream) for text in _list_of(formatting_func(batch))
+    )
+
+
+def _list_of(got: Any) -> list[Any]:
+    if not isinstance(got, list):
+        raise TypeError(
+            f"formatting_func returned a list for one example and {type(got).__name__} for a "
+            "batch of them, expected a list of texts"
+        )
+    return got
 
 
 def _returns_list(got: Any) -> bool:
@@ -217,7 +230,8 @@ def _completion(example: Example, tokenizer: PreTrainedTokenizerBase, loss: Loss
 
 def _tokenised(example: Example, tokenizer: PreTrainedTokenizerBase, loss: Loss) -> Tokens:
     given = example["input_ids"]
-    if isinstance(given, str) or any(int(token) != token for token in given):
+    given = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(given, str) or not isinstance(given, Iterable) or not all(map(_whole, given)):
         raise ValueError(f"input_ids must be whole numbers, got {str(given)[:80]}")
     tokens = [int(token) for token in given]
     ones = [1] * len(tokens)
@@ -235,6 +249,10 @@ def _tokenised(example: Example, tokenizer: PreTrainedTokenizerBase, loss: Loss)
     learnt = [label != IGNORED and all(on) for label, *on in zip(labels, *masks, strict=True)]
     kept = [i for i, present in enumerate(masks[0]) if present]
     return [tokens[i] for i in kept], [int(learnt[i]) for i in kept]
+
+
+def _whole(token: Any) -> bool:
+    return isinstance(token, Real) and math.isfinite(token) and int(token) == token
 
 
 SCHEMAS = {

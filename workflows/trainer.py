@@ -1,76 +1,27 @@
-"""SFTConfig and SFTTrainer with the names of TRL and Unsloth."""
+"""SFTTrainer with the names of TRL and Unsloth."""
 
 import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from bridge.checkpoint import Checkpoints
 from unsloth_jax import optim
 from unsloth_jax.train import start
 from workflows import diagnose, plan, progress, responses, rows, sft
 from workflows.generate import Stopwatch
-from workflows.keywords import ranged, say, settle, typed
+from workflows.keywords import ranged, say, settle, typed, written
 from workflows.model import Model
+from workflows.sft_config import KINDS, NAMES, RANGES, SFTConfig
+from workflows.sft_config import MATMULS as MATMULS
 
-CONFIG_IGNORED = {
-    "fp16": "the model's dtype decides",
-    "bf16": "the model's dtype decides",
-    "gradient_checkpointing": "get_peft_model decides",
-    "dataset_num_proc": "rows are made in this process",
-    "dataloader_num_workers": "rows are made in this process",
-    "dataloader_pin_memory": "one copy a step goes to the device",
-    "remove_unused_columns": "columns beside the schema's are not read",
-    "torch_empty_cache_steps": "there is no torch cache",
-    "logging_nan_inf_filter": "a loss that is not finite stops the run",
-    "padding_free": "padding costs no loss and no gradient",
-    "overwrite_output_dir": "checkpoints are numbered",
-    "logging_first_step": "logging_steps decides",
-    "logging_strategy": "logging_steps decides",
-    "disable_tqdm": "the progress bar shows only in a terminal",
-    "data_seed": "seed decides",
-    "run_name": "nothing is reported elsewhere",
-    "include_num_input_tokens_seen": "tokens are always counted",
-    "average_tokens_across_devices": "the loss is divided by all tokens",
-    "eval_accumulation_steps": "nothing is evaluated",
-    "gradient_checkpointing_kwargs": "get_peft_model decides",
-    "unsloth_num_chunks": "the loss chooses its own chunks",
-    "unsloth_logit_chunk_multiplier": "the loss chooses its own chunks",
-}
-CONFIG_LATER = {
-    "report_to": ("none", None, [], ["none"]),
-    "eval_strategy": ("no", None),
-    "eval_steps": (None,),
-    "per_device_eval_batch_size": (4, 8, None),
-    "eval_packing": (None, False),
-    "load_best_model_at_end": (False, None),
-    "neftune_noise_alpha": (None, 0),
-    "label_smoothing_factor": (0, None),
-    "group_by_length": (False, None),
-    "embedding_learning_rate": (None,),
-    "loss_type": ("nll",),
-    "push_to_hub": (False, None),
-    "activation_offloading": (False, None),
-    "auto_find_batch_size": (False, None),
-    "chat_template_path": (None,),
-    "dataset_kwargs": (None, {}),
-    "eos_token": (None,),
-    "pad_token": (None,),
-    "packing_strategy": ("bfd", None),
-    "pad_to_multiple_of": (None,),
-    "lr_scheduler_kwargs": (None, {}),
-    "model_init_kwargs": (None, {}),
-    "q_galore_config": (None,),
-    "vllm_sampling_params": (None,),
-    "unsloth_grpo_mini_batch": (None,),
-}
 TRAINER_IGNORED = {
     "data_collator": "rows are collated here",
     "dataset_num_proc": "rows are made in this process",
@@ -90,105 +41,19 @@ TRAINER_USED = (
     "model", "tokenizer", "processing_class", "train_dataset", "args", "formatting_func",
     "dataset_text_field", "packing", "max_seq_length",
 )  # fmt: skip
+TRAINER_KINDS = {
+    "model": Model, "args": SFTConfig | None, "tokenizer": PreTrainedTokenizerBase | None,
+    "processing_class": PreTrainedTokenizerBase | None, "train_dataset": Iterable | None,
+    "formatting_func": Callable | None,
+}  # fmt: skip
 # Settings with which the next batch or the next update would be another one.
 DECISIVE = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
     "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "optim", "packing", "seed",
 )  # fmt: skip
-STRATEGIES = ("no", "steps", "epoch")
-MATMULS = (None, "bf16", "fp8_backward")
+RESUME = bool | str | None
 OLD_STYLE = ("dataset_text_field", "packing", "max_seq_length")
-RANGES = {
-    "per_device_train_batch_size": (1, None), "gradient_accumulation_steps": (1, None),
-    "logging_steps": (1, None), "save_steps": (1, None), "save_total_limit": (1, None),
-    "max_seq_length": (1, None), "max_length": (1, None), "learning_rate": (0, None),
-    "warmup_steps": (0, None), "warmup_ratio": (0, 1), "weight_decay": (0, None),
-    "max_grad_norm": (0, None), "adam_beta1": (0, 1, "below"), "adam_beta2": (0, 1, "below"),
-    "adam_epsilon": (0, None), "seed": (0, None),
-}  # fmt: skip
-
-
-@dataclass(init=False)
-class SFTConfig:
-    """How to train; defaults are Unsloth's. Unknown names raise TypeError with the nearest.
-
-    Args:
-        max_steps: optimizer steps; at 0 or less, `num_train_epochs` decides.
-        max_seq_length, max_length: tokens a row may have; None takes the model's.
-        warmup_steps, warmup_ratio: steps, or the share of all steps, of linear warm-up.
-        packing: several examples share a row, each in a segment of its own.
-        completion_only_loss, assistant_only_loss: which tokens count, as in TRL.
-        truncation: cut rows that are too long instead of raising.
-        memory_budget: see get_peft_model, whose value it replaces.
-        matmul_dtype: of products with 4-bit weights: "bf16" (also None); "fp8_backward" finds
-            inputs' gradients in e4m3 (Ada, Hopper), forward stays as it is.
-        save_strategy, save_steps, save_total_limit: when checkpoints are written to output_dir.
-    """
-
-    output_dir: str | None = None
-    per_device_train_batch_size: int = 4
-    gradient_accumulation_steps: int = 2
-    num_train_epochs: float | None = 3
-    max_steps: int = -1
-    learning_rate: float = 5e-5
-    lr_scheduler_type: str = "linear"
-    warmup_steps: float = 0
-    warmup_ratio: float = 0.1
-    weight_decay: float = 0.001
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float | None = 1.0
-    optim: str = "adamw_8bit"
-    seed: int = 3407
-    logging_steps: int = 1
-    logging_dir: str | None = None
-    save_strategy: str = "no"
-    save_steps: int = 500
-    save_total_limit: int | None = None
-    max_seq_length: int | None = None
-    max_length: int | None = None
-    packing: bool = False
-    dataset_text_field: str = "text"
-    completion_only_loss: bool | None = None
-    assistant_only_loss: bool = False
-    truncation: bool = False
-    memory_budget: int | float | str | None = None
-    matmul_dtype: str | None = None
-
-    def __init__(self, **given: Any):
-        known = {f.name: f.default for f in fields(type(self))}
-        other = {k: v for k, v in given.items() if k not in known}
-        settle("SFTConfig", other, known, CONFIG_IGNORED, CONFIG_LATER)
-        for name, default in known.items():
-            setattr(self, name, given.get(name, default))
-        if "warmup_steps" in given and "warmup_ratio" not in given:
-            self.warmup_ratio = 0.0
-        self._check()
-
-    def _check(self) -> None:
-        typed("SFTConfig", vars(self), get_type_hints(SFTConfig))
-        ranged("SFTConfig", vars(self), RANGES)
-        plan.check_budget(self.memory_budget)
-        if self.max_steps <= 0 and not (self.num_train_epochs or 0) > 0:
-            raise ValueError(
-                "SFTConfig: give max_steps or num_train_epochs over 0, got "
-                f"{self.max_steps}, {self.num_train_epochs}"
-            )
-        known = {"save_strategy": STRATEGIES, "optim": optim.OPTIMIZERS, "matmul_dtype": MATMULS}
-        for name, values in known.items():
-            if (got := getattr(self, name)) not in values:
-                raise ValueError(f"SFTConfig: {name} {got!r} is not supported; {list(values)} are")
-        optim.schedule(self.lr_scheduler_type, self.learning_rate, 0, 1)
-        if not 1e-7 <= self.learning_rate <= 1:
-            say(f"learning_rate={self.learning_rate} is unusual; LoRA learns between 1e-5 and 1e-2")
-
-    def warmup(self, total: int) -> int:
-        """Warm-up steps of a run of `total`; a `warmup_steps` under 1 is a share."""
-        if self.warmup_steps >= 1:
-            return int(self.warmup_steps)
-        return math.ceil(total * (self.warmup_steps or self.warmup_ratio))
 
 
 class TrainOutput(NamedTuple):
@@ -197,6 +62,23 @@ class TrainOutput(NamedTuple):
     global_step: int
     training_loss: float
     metrics: dict[str, Any]
+
+
+def settled(args: SFTConfig, old: Mapping[str, Any]) -> SFTConfig:
+    """A copy of the config in which SFTTrainer's own keywords stand; None leaves the config's.
+
+    Raises TypeError and ValueError as SFTConfig does, and says which setting was replaced.
+    """
+    given = {name: value for name, value in old.items() if value is not None}
+    typed("SFTTrainer", given, {name: KINDS[name] for name in given})
+    written("SFTTrainer", given, [name for name in NAMES if name in given])
+    ranged("SFTTrainer", given, {name: RANGES[name] for name in given if name in RANGES})
+    own, plain = copy.copy(args), SFTConfig()
+    for name, value in given.items():
+        if getattr(own, name) not in (getattr(plain, name), value):
+            say(f"SFTTrainer({name}={value!r}) replaces SFTConfig's {getattr(own, name)!r}")
+        setattr(own, name, value)
+    return own
 
 
 class SFTTrainer:
@@ -223,6 +105,11 @@ class SFTTrainer:
     ):
         old = {k: other.pop(k) for k in OLD_STYLE if k in other}
         settle("SFTTrainer", other, TRAINER_USED, TRAINER_IGNORED, TRAINER_LATER)
+        given = dict(model=model, args=args, formatting_func=formatting_func)
+        given |= dict(tokenizer=tokenizer, processing_class=processing_class)
+        typed("SFTTrainer", given | {"train_dataset": train_dataset}, TRAINER_KINDS)
+        if None not in (tokenizer, processing_class) and tokenizer is not processing_class:
+            raise ValueError("SFTTrainer: give tokenizer or processing_class, got two that differ")
         if model.adapters is None:
             raise ValueError("the model has no adapters; call FastLanguageModel.get_peft_model")
         if not jax.tree.leaves(model.adapters):
@@ -236,12 +123,10 @@ class SFTTrainer:
             )
         if train_dataset is None:
             raise ValueError("SFTTrainer needs a train_dataset")
-        if args is not None and not isinstance(args, SFTConfig):
-            raise TypeError(f"SFTTrainer: args must be an SFTConfig, got {type(args).__name__}")
-        self.model, self.args = model, copy.copy(args) if args is not None else SFTConfig()
-        for name, value in old.items():
-            setattr(self.args, name, value)
-        self.tokenizer = processing_class or tokenizer or model.tokenizer
+        self.model, self.args = model, settled(SFTConfig() if args is None else args, old)
+        self.tokenizer = next(
+            x for x in (processing_class, tokenizer, model.tokenizer) if x is not None
+        )
         self.rows = rows.rows(
             train_dataset,
             self.tokenizer,
@@ -266,9 +151,10 @@ class SFTTrainer:
         """Runs the steps that are left; on any exit `model.adapters` is the last finite state.
 
         `resume_from_checkpoint` True continues the newest checkpoint of output_dir, a path that of
-        another folder. Raises ValueError where it does not fit, FloatingPointError for a loss that
-        is not finite.
+        another folder. Raises ValueError where it does not fit, FileExistsError where a new run's
+        output_dir holds checkpoints, FloatingPointError for a loss that is not finite.
         """
+        source = self._source(resume_from_checkpoint)
         a, m = self.args, self.model
         batches, total = self._batches(), self.total_steps()
         rate = optim.schedule(a.lr_scheduler_type, a.learning_rate, a.warmup(total), total)
@@ -281,14 +167,15 @@ class SFTTrainer:
         prepared = plan.prepared(m, optimizer, batches, total, a.memory_budget)
         with m.multiplied_in(a.matmul_dtype), prepared as step:
             state = start(m.adapters, optimizer)
-            if resume_from_checkpoint:
-                given = resume_from_checkpoint
-                folder = self._folder() if given is True else Path(given)
-                state = sft.resumed(folder, state, facts)
+            if source is not None:
+                state = sft.resumed(source, state, facts)
             before = sft.short_hash(state.trainable)
-            saving = self._saving(batches, facts, int(state.step))
+            self._refuse_to_mix(int(state.step))
+            saving = self._saving(batches, facts)
             self.log_history.clear()
-            with progress.bar(total, self._metrics_file(), int(state.step)) as show:
+            own = source is not None and self._folder().absolute() in (source, source.parent)
+            kept = int(state.step) if own else 0
+            with progress.bar(total, self._metrics_file(), kept) as show:
                 log = lambda row: (self.log_history.append(row), show(row))
                 find = diagnose.first_bad_layer(m.family, m.config, m.scale)
                 run = sft.Run(
@@ -302,6 +189,17 @@ class SFTTrainer:
                         run.saving.checkpoints.close()
         progress.adapters(before, sft.short_hash(m.adapters))
         return _output(int(run.state.step), run.losses, clock())
+
+    def _source(self, resume: Any) -> Path | None:
+        """The absolute path of what is continued; None starts anew. Raises where it is no path."""
+        typed("train", {"resume_from_checkpoint": resume}, {"resume_from_checkpoint": RESUME})
+        if self._folder().is_file():
+            raise ValueError(f"output_dir={str(self._folder())!r} is a file, expected a folder")
+        if resume is None or resume is False:
+            return None
+        if resume is not True:
+            written("train", {"resume_from_checkpoint": resume}, ["resume_from_checkpoint"])
+        return (self._folder() if resume is True else Path(resume)).absolute()
 
     def _batches(self) -> sft.Batches:
         a = self.args
@@ -321,18 +219,28 @@ class SFTTrainer:
     def _metrics_file(self) -> Path | None:
         return None if self.args.output_dir is None else self._folder() / "metrics.jsonl"
 
-    def _saving(self, batches: sft.Batches, facts: dict[str, Any], done: int) -> sft.Saving | None:
-        """Raises FileExistsError where output_dir holds later checkpoints than this run's start."""
-        if self.args.save_strategy == "no":
-            return None
-        every = self.args.save_steps if self.args.save_strategy == "steps" else batches.steps(0)
-        checkpoints = Checkpoints(self._folder(), self.args.save_total_limit)
-        if (latest := checkpoints.latest() or 0) > done:
-            checkpoints.close()
+    def _refuse_to_mix(self, done: int) -> None:
+        """Raises FileExistsError where output_dir holds later checkpoints than this run's start.
+
+        The log beside them is theirs, so that a run which writes only a log is refused too.
+        """
+        writes = self.args.output_dir is not None or self.args.save_strategy != "no"
+        if not writes or not self._folder().is_dir():
+            return
+        checkpoints = Checkpoints(self._folder())
+        latest = checkpoints.latest() or 0
+        checkpoints.close()
+        if latest > done:
             raise FileExistsError(
                 f"{self._folder()} holds checkpoint {latest} of an earlier run: continue it with "
                 "resume_from_checkpoint=True, or choose another output_dir"
             )
+
+    def _saving(self, batches: sft.Batches, facts: dict[str, Any]) -> sft.Saving | None:
+        if self.args.save_strategy == "no":
+            return None
+        every = self.args.save_steps if self.args.save_strategy == "steps" else batches.steps(0)
+        checkpoints = Checkpoints(self._folder(), self.args.save_total_limit)
         return sft.Saving(checkpoints, every, facts)
 
     def _facts(self, total: int) -> dict[str, Any]:
@@ -359,6 +267,12 @@ def _output(done: int, losses: list[float], seconds: float) -> TrainOutput:
     return TrainOutput(done, loss, metrics)
 
 
+RESPONSES_KINDS = {
+    "trainer": SFTTrainer, "instruction_part": str | None, "response_part": str | None,
+    "force_match": bool, "tokenizer": PreTrainedTokenizerBase | None, "last_response_only": bool,
+}  # fmt: skip
+
+
 def train_on_responses_only(
     trainer: SFTTrainer,
     instruction_part: str | None = None,
@@ -378,6 +292,11 @@ def train_on_responses_only(
 
     Raises ValueError for one part without the other, or a row that keeps no supervised token.
     """
+    given = dict(
+        trainer=trainer, instruction_part=instruction_part, response_part=response_part,
+        force_match=force_match, tokenizer=tokenizer, last_response_only=last_response_only,
+    )  # fmt: skip
+    typed("train_on_responses_only", given, RESPONSES_KINDS)
     if return_function:
         raise ValueError("train_on_responses_only: return_function=True is not supported yet")
     trainer.rows = responses.responses_only(

@@ -1,0 +1,168 @@
+"""SFTConfig: how to train, in the names of TRL and Unsloth."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, get_type_hints
+
+from unsloth_jax import optim
+from workflows import plan
+from workflows.keywords import ranged, say, settle, typed, written
+
+CONFIG_IGNORED = {
+    "fp16": "the model's dtype decides",
+    "bf16": "the model's dtype decides",
+    "gradient_checkpointing": "get_peft_model decides",
+    "dataset_num_proc": "rows are made in this process",
+    "dataloader_num_workers": "rows are made in this process",
+    "dataloader_pin_memory": "one copy a step goes to the device",
+    "remove_unused_columns": "columns beside the schema's are not read",
+    "torch_empty_cache_steps": "there is no torch cache",
+    "logging_dir": "metrics.jsonl lies in output_dir",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    "padding_free": "padding costs no loss and no gradient",
+    "overwrite_output_dir": "checkpoints are numbered",
+    "logging_first_step": "logging_steps decides",
+    "logging_strategy": "logging_steps decides",
+    "disable_tqdm": "the progress bar shows only in a terminal",
+    "data_seed": "seed decides",
+    "run_name": "nothing is reported elsewhere",
+    "include_num_input_tokens_seen": "tokens are always counted",
+    "average_tokens_across_devices": "the loss is divided by all tokens",
+    "eval_accumulation_steps": "nothing is evaluated",
+    "gradient_checkpointing_kwargs": "get_peft_model decides",
+    "unsloth_num_chunks": "the loss chooses its own chunks",
+    "unsloth_logit_chunk_multiplier": "the loss chooses its own chunks",
+}
+CONFIG_LATER = {
+    "report_to": ("none", None, [], ["none"]),
+    "eval_strategy": ("no", None),
+    "eval_steps": (None,),
+    "per_device_eval_batch_size": (4, 8, None),
+    "eval_packing": (None, False),
+    "load_best_model_at_end": (False, None),
+    "neftune_noise_alpha": (None, 0),
+    "label_smoothing_factor": (0, None),
+    "group_by_length": (False, None),
+    "embedding_learning_rate": (None,),
+    "loss_type": ("nll",),
+    "push_to_hub": (False, None),
+    "activation_offloading": (False, None),
+    "auto_find_batch_size": (False, None),
+    "chat_template_path": (None,),
+    "dataset_kwargs": (None, {}),
+    "eos_token": (None,),
+    "pad_token": (None,),
+    "packing_strategy": ("bfd", None),
+    "pad_to_multiple_of": (None,),
+    "lr_scheduler_kwargs": (None, {}),
+    "model_init_kwargs": (None, {}),
+    "q_galore_config": (None,),
+    "vllm_sampling_params": (None,),
+    "unsloth_grpo_mini_batch": (None,),
+}
+STRATEGIES = ("no", "steps", "epoch")
+MATMULS = (None, "bf16", "fp8_backward")
+RANGES = {
+    "per_device_train_batch_size": (1, None), "gradient_accumulation_steps": (1, None),
+    "logging_steps": (1, None), "save_steps": (1, None), "save_total_limit": (1, None),
+    "max_seq_length": (1, None), "max_length": (1, None), "learning_rate": (0, None),
+    "warmup_steps": (0, None), "warmup_ratio": (0, 1), "weight_decay": (0, None),
+    "max_grad_norm": (0, None), "adam_beta1": (0, 1, "below"), "adam_beta2": (0, 1, "below"),
+    "adam_epsilon": (1e-30, None), "seed": (0, None), "max_steps": (None, 2**31 - 1),
+}  # fmt: skip
+
+
+NAMES = ("output_dir", "dataset_text_field")
+
+
+@dataclass(init=False)
+class SFTConfig:
+    """How to train; defaults are Unsloth's. Unknown names raise TypeError with the nearest.
+
+    Args:
+        max_steps: optimizer steps; at 0 or less, `num_train_epochs` decides.
+        max_seq_length, max_length: tokens a row may have; None takes the model's.
+        warmup_steps, warmup_ratio: steps, or the share of all steps, of linear warm-up.
+        packing: several examples share a row, each in a segment of its own.
+        completion_only_loss, assistant_only_loss: which tokens count, as in TRL.
+        truncation: cut rows that are too long instead of raising.
+        memory_budget: see get_peft_model, whose value it replaces.
+        matmul_dtype: of products with 4-bit weights: "bf16" (also None); "fp8_backward" finds
+            inputs' gradients in e4m3 (Ada, Hopper), forward stays as it is.
+        save_strategy, save_steps, save_total_limit: when checkpoints are written to output_dir.
+        output_dir: also gets metrics.jsonl, a line a logged step. A resumed run goes on with that
+            file; a new one moves it aside to metrics.1.jsonl, metrics.2.jsonl and so on, and
+            refuses a folder that holds checkpoints. Without output_dir there is no such file.
+    """
+
+    output_dir: str | None = None
+    per_device_train_batch_size: int = 4
+    gradient_accumulation_steps: int = 2
+    num_train_epochs: float | None = 3
+    max_steps: int = -1
+    learning_rate: float = 5e-5
+    lr_scheduler_type: str = "linear"
+    warmup_steps: float = 0
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.001
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float | None = 1.0
+    optim: str = "adamw_8bit"
+    seed: int = 3407
+    logging_steps: int = 1
+    save_strategy: str = "no"
+    save_steps: int = 500
+    save_total_limit: int | None = None
+    max_seq_length: int | None = None
+    max_length: int | None = None
+    packing: bool = False
+    dataset_text_field: str = "text"
+    completion_only_loss: bool | None = None
+    assistant_only_loss: bool = False
+    truncation: bool = False
+    memory_budget: int | float | str | None = None
+    matmul_dtype: str | None = None
+
+    def __init__(self, **given: Any):
+        known = {f.name: f.default for f in fields(type(self))}
+        other = {k: v for k, v in given.items() if k not in known}
+        settle("SFTConfig", other, known, CONFIG_IGNORED, CONFIG_LATER)
+        for name, default in known.items():
+            setattr(self, name, given.get(name, default))
+        if "warmup_steps" in given and "warmup_ratio" not in given:
+            self.warmup_ratio = 0.0
+        self._check()
+
+    def _check(self) -> None:
+        typed("SFTConfig", vars(self), KINDS)
+        written("SFTConfig", vars(self), NAMES)
+        ranged("SFTConfig", vars(self), RANGES)
+        if None not in (both := {self.max_seq_length, self.max_length}) and len(both) > 1:
+            raise ValueError(
+                f"SFTConfig: max_seq_length={self.max_seq_length} and max_length="
+                f"{self.max_length} name the same limit; expected one of them"
+            )
+        plan.check_budget(self.memory_budget)
+        if self.max_steps <= 0 and not (self.num_train_epochs or 0) > 0:
+            raise ValueError(
+                "SFTConfig: give max_steps or num_train_epochs over 0, got "
+                f"{self.max_steps}, {self.num_train_epochs}"
+            )
+        known = {"save_strategy": STRATEGIES, "optim": optim.OPTIMIZERS, "matmul_dtype": MATMULS}
+        for name, values in known.items():
+            if (got := getattr(self, name)) not in values:
+                raise ValueError(f"SFTConfig: {name} {got!r} is not supported; {list(values)} are")
+        optim.schedule(self.lr_scheduler_type, self.learning_rate, 0, 1)
+        if not 1e-7 <= self.learning_rate <= 1:
+            say(f"learning_rate={self.learning_rate} is unusual; LoRA learns between 1e-5 and 1e-2")
+
+    def warmup(self, total: int) -> int:
+        """Warm-up steps of a run of `total`; a `warmup_steps` under 1 is a share."""
+        if self.warmup_steps >= 1:
+            return int(self.warmup_steps)
+        return math.ceil(total * (self.warmup_steps or self.warmup_ratio))
+
+
+KINDS = get_type_hints(SFTConfig)
