@@ -134,15 +134,12 @@ class Model:
         config = self.generation_config() | other
         tokens, mask = masked(inputs if input_ids is None else input_ids, attention_mask)
         prompts = [row[on != 0].tolist() for row, on in zip(tokens, mask, strict=True)]
-        longest, given = (
-            max(map(len, prompts)),
-            (temperature, top_k, top_p, min_p, repetition_penalty),
-        )
+        longest, draws = max(map(len, prompts)), (temperature, top_k, top_p, min_p)
         most = room(config, longest, self.max_seq_length, max_new_tokens, max_length)
         found = self.answers(
             prompts,
             max_new_tokens=most,
-            sampling=sampling(config, do_sample, *given),
+            sampling=sampling(config, do_sample, *draws, repetition_penalty),
             stop_ids=self.stop_ids() if eos_token_id is None else stops(eos_token_id),
             stop_strings=stop_texts(stop_strings),
             tokenizer=tokenizer,
