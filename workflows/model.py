@@ -126,13 +126,12 @@ class Model:
             weights: "materialized" (plain arrays for this call), "stored", or the first if it fits.
         """
         settle("generate", other, GENERATE_USED, GENERATE_IGNORED, GENERATE_LATER)
-        if (inputs is None) == (input_ids is None):
-            raise ValueError("give input_ids, or inputs in their place")
+        ids = _one_of(input_ids, inputs)
         lengths = {"max_new_tokens": max_new_tokens, "max_length": max_length}
         check_settings("generate", lengths | {"seed": seed})
         check_objects(streamer, tokenizer)
         config = self.generation_config() | other
-        tokens, mask = masked(inputs if input_ids is None else input_ids, attention_mask)
+        tokens, mask = masked(ids, attention_mask)
         prompts = [row[on != 0].tolist() for row, on in zip(tokens, mask, strict=True)]
         longest, draws = max(map(len, prompts)), (temperature, top_k, top_p, min_p)
         most = room(config, longest, self.max_seq_length, max_new_tokens, max_length)
@@ -271,6 +270,12 @@ def logits_program(family: ModuleType, c: Any, scale: float):
         return decoder.logits(family, c, params, hidden)
 
     return jax.jit(run)
+
+
+def _one_of(input_ids: Any, inputs: Any) -> Any:
+    if (inputs is None) == (input_ids is None):
+        raise ValueError("give input_ids, or inputs in their place")
+    return inputs if input_ids is None else input_ids
 
 
 def _in_rows(answers: Sequence[Answer], pad: int) -> np.ndarray:
