@@ -12,8 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import gguf
 from safetensors import safe_open
+
+from bridge import gguf_header
 
 MANIFEST = "manifest.json"
 PACKAGES = ("unsloth-jax", "jax", "transformers", "safetensors", "gguf", "libgguf")
@@ -74,7 +75,7 @@ def contents(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="numpy") as file:
             kinds = Counter(file.get_slice(name).get_dtype() for name in file.keys())
     elif path.suffix == ".gguf":
-        kinds = Counter(t.tensor_type.name for t in gguf.GGUFReader(path).tensors)
+        kinds = Counter(t.kind.name for t in gguf_header.read(path).tensors.values())
     else:
         return row
     return row | {"tensors": sum(kinds.values()), "dtypes": dict(kinds)}

@@ -15,30 +15,27 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
-from bridge import gguf_blocks, gguf_header, gguf_metadata, gguf_tokens, hf
+from bridge import gguf_blocks, gguf_header, gguf_metadata, gguf_tokens, hf, verify_gguf
 from bridge.gguf_blocks import Choice, Format
+from bridge.gguf_source import ROPE_FACTORS
 from bridge.safetensors_file import Weight, check_space
 from bridge.source import Header
 from unsloth_jax.models import family
 
-PROBES = 4  # rows of each tensor that are kept to compare with the finished file
-SMALLEST = 1e-6  # weights below this have no relative error worth a message
 MANY_SUBSTITUTED = 0.05
-# Beyond this multiple of a type's usual error a tensor is broken, not merely hard to round.
-BROKEN = 4.0
 # llama.cpp reads these biases, by its architecture; any other stops it from loading the file.
 BIASES = {
     "llama": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
     "qwen2": ("attn_q", "attn_k", "attn_v"),
     "qwen3": ("attn_q", "attn_k", "attn_v"),
 }
-ROPE_FACTORS = "rope_freqs.weight"
 
 
 class Report(NamedTuple):
     """What was written. `tensors` has name, source, type, wanted, shape, bytes, error of each."""
 
     tensors: list[dict[str, Any]]
+    rounding: dict[str, dict[str, Any]]  # by type, as `verify_gguf.worst`
     bits_per_weight: float
     substituted: float  # share of all weights whose type is not the one the format wants
     notes: list[str]
@@ -50,13 +47,6 @@ class Entry(NamedTuple):
     name: str
     weight: Weight
     choice: Choice
-
-
-class Probe(NamedTuple):
-    """A few rows of a tensor as they should come back from the file."""
-
-    rows: np.ndarray
-    values: np.ndarray
 
 
 class Plan(NamedTuple):
@@ -81,7 +71,8 @@ def save(
 ) -> Report:
     """Writes the GGUF file `path`; `config` is config.json's content, weights have its names.
 
-    One weight is in memory at a time. The file is re-opened and compared before it gets its name.
+    One weight is in memory at a time. Each is read twice: before the file gets its name it is
+    re-opened and compared (see `verify_gguf.verify`, which raises ValueError).
     Raises ValueError before writing for what GGUF or llama.cpp can't hold, OSError for a full disk.
     """
     path = Path(path)
@@ -92,11 +83,11 @@ def save(
     keys = lambda out: _metadata(out, plan, config, tokenizer_folder, name or path.stem)
     unfinished = path.with_name(path.name + ".unfinished")
     try:
-        probes, wide = _write(unfinished, plan, keys)
+        wide = _write(unfinished, plan, keys)
         if wide:
             plan = _without_overflow(plan, wide)
-            probes, _ = _write(unfinished, plan, keys)
-        report = _checked(unfinished, plan, probes)
+            _write(unfinished, plan, keys)
+        report = _checked(unfinished, plan)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -198,34 +189,28 @@ def _metadata(
         out.add_file_type(plan.fmt.file_type)
 
 
-def _write(path: Path, plan: Plan, keys: Any) -> tuple[dict[str, Probe], list[str]]:
-    """Writes the whole file; returns rows to compare, and the tensors that float16 can't hold."""
+def _write(path: Path, plan: Plan, keys: Any) -> list[str]:
+    """Writes the whole file; returns the tensors that float16 can't hold."""
     out = gguf.GGUFWriter(path, plan.model.GGUF_ARCH)
     keys(out)
     for e in plan.entries:
         nbytes = gguf_blocks.size(e.weight.shape, e.choice.kind)
         float32 = np.dtype(np.float32)
         out.add_tensor_info(e.name, e.weight.shape, float32, nbytes, raw_dtype=e.choice.kind)
-    probes, wide = {}, []
     try:
         out.write_header_to_file()
         out.write_kv_data_to_file()
         out.write_ti_data_to_file()
-        for e in plan.entries:
-            probes[e.name], overflows = _put(out, plan, e)
-            wide += [e.name] if overflows else []
+        return [e.name for e in plan.entries if _put(out, plan, e)]
     finally:
         out.close()
-    return probes, wide
 
 
-def _put(out: gguf.GGUFWriter, plan: Plan, e: Entry) -> tuple[Probe, bool]:
-    """Reads, encodes and writes one tensor; the flag says that float16 can't hold it."""
+def _put(out: gguf.GGUFWriter, plan: Plan, e: Entry) -> bool:
+    """Reads, encodes and writes one tensor; True says that float16 can't hold it."""
     w = _value(plan, e)
-    overflows = e.choice.kind == Kind.F16 and gguf_blocks.overflows(w)
     out.write_tensor_data(gguf_blocks.encode(w, e.choice.kind))
-    rows = np.unique(np.linspace(0, len(w) - 1, PROBES).astype(int))
-    return Probe(rows, w[rows].copy()), overflows
+    return e.choice.kind == Kind.F16 and gguf_blocks.overflows(w)
 
 
 def _value(plan: Plan, e: Entry) -> np.ndarray:
@@ -249,7 +234,7 @@ def _without_overflow(plan: Plan, wide: list[str]) -> Plan:
     return plan._replace(entries=entries, notes=[*plan.notes, note])
 
 
-def _checked(path: Path, plan: Plan, probes: dict[str, Probe]) -> Report:
+def _checked(path: Path, plan: Plan) -> Report:
     """Compares the finished file with what it should hold; raises ValueError where it doesn't."""
     file = gguf_header.read(path)
     shapes = {name: (t.shape, t.kind) for name, t in file.tensors.items()}
@@ -257,26 +242,10 @@ def _checked(path: Path, plan: Plan, probes: dict[str, Probe]) -> Report:
     if list(shapes.items()) != list(wanted.items()):
         differ = sorted(set(shapes.items()) ^ set(wanted.items()))
         raise ValueError(f"{path}: tensors came back otherwise than written: {differ[:4]}")
-    if len(file.metadata["tokenizer.ggml.tokens"]) != shapes["token_embd.weight"][0][0]:
-        raise ValueError(
-            f"{path}: the vocabulary and token_embd.weight came back of unequal length"
-        )
-    data, rows = np.memmap(path, np.uint8, "r"), []
-    for e in plan.entries:
-        t, kind = file.tensors[e.name], e.choice.kind
-        error = _error(data[t.start : t.start + t.size], t, probes[e.name])
-        if error > BROKEN * gguf_blocks.ERROR[kind]:
-            raise ValueError(f"{path}: {e.name} came back {error:.2%} off in {kind.name}")
-        rows.append(_row(e, t.size, error))
-    return _report(rows, plan.notes)
-
-
-def _error(data: np.ndarray, tensor: gguf_header.Tensor, probe: Probe) -> float:
-    """Relative root mean square difference of the probe's rows, between bytes and values."""
-    rows = np.array(data.reshape(tensor.shape[0], -1)[probe.rows])
-    back = gguf_blocks.decode(rows, tensor.kind).reshape(probe.values.shape)
-    rms = lambda x: float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
-    return rms(back - probe.values) / max(rms(probe.values), SMALLEST)
+    found = verify_gguf.verify(path, [e.weight for e in plan.entries])
+    sizes = {name: t.size for name, t in file.tensors.items()}
+    rows = [_row(e, sizes[e.name], found[e.weight.name].error) for e in plan.entries]
+    return _report(rows, verify_gguf.worst(found.values()), plan.notes)
 
 
 def _row(e: Entry, nbytes: int, error: float) -> dict[str, Any]:
@@ -291,7 +260,7 @@ def _row(e: Entry, nbytes: int, error: float) -> dict[str, Any]:
     }
 
 
-def _report(rows: list[dict[str, Any]], notes: list[str]) -> Report:
+def _report(rows: list[dict[str, Any]], rounding: dict[str, Any], notes: list[str]) -> Report:
     count = lambda some: sum(math.prod(r["shape"]) for r in some)
     replaced = [r for r in rows if r["type"] != r["wanted"]]
     share = count(replaced) / count(rows)
@@ -303,4 +272,5 @@ def _report(rows: list[dict[str, Any]], notes: list[str]) -> Report:
         worst = max(coarse, key=lambda r: r["error"])
         figure = f"{worst['error']:.1%} in {worst['type']}"
         notes = [*notes, f"{len(coarse)} tensors round worse than usual, {worst['name']} {figure}"]
-    return Report(rows, 8 * sum(r["bytes"] for r in rows) / count(rows), share, notes)
+    bits = 8 * sum(r["bytes"] for r in rows) / count(rows)
+    return Report(rows, rounding, bits, share, notes)

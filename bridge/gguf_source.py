@@ -3,6 +3,7 @@
 Layout after llama.cpp's converter; quantised blocks through gguf's dequantisers.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,62 @@ ROPE_FACTORS = "rope_freqs.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
 
-class GGUFSource:
+class GGUFWeights:
+    """The weights of a GGUF file by Hugging Face name; its rope scaling is not looked at.
+
+    `tensors` has the file's own names, `stored` the file's name of each weight. Raises ValueError
+    for an unknown architecture, tensor type, tensor name or key.
+    """
+
+    def __init__(self, file: gguf_header.GGUF):
+        arch = gguf_config.architecture(file)
+        _refuse_parts(file)
+        _refuse_types(file)
+        values = gguf_config.hyperparameters(file)
+        self.path, self.tensors = file.path, file.tensors
+        self.stored = _stored_names(file, arch, values["block_count"])
+        self._bytes = np.memmap(file.path, np.uint8, "r")
+        self._heads = _permuted_heads(arch, values)
+
+    def headers(self) -> dict[str, Header]:
+        """Every weight by its full Hugging Face name; quantised blocks count as float32."""
+        places = {name: self.tensors[stored] for name, stored in self.stored.items()}
+        return {name: Header(t.shape, _dtype(t.kind)) for name, t in places.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """One weight [out, in] as stored (quantised blocks as float32), possibly read-only.
+
+        Raises ValueError for a name the file does not have.
+        """
+        if name not in self.stored:
+            raise ValueError(f"{self.path}: no weight {name!r}; known: {sorted(self.stored)}")
+        w = self.tensor(self.stored[name])
+        heads = self._heads_of(name)
+        return w if heads is None else halves_from_pairs(w, heads)
+
+    def tensor(self, stored: str) -> np.ndarray:
+        """One tensor by the file's own name, rows in the file's order."""
+        t = self.tensors[stored]
+        raw = self._raw(t)
+        return raw.view(FLOATS[t.kind]).reshape(t.shape) if t.kind in FLOATS else _filled(raw, t)
+
+    def pieces(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(row numbers of a weight, float32 values of these rows), so many rows at a time."""
+        t, heads = self.tensors[self.stored.get(name, name)], self._heads_of(name)
+        rows = np.arange(t.shape[0])
+        if heads is not None:
+            rows = np.argsort(halves_from_pairs(rows, heads))
+        for some, values in _dequantised(self._raw(t), t):
+            yield rows[some], values
+
+    def _raw(self, tensor: gguf_header.Tensor) -> np.ndarray:
+        return np.asarray(self._bytes[tensor.start : tensor.start + tensor.size])
+
+    def _heads_of(self, name: str) -> int | None:
+        return self._heads.get(name.rsplit(".", 1)[0].rsplit(".", 1)[-1])
+
+
+class GGUFSource(GGUFWeights):
     """An opened GGUF file: `config` in config.json's words, weights read one at a time.
 
     Raises ValueError for a file that is not GGUF, cut short, or of an unknown architecture,
@@ -42,56 +98,26 @@ class GGUFSource:
 
     def __init__(self, path: str | Path):
         file = gguf_header.read(path)
-        arch = gguf_config.architecture(file)
-        _refuse_parts(file)
-        _refuse_types(file)
-        values = gguf_config.hyperparameters(file)
-        self.path = file.path
-        self._bytes = np.memmap(file.path, np.uint8, "r")
-        self._tensors = _by_hugging_face_name(file, arch, values["block_count"])
-        self.config = self._config(file, values)
-        self._heads = self._permuted_heads(arch)
-
-    def headers(self) -> dict[str, Header]:
-        """Every weight by its full Hugging Face name; quantised blocks count as float32."""
-        return {name: Header(t.shape, _dtype(t.kind)) for name, t in self._tensors.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        """One weight [out, in] as stored (quantised blocks as float32), possibly read-only.
-
-        Raises ValueError for a name the file does not have.
-        """
-        if name not in self._tensors:
-            raise ValueError(f"{self.path}: no weight {name!r}; known: {sorted(self._tensors)}")
-        w = self._values(self._tensors[name])
-        heads = self._heads.get(name.rsplit(".", 1)[0].rsplit(".", 1)[-1])
-        return w if heads is None else halves_from_pairs(w, heads)
-
-    def _values(self, tensor: gguf_header.Tensor) -> np.ndarray:
-        raw = np.asarray(self._bytes[tensor.start : tensor.start + tensor.size])
-        if tensor.kind in FLOATS:
-            return raw.view(FLOATS[tensor.kind]).reshape(tensor.shape)
-        return _dequantised(raw, tensor)
-
-    def _config(self, file: gguf_header.GGUF, values: dict[str, Any]) -> dict[str, Any]:
-        if EMBEDDING not in self._tensors:
+        super().__init__(file)
+        if EMBEDDING not in self.stored:
             raise ValueError(f"{file.path}: no token_embd.weight")
-        embedding = self._tensors[EMBEDDING]
-        factors = file.tensors.get(ROPE_FACTORS)
-        return gguf_config.config(
+        embedding = self.tensors[self.stored[EMBEDDING]]
+        self.config = gguf_config.config(
             file,
-            values,
-            set(self._tensors),
+            gguf_config.hyperparameters(file),
+            set(self.stored),
             vocabulary=embedding.shape[0],
             dtype=_dtype(embedding.kind),
-            rope_factors=None if factors is None else self._values(factors),
+            rope_factors=self.tensor(ROPE_FACTORS) if ROPE_FACTORS in self.tensors else None,
         )
 
-    def _permuted_heads(self, arch: str) -> dict[str, int]:
-        if arch != "llama":
-            return {}
-        heads, kv_heads = "num_attention_heads", "num_key_value_heads"
-        return {"q_proj": self.config[heads], "k_proj": self.config[kv_heads]}
+
+def _permuted_heads(arch: str, values: dict[str, Any]) -> dict[str, int]:
+    """Heads of the projections whose rows llama.cpp's converter reorders."""
+    if arch != "llama":
+        return {}
+    heads = values["attention.head_count"]
+    return {"q_proj": heads, "k_proj": values.get("attention.head_count_kv", heads)}
 
 
 def halves_from_pairs(w: np.ndarray, heads: int) -> np.ndarray:
@@ -103,15 +129,22 @@ def halves_from_pairs(w: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(w.shape)
 
 
-def _dequantised(raw: np.ndarray, tensor: gguf_header.Tensor) -> np.ndarray:
+def _filled(raw: np.ndarray, tensor: gguf_header.Tensor) -> np.ndarray:
     """float32 values of a tensor's blocks, filled in place: gguf's own result exists twice."""
-    width = tensor.shape[-1]
-    out = np.empty((int(np.prod(tensor.shape[:-1])), width), np.float32)
-    blocks = raw.reshape(len(out), -1)
-    step = max(1, CHUNK // width)
-    for row in range(0, len(out), step):
-        out[row : row + step] = gguf.quants.dequantize(blocks[row : row + step], tensor.kind)
-    return out.reshape(tensor.shape)
+    out = np.empty(tensor.shape, np.float32)
+    for rows, values in _dequantised(raw, tensor):
+        out[rows] = values
+    return out
+
+
+def _dequantised(raw: np.ndarray, tensor: gguf_header.Tensor) -> Iterator[tuple[slice, np.ndarray]]:
+    """(rows, their float32 values) of a tensor, some CHUNK values at a time."""
+    count, rest = tensor.shape[0], tensor.shape[1:]
+    rows = raw.reshape(count, -1)
+    step = max(1, CHUNK // int(np.prod(rest)))
+    for at in range(0, count, step):
+        some = slice(at, at + step)
+        yield some, gguf.quants.dequantize(rows[some], tensor.kind).reshape(-1, *rest)
 
 
 def _dtype(kind: Kind) -> str:
@@ -138,15 +171,13 @@ def _refuse_types(file: gguf_header.GGUF) -> None:
         )
 
 
-def _by_hugging_face_name(
-    file: gguf_header.GGUF, arch: str, layers: int
-) -> dict[str, gguf_header.Tensor]:
-    """The weights by Hugging Face name. Raises ValueError listing the tensors that have none."""
+def _stored_names(file: gguf_header.GGUF, arch: str, layers: int) -> dict[str, str]:
+    """Hugging Face's name -> the file's. Raises ValueError listing the tensors that have none."""
     names = _hugging_face_names(arch, layers)
     unknown = [name for name in file.tensors if name not in names and name != ROPE_FACTORS]
     if unknown:
         raise ValueError(f"{file.path}: tensors without a place in {arch!r}: {sorted(unknown)}")
-    return {names[name]: t for name, t in file.tensors.items() if name != ROPE_FACTORS}
+    return {names[name]: name for name in file.tensors if name != ROPE_FACTORS}
 
 
 def _hugging_face_names(arch: str, layers: int) -> dict[str, str]:

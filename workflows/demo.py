@@ -61,7 +61,7 @@ def config(seed: int, output: Path | None) -> SFTConfig:
         output_dir=None if output is None else str(output),
         per_device_train_batch_size=4,
         gradient_accumulation_steps=1,
-        max_steps=110,
+        max_steps=88,
         optim="adamw_torch",
         learning_rate=2e-3,
         lr_scheduler_type="linear",
@@ -204,9 +204,17 @@ def ggufs(output: Path, model: Model, after: Scored, examples) -> tuple[list[Art
         path = output / f"model.{fmt.upper()}.gguf"
         os.replace(output / "gguf" / path.name, path)
         said[path.name] = in_llama_cpp(path, examples)
-        rows.append(artefact(path, agreement(after.texts, said[path.name], examples)))
+        ran = agreement(after.texts, said[path.name], examples)
+        rows.append(artefact(path, f"{rounding(facts['quantization'][path.name])}; {ran}"))
     shutil.rmtree(output / "gguf")
     return rows, said, facts["quantization"]
+
+
+def rounding(facts: dict[str, Any]) -> str:
+    """What the export measured on one finished GGUF file."""
+    worst = [f"{kind} {found['error']:.1%}" for kind, found in facts["rounding"].items()]
+    kl = facts["kl_trained_to_written"]
+    return f"every tensor dequantised, largest error {', '.join(worst)}; KL to ours {kl:.2f}"
 
 
 def before_and_after(console: Console, examples, before: Scored, after: Scored) -> None:
@@ -253,9 +261,10 @@ def run(output: Path, seed: int, console: Console) -> None:
         f"before {before.share:.1%}, after {after.share:.1%} (best constant answer {best:.1%})"
     )
     rows = [adapter(output, model)]
-    model.save_pretrained_merged(output / "merged")
+    merged = model.save_pretrained_merged(output / "merged")
     agrees = merged_agrees(output / "merged", model, examples[:SHOWN])
-    rows.append(artefact(output / "merged", agrees))
+    kl = f"KL to ours {merged['kl_trained_to_written']:.2f}"
+    rows.append(artefact(output / "merged", f"{kl}; {agrees}"))
     files, said, quantization = ggufs(output, model, after, examples)
     side_by_side(console, after.texts[:SHOWN], said)
     rows += files

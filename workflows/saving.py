@@ -11,6 +11,10 @@ import numpy as np
 
 from bridge import export, gguf_file, merge, peft_adapter, safetensors_file
 from bridge import tokenizer as text
+from bridge.gguf_source import GGUFSource
+from bridge.source import Source
+from workflows import divergence
+from workflows.divergence import Trained
 from workflows.keywords import say
 
 if TYPE_CHECKING:
@@ -83,10 +87,14 @@ def merged(
     base: str,
     overwrite: bool,
 ) -> dict[str, Any]:
-    """The merged model as a Hugging Face folder; returns its manifest."""
+    """The merged model as a Hugging Face folder; returns its manifest.
+
+    Raises ValueError where KL(trained || merged), measured on the finished files, is not finite.
+    """
     found = _merged(model, None, base)
     with export.complete(Path(target), overwrite) as folder:
         safetensors_file.check_space(folder, sum(w.nbytes for w in found.weights))
+        reference = _trained(model)
         safetensors_file.save(folder, found.weights, max_shard_size)
         changes = _write_config(model, folder, found)
         copy_tokenizer(model, folder, tokenizer)
@@ -96,6 +104,7 @@ def merged(
             **changes,
             **_rounding(found),
             **_distances(model, found),
+            **_divergence("the merged weights", model, reference, folder, found.base),
             **_facts(model, tokenizer),
         }
         return export.write_manifest(folder, facts)
@@ -109,7 +118,10 @@ def gguf(
     base: str,
     overwrite: bool,
 ) -> dict[str, Any]:
-    """The merged model as one GGUF file a method; returns the manifest."""
+    """The merged model as one GGUF file a method, each verified; returns the manifest.
+
+    Raises ValueError as `gguf_file.save`, and where a file's KL to the trained model isn't finite.
+    """
     methods = [methods] if isinstance(methods, str) else list(methods)
     formats = dict.fromkeys(GGUF_ALIASES.get(m.lower(), m.lower()) for m in methods)
     if not formats:
@@ -121,10 +133,12 @@ def gguf(
         copy_tokenizer(model, tokens, tokenizer)
         needed = [gguf_file.room(config, found.weights, tokens, fmt) for fmt in formats]
         safetensors_file.check_space(folder, sum(needed))
+        reference = _trained(model)
         for fmt in formats:
             path = folder / f"model.{fmt.upper()}.gguf"
             report = gguf_file.save(path, config, found.weights, tokens, fmt, name=model.name)
-            reports[path.name] = _gguf_facts(report)
+            kl = _divergence(path.name, model, reference, path, found.base)
+            reports[path.name] = _gguf_facts(report) | kl
         shutil.rmtree(tokens)
         _tell_notes(reports)
         facts = {
@@ -208,6 +222,43 @@ def _rounding(found: merge.Merged) -> dict[str, Any]:
     return {"rounding_over_delta": share}
 
 
+def _trained(model: "Model") -> Trained | None:
+    """The model's scores as it was trained; None without adapters, where nothing was."""
+    return divergence.trained(model) if model.adapters else None
+
+
+def _divergence(
+    what: str, model: "Model", reference: Trained | None, written: Path, base: str
+) -> dict[str, Any]:
+    """KL(trained || written) of a finished folder or GGUF file, told and as the manifest has it."""
+    if reference is None:
+        return {}
+    source = _readable(written)
+    if isinstance(source, str):
+        say(f"{what}: KL to the trained model is not measured: {source}")
+        return {"kl_not_measured": source}
+    found = divergence.measured(reference, source, model.dtype)
+    say(
+        f"{what}: KL to the model as it was trained {found.kl:.4f} nats a token, likeliest token "
+        f"equal at {found.same_token:.0%} of {reference.tokens.size}"
+    )
+    if found.kl > divergence.FAR:
+        other = model.quantized and base == merge.ORIGINAL
+        advice = "; base='dequant4' merges into the weights that were trained on" if other else ""
+        say(f"WARNING: {what}: that is far, {divergence.FAR} is the most of sound exports{advice}")
+    return found.facts()
+
+
+def _readable(written: Path) -> Source | str:
+    """The export opened again, or why our reader can't: ropes that only llama.cpp undoes."""
+    if written.is_dir():
+        return safetensors_file.SafetensorsSource(written)
+    try:
+        return GGUFSource(written)
+    except ValueError as error:
+        return str(error)
+
+
 def _write_config(model: "Model", folder: Path, found: merge.Merged) -> dict[str, Any]:
     """config.json and generation_config.json, byte for byte where nothing has to change.
 
@@ -253,5 +304,7 @@ def _gguf_facts(report: gguf_file.Report) -> dict[str, Any]:
     return {
         "bits_per_weight": round(report.bits_per_weight, 3),
         "substituted": round(report.substituted, 4),
+        "types": {row["name"]: row["type"] for row in report.tensors},
+        "rounding": report.rounding,
         "notes": report.notes,
     }

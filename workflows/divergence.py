@@ -1,0 +1,124 @@
+"""How far written weights are from the model that was trained: KL(trained || written).
+
+The files themselves are run, layer by layer, so that one layer and the embeddings are in memory.
+"""
+
+from functools import partial
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from bridge import hf
+from bridge import tokenizer as text
+from bridge.source import Source
+from pallas_kernels.attention import Rule
+from unsloth_jax import decoder, tree
+from unsloth_jax.dims import Params
+from unsloth_jax.layers import self_attention
+
+if TYPE_CHECKING:
+    from workflows.model import Model
+
+TEXTS = (
+    "The lighthouse keeper wrote the name of every ship in her book, and in the evening she asked "
+    "the harbour master which of them had not come back. He counted them twice and shook his head.",
+    "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n"
+    "    return total / len(values) if values else None\n\nprint(mean([1.5, 2.5, 3.5]))\n",
+    "Question: which is larger, three quarters or 0.7? Answer: three quarters, because it is 0.75, "
+    "and 0.75 is larger than 0.7. Question: which of 12, 21 and 102 is even? Answer: 12 and 102.",
+    "To cook rice, wash it until the water is clear, add one and a half times as much water as "
+    "rice, bring it to the boil, cover it, and leave it on a low heat for twelve minutes.",
+)
+LENGTH = 32
+# Nats a token. SmolLM2-135M, trained in 4 bits, is 0.4 from itself merged into its 16-bit weights
+# and 1.6 from itself without its adapter; larger models lose less to 4 bits.
+FAR = 1.0
+
+
+class Trained(NamedTuple):
+    """Fixed tokens [B, T] and the trained model's float32 logits [B, T, V] for them."""
+
+    tokens: np.ndarray
+    logits: np.ndarray
+
+
+class Divergence(NamedTuple):
+    """Mean KL(trained || written) in nats a token, and where the likeliest token is the same."""
+
+    kl: float
+    same_token: float
+
+    def facts(self) -> dict[str, float]:
+        return {"kl_trained_to_written": self.kl, "likeliest_token_equal": self.same_token}
+
+
+def trained(model: "Model") -> Trained:
+    """Runs the model as it was trained: its base as it is in memory, adapters beside it."""
+    rows = [np.resize(text.ids(model.tokenizer, t), LENGTH) for t in TEXTS]
+    tokens = np.asarray(rows, np.int32)
+    return Trained(tokens, model(tokens))
+
+
+def measured(reference: Trained, source: Source, dtype: Any) -> Divergence:
+    """Compares the checkpoint `source`, computed in `dtype`. Raises ValueError if not finite."""
+    found = logits(source, dtype, reference.tokens)
+    kl, same = [], []
+    for row, other in zip(reference.logits, found, strict=True):
+        p, q = _log_softmax(row), _log_softmax(other)
+        kl.append(np.sum(np.exp(p) * (p - q), axis=-1))
+        same.append(p.argmax(-1) == q.argmax(-1))
+    mean = float(np.mean(kl))
+    if not np.isfinite(mean):
+        raise ValueError(
+            f"KL(trained || written) is {mean}, not finite: the trained model or what was written "
+            "gives scores that are no numbers"
+        )
+    return Divergence(mean, float(np.mean(same)))
+
+
+def logits(source: Source, dtype: Any, tokens: np.ndarray) -> np.ndarray:
+    """float32 [B, T, V] of a checkpoint of which one layer at a time is read."""
+    family, c = hf.described(source)
+    paths = family.weights(c)
+    read = lambda name: jnp.asarray(source.read(name), dtype)
+    outer = tree.unflatten({path: read(path) for path in paths if ".*." not in path})
+    x = _embedded(family, c, outer, tokens)
+    inner = [path.split(".*.") for path in paths if ".*." in path]
+    for i, kind in enumerate(family.kinds(c)):
+        w = tree.unflatten({path: read(f"{layers}.{i}.{path}") for layers, path in inner})
+        # Waited for, else weights that are read ahead would pile up on the device.
+        x = jax.block_until_ready(_layer(family, c, kind, w, x))
+    return np.asarray(_scores(family, c, outer, x))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _embedded(family: ModuleType, c: Any, params: Params, tokens: Array) -> Array:
+    return family.embed(c, params, tokens)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _layer(family: ModuleType, c: Any, kind: Any, w: Params, x: Array) -> Array:
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
+    segments = jnp.ones_like(positions)
+
+    def attend(q, k, v, *, scale, window):
+        return self_attention(Rule(scale, window), q, k, v, segments, positions), None
+
+    by = family.angles(c, positions, decoder.document_lengths(segments))
+    return family.block(c, kind, w, x, by, attend)[0]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _scores(family: ModuleType, c: Any, params: Params, x: Array) -> Array:
+    return decoder.logits(family, c, params, family.norm(c, params, x))
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    """float64 log-probabilities along the last axis."""
+    x = x.astype(np.float64)
+    x -= x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
