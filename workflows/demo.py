@@ -213,8 +213,11 @@ def ggufs(output: Path, model: Model, after: Scored, examples) -> tuple[list[Art
 def rounding(facts: dict[str, Any]) -> str:
     """What the export measured on one finished GGUF file."""
     worst = [f"{kind} {found['error']:.1%}" for kind, found in facts["rounding"].items()]
-    kl = facts["kl_trained_to_written"]
-    return f"every tensor dequantised, largest error {', '.join(worst)}; KL to ours {kl:.2f}"
+    return f"every tensor dequantised, largest error {', '.join(worst)}; {distance(facts)}"
+
+
+def distance(facts: dict[str, Any]) -> str:
+    return f"KL to ours on general text {facts['kl_trained_to_written']:.2f}"
 
 
 def before_and_after(console: Console, examples, before: Scored, after: Scored) -> None:
@@ -263,8 +266,7 @@ def run(output: Path, seed: int, console: Console) -> None:
     rows = [adapter(output, model)]
     merged = model.save_pretrained_merged(output / "merged")
     agrees = merged_agrees(output / "merged", model, examples[:SHOWN])
-    kl = f"KL to ours {merged['kl_trained_to_written']:.2f}"
-    rows.append(artefact(output / "merged", f"{kl}; {agrees}"))
+    rows.append(artefact(output / "merged", f"{distance(merged)}; {agrees}"))
     files, said, quantization = ggufs(output, model, after, examples)
     side_by_side(console, after.texts[:SHOWN], said)
     rows += files

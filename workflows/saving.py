@@ -239,8 +239,8 @@ def _divergence(
         return {"kl_not_measured": source}
     found = divergence.measured(reference, source, model.dtype)
     say(
-        f"{what}: KL to the model as it was trained {found.kl:.4f} nats a token, likeliest token "
-        f"equal at {found.same_token:.0%} of {reference.tokens.size}"
+        f"{what}: KL to the model as it was trained {found.kl:.4f} nats a token of general text, "
+        f"likeliest token equal at {found.same_token:.0%} of {reference.tokens.size}"
     )
     if found.kl > divergence.FAR:
         other = model.quantized and base == merge.ORIGINAL
