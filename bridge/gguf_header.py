@@ -16,6 +16,7 @@ VERSIONS = (2, 3)
 STRING, ARRAY = 8, 9
 SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 SMALLEST_FILE = 24  # magic, version, two counts
+LENGTH = struct.Struct("<Q")  # what stands before a string
 
 
 class Tensor(NamedTuple):
@@ -74,15 +75,25 @@ class Cursor:
         return values
 
     def string(self) -> str:
-        (size,) = self.take("Q")
-        self.need(size)
-        raw = self.data[self.offset : self.offset + size]
-        self.offset += size
-        try:
-            return raw.decode()
-        except UnicodeDecodeError as error:
-            where = self.offset - size
-            raise ValueError(f"{self.path}: corrupt: no UTF-8 at byte {where}: {error}") from error
+        return self.strings(1)[0]
+
+    def strings(self, count: int) -> list[str]:
+        """`count` strings; a vocabulary has some hundred thousand, so that each is a short loop."""
+        data, end, at, out = self.data, len(self.data), self.offset, []
+        for _ in range(count):
+            start = at + LENGTH.size
+            at = start + LENGTH.unpack_from(data, at)[0] if start <= end else start
+            if at > end:
+                self.offset = min(start, end)
+                self.need(at - self.offset)
+            try:
+                out.append(data[start:at].decode())
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{self.path}: corrupt: no UTF-8 at byte {start}: {error}"
+                ) from error
+        self.offset = at
+        return out
 
 
 def _opening(at: Cursor) -> tuple[int, int]:
@@ -120,7 +131,7 @@ def _array(at: Cursor) -> list[Any]:
     kind, count = at.take("IQ")
     if kind == STRING:
         at.need(8 * count)
-        return [at.string() for _ in range(count)]
+        return at.strings(count)
     letter = _scalar(at, kind)
     at.need(struct.calcsize(letter) * count)
     return list(at.take(f"{count}{letter}"))

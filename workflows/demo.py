@@ -31,7 +31,7 @@ from workflows.generate import Answer
 from workflows.model import Model
 
 QUANTIZATIONS = ("q8_0", "q4_k_m")
-LENGTH, NEW_TOKENS = 64, 24
+LENGTH, NEW_TOKENS = 64, 20
 SHOWN, CHECKED = 4, 8
 IMPORTS = "from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer"
 OWN_MODEL = """\
@@ -61,7 +61,7 @@ def config(seed: int, output: Path | None) -> SFTConfig:
         output_dir=None if output is None else str(output),
         per_device_train_batch_size=4,
         gradient_accumulation_steps=1,
-        max_steps=88,
+        max_steps=110,
         optim="adamw_torch",
         learning_rate=2e-3,
         lr_scheduler_type="linear",
