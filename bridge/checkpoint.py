@@ -50,8 +50,9 @@ class Checkpoints:
         """
         step = self.latest() if step is None else step
         if step is None or step not in self._manager.all_steps():
-            there = f"it holds {list(self._manager.all_steps())}"
-            raise ValueError(f"{self._manager.directory} holds no checkpoint {step}; {there}")
+            there = list(self._manager.all_steps())
+            what = "no checkpoint" if step is None else f"no checkpoint {step}; it holds {there}"
+            raise ValueError(f"{self._manager.directory} holds {what}")
         named = _named(like)
         abstract = {k: jax.ShapeDtypeStruct(np.shape(v), v.dtype) for k, v in named.items()}
         args = ocp.args.Composite(

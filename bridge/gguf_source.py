@@ -52,7 +52,11 @@ class GGUFWeights:
     def headers(self) -> dict[str, Header]:
         """Every weight by its full Hugging Face name; quantised blocks count as float32."""
         places = {name: self.tensors[stored] for name, stored in self.stored.items()}
-        return {name: Header(t.shape, _dtype(t.kind)) for name, t in places.items()}
+        blocks = lambda kind: None if kind in FLOATS else kind.name
+        return {
+            name: Header(t.shape, _dtype(t.kind), blocks=blocks(t.kind))
+            for name, t in places.items()
+        }
 
     def read(self, name: str) -> np.ndarray:
         """One weight [out, in] as stored (quantised blocks as float32), possibly read-only.

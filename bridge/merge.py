@@ -15,6 +15,7 @@ from unsloth_jax import leaves, tree
 from unsloth_jax.dims import Params
 
 ORIGINAL, DEQUANTIZED = "original16", "dequant4"
+CHECKPOINT = "checkpoint"  # what ORIGINAL is where the checkpoint's own weights are blocks
 DTYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -85,9 +86,10 @@ def merged(
     """cast(W + scale * b @ a) of every weight, each computed when it is read.
 
     `base="original16"` adds to the checkpoint's own weights where `source` holds them in 16 or 32
-    bits, "dequant4" (and 4-bit checkpoints) to the dequantized ones. `dtype` None keeps 16-bit
-    weights as they are and turns float32 into bfloat16. Raises ValueError for an unknown base or
-    an adapter that belongs to no weight, and while reading for a result that is not finite.
+    bits, or in the blocks of a quantized GGUF (then `base` of the result is "checkpoint"),
+    "dequant4" (and bitsandbytes' 4-bit checkpoints) to the dequantized ones. `dtype` None keeps
+    16-bit weights as they are and turns float32 into bfloat16. Raises ValueError for an unknown
+    base or an adapter that belongs to no weight, and while reading for a result not finite.
     """
     if base not in (ORIGINAL, DEQUANTIZED):
         raise ValueError(f"base must be one of {[ORIGINAL, DEQUANTIZED]}, got {base!r}")
@@ -110,8 +112,10 @@ def merged(
         kind = DTYPES[dtype or _sixteen(headers[name].dtype if name in headers else "bfloat16")]
         read = _reader(name, original, deltas.get(name), kind, norms)
         weights.append(Weight(name, shape, kind, read))
-    used = ORIGINAL if at_hand else DEQUANTIZED
+    blocks = sorted({headers[n].blocks for n in deltas if n in headers} - {None})
+    used = (CHECKPOINT if blocks else ORIGINAL) if at_hand else DEQUANTIZED
     facts = {"base": used, "adapted": len(deltas), "scale": scale}
+    facts |= {"base_blocks": blocks} if used == CHECKPOINT else {}
     return Merged(weights, used, frozenset(deltas), facts, norms)
 
 
@@ -154,9 +158,10 @@ def _reader(
 def distances(
     model: ModuleType, c: Any, params: Params, adapters: Params | None, scale: float, source: Source
 ) -> dict[str, float]:
-    """||W16 - dequant(W4)|| / ||delta|| of every adapted weight whose 16-bit original is at hand.
+    """||W - dequant(W4)|| / ||delta|| of every adapted weight that the checkpoint has otherwise.
 
-    Large values mean that the adapter was trained on weights unlike those it is added to.
+    Deltas of zero are left out. Large values mean that the adapter was trained on weights unlike
+    those it is added to.
     """
     flat, headers, out = tree.flatten(params), source.headers(), {}
     where = {name: path for path in model.weights(c) for name in names(path, c.layers)}
@@ -166,5 +171,5 @@ def distances(
                 flat[where[name]], where[name], name
             ).astype(np.float32)
             size = float(np.linalg.norm(pair.delta()))
-            out[name] = float(np.linalg.norm(gap)) / size if size else float("inf")
+            out |= {name: float(np.linalg.norm(gap)) / size} if size else {}
     return out

@@ -152,3 +152,15 @@ def test_the_tokens_are_fixed_and_varied(model):
     first, second = divergence.trained(model), divergence.trained(model)
     np.testing.assert_array_equal(first.tokens, second.tokens)
     assert first.tokens.shape == (4, divergence.LENGTH) and len(np.unique(first.tokens)) > 30
+
+
+def test_tokens_that_have_no_embedding_are_left_out(tmp_path):
+    model = tiny_chat.adapted(tiny_chat.save(tmp_path, vocab_size=300))
+    assert divergence.trained(model).tokens.max() < 300
+
+
+def test_the_head_in_parts_gives_the_whole_heads_scores(folder, monkeypatch):
+    source, tokens = SafetensorsSource(folder), np.arange(12).reshape(2, 6)
+    whole = divergence.logits(source, jnp.float32, tokens)
+    monkeypatch.setattr(divergence, "ROWS", 100)
+    np.testing.assert_allclose(divergence.logits(source, jnp.float32, tokens), whole, atol=1e-5)

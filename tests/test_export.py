@@ -398,3 +398,18 @@ def test_adapters_of_no_weight_are_refused(model):
     adapters = tree.unflatten(pair)
     with pytest.raises(ValueError, match="nothing.* belong to no weight"):
         merge.merged(model.family, model.config, model.params, adapters, 1.0, model.source)
+
+
+def test_a_quantized_gguf_is_named_as_the_base_of_a_merge(saved, tmp_path):
+    model = tiny_chat.adapted(saved["gguf"][0] / "model.Q8_0.gguf", load_in_4bit=True)
+    facts = model.save_pretrained_merged(tmp_path / "m")
+    assert (facts["base"], facts["base_blocks"]) == ("checkpoint", ["Q8_0"])
+    assert model.save_pretrained_merged(tmp_path / "d", base="dequant4")["base"] == "dequant4"
+
+
+def test_the_manifest_of_untrained_adapters_is_plain_json(folder, tmp_path):
+    model, _ = tiny_chat.load(folder, load_in_4bit=True)
+    FastLanguageModel.get_peft_model(model, r=4)
+    model.save_pretrained_merged(tmp_path / "m")
+    refuse = lambda word: pytest.fail(f"{word} is no JSON")
+    json.loads((tmp_path / "m" / "manifest.json").read_text(), parse_constant=refuse)

@@ -14,7 +14,13 @@ import tiny_chat
 import torch
 import transformers
 
-from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer, train_on_responses_only
+from unsloth_jax import (
+    FastLanguageModel,
+    SFTConfig,
+    SFTTrainer,
+    get_chat_template,
+    train_on_responses_only,
+)
 from workflows import progress, sft
 
 # One compiled program serves all runs with these: a constant rate does not know max_steps.
@@ -469,3 +475,14 @@ def test_a_last_line_that_was_cut_short_is_written_anew(tmp_path):
     with progress.bar(3, file, 2):
         pass
     assert steps_in(file) == [1, 2]
+
+
+def test_exports_hold_the_template_that_was_trained_with(folder, tmp_path):
+    model, tokenizer = tiny_chat.load(folder)
+    FastLanguageModel.get_peft_model(model, r=4)
+    own = get_chat_template(tokenizer, "chatml")
+    rows, args = tiny_chat.MESSAGES, SFTConfig(**(SAME | {"max_steps": 1}))
+    SFTTrainer(model=model, tokenizer=own, train_dataset=rows, args=args).train()
+    model.save_pretrained(tmp_path / "a")
+    again, _ = FastLanguageModel.from_pretrained(str(tmp_path / "a"), 256, load_in_4bit=False)
+    assert again.tokenizer.chat_template == own.chat_template != tokenizer.chat_template

@@ -84,9 +84,9 @@ def _require_proved(tokenizer: PreTrainedTokenizerBase, markers: Markers) -> Non
 def _require_questions(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, markers: Markers
 ) -> None:
-    """Raises ValueError where the rows hold answers but nowhere the instruction marker."""
+    """Raises ValueError where rows hold several answers but none the instruction marker."""
     asked = any(_places(row.tokens, markers.instruction) for row in rows)
-    if not asked and any(_places(row.tokens, markers.response) for row in rows):
+    if not asked and any(len(_places(row.tokens, markers.response)) > 1 for row in rows):
         raise ValueError(
             f"the instruction marker {tokenizer.decode(markers.instruction)!r} is in none of the "
             f"{len(rows)} rows: what users say after an answer would be supervised"

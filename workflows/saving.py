@@ -200,17 +200,25 @@ def _merged(model: "Model", dtype: str | None, base: str) -> merge.Merged:
 
 def _distances(m: "Model", found: merge.Merged) -> dict[str, Any]:
     """How far the 4-bit weights of training lie from those the delta was added to."""
-    if not (m.quantized and m.adapters and found.base == merge.ORIGINAL):
+    if not (m.quantized and m.adapters and found.base != merge.DEQUANTIZED):
         return {}
     ratios = merge.distances(m.family, m.config, m.params, m.adapters, m.scale, m.source)
+    if not ratios:
+        return {}
     values = np.asarray(list(ratios.values()))
     median, largest = float(np.median(values)), float(values.max())
     say(
-        "the delta is added to the original weights; 4-bit error over delta: median "
+        f"the delta is added to {_named(found)}; 4-bit error over delta: median "
         f"{median:.1f}, largest {largest:.1f} (base='dequant4' merges into the weights that were "
         "trained on)"
     )
     return {"base_error_over_delta": {"median": median, "largest": largest}}
+
+
+def _named(found: merge.Merged) -> str:
+    if found.base == merge.ORIGINAL:
+        return "the original weights"
+    return f"the checkpoint's own weights, dequantized from {', '.join(found.facts['base_blocks'])}"
 
 
 def _rounding(found: merge.Merged) -> dict[str, Any]:
@@ -243,7 +251,7 @@ def _divergence(
         f"likeliest token equal at {found.same_token:.0%} of {reference.tokens.size}"
     )
     if found.kl > divergence.FAR:
-        other = model.quantized and base == merge.ORIGINAL
+        other = model.quantized and base != merge.DEQUANTIZED
         advice = "; base='dequant4' merges into the weights that were trained on" if other else ""
         say(f"WARNING: {what}: that is far, {divergence.FAR} is the most of sound exports{advice}")
     return found.facts()

@@ -150,12 +150,16 @@ class SFTTrainer:
     def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
         """Runs the steps that are left; on any exit `model.adapters` is the last finite state.
 
+        The model takes the trainer's tokenizer, so that exports hold the template trained with.
+
         `resume_from_checkpoint` True continues the newest checkpoint of output_dir, a path that of
         another folder. Raises ValueError where it does not fit, FileExistsError where a new run's
         output_dir holds checkpoints, FloatingPointError for a loss that is not finite.
         """
         source = self._source(resume_from_checkpoint)
         a, m = self.args, self.model
+        # What is saved and what answers takes the template that was trained with.
+        m.tokenizer = self.tokenizer
         batches, total = self._batches(), self.total_steps()
         rate = optim.schedule(a.lr_scheduler_type, a.learning_rate, a.warmup(total), total)
         clock = Stopwatch()
