@@ -12,7 +12,7 @@ from pallas_kernels import _choice
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer, tree
 from unsloth_jax.quant.nf4 import NF4
 from workflows.bench import rows, train_step
-from workflows.trainer import MATMULS
+from workflows.sft_config import MATMULS
 
 SCRIPT = Path(__file__).parent / "gpu" / "fp8_loss.py"
 

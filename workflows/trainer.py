@@ -20,7 +20,6 @@ from workflows.generate import Stopwatch
 from workflows.keywords import ranged, say, settle, typed, written
 from workflows.model import Model
 from workflows.sft_config import KINDS, NAMES, RANGES, SFTConfig
-from workflows.sft_config import MATMULS as MATMULS
 
 TRAINER_IGNORED = {
     "data_collator": "rows are collated here",

@@ -24,7 +24,8 @@ from unsloth_jax import optim, plan, quant, train
 from workflows import demo_data, sft
 from workflows.bench import rows
 from workflows.face import FastLanguageModel
-from workflows.trainer import SFTConfig, SFTTrainer
+from workflows.sft_config import SFTConfig
+from workflows.trainer import SFTTrainer
 
 LIMIT, LAST = 0.01, 10
 
