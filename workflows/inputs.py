@@ -77,8 +77,6 @@ SETTINGS = {
 }
 LENGTHS = {name: SETTINGS[name] for name in ("max_new_tokens", "max_length")}
 SEEDS = {"seed": (-(2**63), 2**63 - 1)}
-
-
 IDS = 2**31  # ids are int32
 
 
