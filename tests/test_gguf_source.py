@@ -1,6 +1,7 @@
 """Reading GGUF: bytes, names and row order against libgguf, transformers and the formulas."""
 
 import json
+import struct
 import tracemalloc
 
 import gguf
@@ -343,3 +344,11 @@ def test_float_weights_are_mapped_and_blocks_never_held_twice(smollm2):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1.3 * w.nbytes
+
+
+def test_a_string_that_passes_the_files_end_says_where_it_stands(tmp_path):
+    opening = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1)
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(opening + struct.pack("<Q", 1000) + b"general")
+    with pytest.raises(ValueError, match="truncated or corrupt: 1000 bytes are expected at byte 32"):
+        gguf_header.read(path)
