@@ -4,124 +4,25 @@ Tensors are [THREADS], one element a thread. A quad of lanes reads a block's 32 
 row, so that a byte's two weights are a register of the left operand as they come, and x's columns
 match them without a shuffle. A byte's pair of bfloat16 values is one 4-byte load: the 256 pairs
 stand in shared memory 32 times, one copy in each bank, and no two lanes ever wait for a bank.
+
+One or two rows of x leave columns of the right operand free: there they hold four blocks' columns
+each, so that a lane reads one block of x for four of the weight, and needs two blocks' scales.
+All that a program reads from global memory is asked for before the first thing that waits.
 """
 
 import triton.language as tl
 
+from pallas_kernels._nf4_few_rows_ptx import (
+    begin,
+    block_sums,
+    blocks_bytes,
+    eight_columns,
+    fill,
+    left_of,
+    looked_up,
+    over_warps,
+)
 from pallas_kernels._nf4_few_rows_triton import choose, codebook, group, jit
-
-PAIRS, SCALES = "nf4_few_rows_pairs", "nf4_few_rows_scales"
-
-
-def _fill() -> str:
-    """PTX: thread e writes pair e ($1) to each bank, three maps' scales; $0 is 4 times the lane."""
-    lines = [
-        f".shared .align 128 .b32 {PAIRS}[8192]; .shared .align 16 .b32 {SCALES}[768];",
-        "{ .reg .b32 a, b, c, e, l; mov.u32 l, %laneid; mov.u32 a, %tid.x; and.b32 a, a, 255;",
-        f"mov.u32 b, {PAIRS}; shl.b32 e, a, 2; shl.b32 a, a, 7; add.u32 a, a, b;",
-    ]
-    for k in range(8):
-        lines.append(f"add.u32 c, l, {k}; and.b32 c, c, 7; shl.b32 c, c, 4; add.u32 c, c, a;")
-        lines.append("st.shared.v4.b32 [c], {$1, $1, $1, $1};")
-    lines.append(f"mov.u32 b, {SCALES}; add.u32 a, e, b;")
-    lines += [f"st.shared.b32 [a+{1024 * k}], ${2 + k};" for k in range(3)]
-    return " ".join([*lines, "bar.sync 0; shl.b32 $0, l, 2; }"])
-
-
-def _load(count: int) -> str:
-    """PTX: 8 bytes of `count` neighbouring blocks at each of two addresses."""
-    to = lambda k: f"ld.global.cg.b64 ${k}, [${2 * count + k // count} + {32 * (k % count)}];"
-    return " ".join(to(k) for k in range(2 * count))
-
-
-def _decode() -> str:
-    """PTX: left operands of four products of depth 16 from 8 bytes of rows r ($16) and r + 8."""
-    lines = ["{ .reg .b32 b, s, p0, p1, q0, q1; mov.b64 {p0, p1}, $16; mov.b64 {q0, q1}, $17;"]
-    lines.append(f"mov.u32 b, {PAIRS};")
-    places = ["shl.b32 s, {}, 7;", "shr.u32 s, {}, 1;", "shr.u32 s, {}, 9;", "shr.u32 s, {}, 17;"]
-    for byte in range(8):
-        for below, word in enumerate("pq"):
-            lines.append(places[byte % 4].format(f"{word}{byte // 4}"))
-            lines.append("lop3.b32 s, s, 0x7f80, $18, 0xea; add.u32 s, s, b;")
-            lines.append(f"ld.shared.b32 ${4 * (byte // 2) + 2 * (byte % 2) + below}, [s];")
-    return " ".join([*lines, "}"])
-
-
-def _multiply() -> str:
-    """PTX: the four products' sum: operands on the left $4 to $19, on the right $20 to $27."""
-    lines, before = ["{ .reg .f32 z; mov.f32 z, 0f00000000;"], "z, z, z, z"
-    for k in range(4):
-        left = ", ".join(f"${4 + 4 * k + i}" for i in range(4))
-        lines.append(
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, "
-            f"{{{left}}}, {{${20 + 2 * k}, ${21 + 2 * k}}}, {{{before}}};"
-        )
-        before = "$0, $1, $2, $3"
-    return " ".join([*lines, "}"])
-
-
-FILL = tl.constexpr(_fill())
-LOAD1, LOAD2, LOAD4 = (tl.constexpr(_load(count)) for count in (1, 2, 4))
-DECODE, MULTIPLY = tl.constexpr(_decode()), tl.constexpr(_multiply())
-COLUMNS = tl.constexpr(
-    "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$8]; ld.global.nc.v4.b32 {$4, $5, $6, $7}, [$8 + 16];"
-)
-SCALE = tl.constexpr(
-    f"{{ .reg .b32 s; mov.u32 s, {SCALES}; add.u32 s, s, $1; ld.shared.b32 $0, [s]; }}"
-)
-TO_DECODE = tl.constexpr(",".join(["=&r"] * 16 + ["l", "l", "r"]))
-TO_MULTIPLY = tl.constexpr(",".join(["=&f"] * 4 + ["r"] * 24))
-WORDS = tl.constexpr((tl.int32,) * 8)
-LEFT = tl.constexpr((tl.int32,) * 16)
-SUMS = tl.constexpr((tl.float32,) * 4)
-LONGS1, LONGS2, LONGS4 = (tl.constexpr((tl.int64,) * (2 * count)) for count in (1, 2, 4))
-
-
-@jit
-def eight_columns(address, KEPT: tl.constexpr):
-    """16 neighbouring columns of a row of x from each address; KEPT ones are asked for once."""
-    return tl.inline_asm_elementwise(
-        COLUMNS, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,l", [address], dtype=WORDS, is_pure=KEPT, pack=1
-    )
-
-
-@jit
-def blocks_bytes(upper, lower, COUNT: tl.constexpr):
-    """8 bytes of COUNT blocks of the row at one address, then of that at the other."""
-    if COUNT == 4:
-        return tl.inline_asm_elementwise(
-            LOAD4, "=&l,=&l,=&l,=&l,=&l,=&l,=&l,=&l,l,l", [upper, lower], dtype=LONGS4,
-            is_pure=False, pack=1,
-        )  # fmt: skip
-    elif COUNT == 2:
-        return tl.inline_asm_elementwise(
-            LOAD2, "=&l,=&l,=&l,=&l,l,l", [upper, lower], dtype=LONGS2, is_pure=False, pack=1
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            LOAD1, "=&l,=&l,l,l", [upper, lower], dtype=LONGS1, is_pure=False, pack=1
-        )
-
-
-@jit
-def block_sums(left, right):
-    """Sums of a block of 16 rows with 8 columns: (row, 2t), (row, 2t + 1), two of row + 8."""
-    return tl.inline_asm_elementwise(
-        MULTIPLY,
-        TO_MULTIPLY,
-        [left[0], left[1], left[2], left[3], left[4], left[5], left[6], left[7],
-         left[8], left[9], left[10], left[11], left[12], left[13], left[14], left[15],
-         right[0], right[1], right[2], right[3], right[4], right[5], right[6], right[7]],
-        dtype=SUMS, is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@jit
-def left_of(upper, lower, fours):
-    """Left operands of a block's four products from 8 bytes of rows r and r + 8."""
-    return tl.inline_asm_elementwise(
-        DECODE, TO_DECODE, [upper, lower, fours], dtype=LEFT, is_pure=True, pack=1
-    )
 
 
 @jit
@@ -138,14 +39,14 @@ def stored_together(absmax, number, STEP: tl.constexpr, NESTED: tl.constexpr):
 
 
 @jit
-def scale_of(stored, wide, offset, maps, PLACE: tl.constexpr, NESTED: tl.constexpr):
-    """The float32 scale of block PLACE of those stored together."""
+def scale_of(stored, wide, offset, maps, fours, PLACE: tl.constexpr, NESTED: tl.constexpr):
+    """The float32 scale of block PLACE of those stored together.
+
+    `fours` has no lower bits: what is made of it stays behind FILL, in the compiler's eyes too.
+    """
     if NESTED:
-        at = maps + ((stored >> (8 * PLACE)) & 255) * 4
-        value = tl.inline_asm_elementwise(
-            SCALE, "=f,r", [at], dtype=tl.float32, is_pure=True, pack=1
-        )
-        return value * wide + offset
+        at = maps + (((stored | (fours & 3)) >> (8 * PLACE)) & 255) * 4
+        return looked_up(at) * wide + offset
     else:
         return stored[PLACE]
 
@@ -154,21 +55,29 @@ def scale_of(stored, wide, offset, maps, PLACE: tl.constexpr, NESTED: tl.constex
 def ask(
     tile, block, quad, place, layer, packed, absmax, nested,
     O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr,
-    I: tl.constexpr, STEP: tl.constexpr, NESTED: tl.constexpr,
+    I: tl.constexpr, STEP: tl.constexpr, NESTED: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
-    """A step's bytes and stored scales of rows quad and quad + 8 of a tile, of blocks from one."""
+    """A step's bytes and stored scales of rows quad and quad + 8 of a tile, of blocks from one.
+
+    SPREAD: only the two scales of a row that the lane's sums need.
+    """
     per_row: tl.constexpr = I // 64
-    matrix, start, before = group(tile, 16, O0, O1)
+    matrix, start, before = place_of(tile, O0, O1)
     height = tl.where(matrix == 0, O0, tl.where(matrix == 1, O1, O2))
-    upper = tl.minimum(start + quad, height - 1)
-    lower = tl.minimum(start + quad + 8, height - 1)
+    upper, lower = start + quad, start + quad + 8
+    if O0 % 16 + O1 % 16 + O2 % 16 > 0:
+        upper, lower = tl.minimum(upper, height - 1), tl.minimum(lower, height - 1)
     base = choose(matrix, packed[0], packed[1], packed[2]) + layer * height * (I // 2)
     base = base.to(tl.int64) + block * 32 + place * 8
     w = blocks_bytes(base + upper * (I // 2), base + lower * (I // 2), STEP)
     scales = choose(matrix, absmax[0], absmax[1], absmax[2]) + layer * height * per_row
     first, second = upper * per_row + block, lower * per_row + block
-    s = stored_together(scales, first, STEP, NESTED)
-    t = stored_together(scales, second, STEP, NESTED)
+    if SPREAD:
+        s = stored_together(scales, first + place % 2 * 2, 2, NESTED)
+        t = stored_together(scales, second + place % 2 * 2, 2, NESTED)
+    else:
+        s = stored_together(scales, first, STEP, NESTED)
+        t = stored_together(scales, second, STEP, NESTED)
     if NESTED:
         outer = choose(matrix, nested[0], nested[1], nested[2])
         outer += layer * ((height * per_row + 255) // 256)
@@ -179,29 +88,67 @@ def ask(
 
 @jit
 def add_step(
-    total, found, right, at, fours, offset, maps,
-    STEP: tl.constexpr, NESTED: tl.constexpr, KEPT: tl.constexpr,
+    total, ahead, found, right, at, then, fours, offset, maps,
+    STEP: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
-    """Adds the products of a step's blocks, each scaled in float32, to four sums a thread."""
+    """Adds the products of a step's blocks, each scaled in float32, to four sums a thread.
+
+    `ahead` is the first block's columns of x; those of the block at `then`, if that is not
+    negative, come back beside sums.
+    """
     w, s, t, wide, wide_t = found
     for k in tl.static_range(STEP):
+        columns = ahead
+        following = at + 128 * (k + 1) if k + 1 < STEP else then
+        if following >= 0:
+            ahead = columns_of(right, following)
         left = left_of(w[k], w[STEP + k], fours)
-        a = scale_of(s, wide, offset, maps, k, NESTED)
-        b = scale_of(t, wide_t, offset, maps, k, NESTED)
+        a = scale_of(s, wide, offset, maps, fours, k, NESTED)
+        b = scale_of(t, wide_t, offset, maps, fours, k, NESTED)
         sums = ()
         for c in tl.static_range(len(right)):
-            p = block_sums(left, eight_columns(right[c] + (at + 128 * k), KEPT))
+            p = block_sums(left, columns[c])
             old = total[c]
             new = (old[0] + p[0] * a, old[1] + p[1] * a, old[2] + p[2] * b, old[3] + p[3] * b)
             sums = sums + (new,)
         total = sums
-    return total
+    return total, ahead
 
 
 @jit
-def over_warps(value, WARPS: tl.constexpr):
-    """Sums of equal lanes of all warps [32]."""
-    return tl.sum(value.reshape(WARPS, 32), axis=0)
+def columns_of(right, at):
+    """A block's columns of up to 8 rows of x at each address of a tuple."""
+    found = ()
+    for c in tl.static_range(len(right)):
+        found = found + (eight_columns(right[c] + at),)
+    return found
+
+
+@jit
+def add_spread(
+    total, ahead, found, right, then, place, fours, offset, maps, NESTED: tl.constexpr
+):  # fmt: skip
+    """Adds a step's four blocks: column c of a product holds block c % 4 of row c // 4 of x.
+
+    A lane's columns 2t, 2t + 1 are blocks 0, 1 or, where t is odd, 2, 3; others' sums are dropped.
+    `ahead` and what comes back beside sums are as in `add_step`.
+    """
+    columns, odd = ahead[0], place % 2 == 1
+    if then >= 0:
+        ahead = columns_of(right, then)
+    w, s, t, wide, wide_t = found
+    p0 = block_sums(left_of(w[0], w[4], fours), columns)
+    p1 = block_sums(left_of(w[1], w[5], fours), columns)
+    p2 = block_sums(left_of(w[2], w[6], fours), columns)
+    p3 = block_sums(left_of(w[3], w[7], fours), columns)
+    upper, lower = total[0]
+    first = scale_of(s, wide, offset, maps, fours, 0, NESTED)
+    second = scale_of(s, wide, offset, maps, fours, 1, NESTED)
+    upper += tl.where(odd, p2[0], p0[0]) * first + tl.where(odd, p3[1], p1[1]) * second
+    first = scale_of(t, wide_t, offset, maps, fours, 0, NESTED)
+    second = scale_of(t, wide_t, offset, maps, fours, 1, NESTED)
+    lower += tl.where(odd, p2[2], p0[2]) * first + tl.where(odd, p3[3], p1[3]) * second
+    return ((upper, lower),), ahead
 
 
 @jit
@@ -223,40 +170,36 @@ def warp_kernel(
     per_row: tl.constexpr = I // 64
     steps: tl.constexpr = per_row // (WARPS * STEP)
     last: tl.constexpr = (O0 + 15) // 16 + (O1 + 15) // 16 + (O2 + 15) // 16 - 1
+    SPREAD: tl.constexpr = STEP == 4 and M <= 2
     if TRACED:
         layer = tl.load(layers)
     layer = tl.cast(layer, tl.int64)
     thread = tl.arange(0, 32 * WARPS)
     quad, place = thread % 32 // 4, thread % 4
     part = thread // 32 * (per_row // WARPS)
+    MAPS: tl.constexpr = 0 if not NESTED else (1 if O1 == 0 else 3)
+    entry = layer * 256 + thread % 256
+    begin(map0 + entry, map1 + entry, map2 + entry, MAPS)
     packed, absmax = (packed0, packed1, packed2), (absmax0, absmax1, absmax2)
     nested = (nested0, nested1, nested2)
     tile, stride = tl.program_id(0), tl.num_programs(0)
-    now = ask(tile, part, quad, place, layer, packed, absmax, nested, O0, O1, O2, I, STEP, NESTED)
+    now = ask(
+        tile, part, quad, place, layer, packed, absmax, nested,
+        O0, O1, O2, I, STEP, NESTED, SPREAD,
+    )  # fmt: skip
     soon = now
     if TILES * steps > 1:
         soon = ask(
             tl.minimum(tile + stride * (1 // steps), last), part + 1 % steps * STEP, quad, place,
-            layer, packed, absmax, nested, O0, O1, O2, I, STEP, NESTED,
+            layer, packed, absmax, nested, O0, O1, O2, I, STEP, NESTED, SPREAD,
         )  # fmt: skip
-    code = thread % 256
-    pair = word_of_pair(code)
+    offsets = (0.0, 0.0, 0.0)
     if NESTED:
-        s0 = tl.load(map0 + layer * 256 + code)
-        s1 = tl.load(map1 + layer * 256 + code) if O1 > 0 else s0
-        s2 = tl.load(map2 + layer * 256 + code) if O2 > 0 else s0
-    else:
-        s0 = codebook(code)
-        s1, s2 = s0, s0
-    fours = tl.inline_asm_elementwise(
-        FILL, "=r,r,f,f,f", [pair, s0, s1, s2], dtype=tl.int32, is_pure=False, pack=1
-    )
-    zero = fours * 0.0
-    right, nothing = (), ()
-    for c in tl.static_range((M + 7) // 8):
-        row = tl.minimum(quad + 8 * c, M - 1)
-        right = right + (x.to(tl.int64) + (row * I + place * 16 + part * 64) * 2,)
-        nothing = nothing + ((zero, zero, zero, zero),)
+        offsets = all_of(offset0 + layer, offset1 + layer, offset2 + layer, O1, O2)
+    right = addresses(x, quad, place, part, M, I, SPREAD)
+    ahead = columns_of(right, 0)
+    fours = fill(bits_of(thread))
+    nothing = nothing_yet(fours * 0.0, M, SPREAD)
     total = nothing
     for n in tl.static_range(TILES * steps):
         then = soon
@@ -264,38 +207,97 @@ def warp_kernel(
             then = ask(
                 tl.minimum(tile + stride * ((n + 2) // steps), last),
                 part + (n + 2) % steps * STEP, quad, place,
-                layer, packed, absmax, nested, O0, O1, O2, I, STEP, NESTED,
+                layer, packed, absmax, nested, O0, O1, O2, I, STEP, NESTED, SPREAD,
             )  # fmt: skip
-        matrix, start, before = group(tl.minimum(tile + stride * (n // steps), last), 16, O0, O1)
-        offset = tl.load(choose(matrix, offset0, offset1, offset2) + layer) if NESTED else 0.0
-        total = add_step(
-            total, now, right, n % steps * STEP * 128, fours, offset, matrix * 1024,
-            STEP, NESTED, M == 1 and TILES == 1,
-        )  # fmt: skip
+        matrix, start, before = place_of(tl.minimum(tile + stride * (n // steps), last), O0, O1)
+        offset = choose_scale(matrix, offsets)
+        at = (n + 1) % steps * STEP * 128 if n + 1 < TILES * steps else -1
+        if SPREAD:
+            total, ahead = add_spread(
+                total, ahead, now, right, at, place, fours, offset, matrix * 1024, NESTED
+            )
+        else:
+            total, ahead = add_step(
+                total, ahead, now, right, n % steps * STEP * 128, at,
+                fours, offset, matrix * 1024, STEP, NESTED,
+            )  # fmt: skip
         now = soon
         soon = then
         if n % steps == steps - 1:
             height = tl.where(matrix == 0, O0, tl.where(matrix == 1, O1, O2))
             inside = tile + stride * (n // steps) <= last
-            put(y + before, total, start, tl.where(inside, height, 0), M, O0 + O1 + O2, WARPS)
+            put(
+                y + before, total, start, tl.where(inside, height, 0), n // steps,
+                M, O0 + O1 + O2, WARPS, SPREAD,
+            )  # fmt: skip
             total = nothing
 
 
 @jit
-def put(y, total, start, height, M: tl.constexpr, O: tl.constexpr, WARPS: tl.constexpr):
-    """Adds all warps' sums and stores them: a lane has columns 2t, 2t + 1 of rows g, g + 8."""
-    lane = tl.arange(0, 32)
-    for c in tl.static_range((M + 7) // 8):
-        for k in tl.static_range(4):
-            if M > 1 or k % 2 == 0:
-                column, row = 8 * c + lane % 4 * 2 + k % 2, start + lane // 4 + k // 2 * 8
-                value = over_warps(total[c][k], WARPS).to(y.dtype.element_ty)
-                tl.store(y + column * O + row, value, mask=(column < M) & (row < height))
+def nothing_yet(zero, M: tl.constexpr, SPREAD: tl.constexpr):
+    """Sums of no step yet: a lane's, for each 8 rows of x."""
+    nothing = ()
+    for _ in tl.static_range((M + 7) // 8):
+        nothing = nothing + ((zero, zero) if SPREAD else (zero, zero, zero, zero),)
+    return nothing
 
 
 @jit
-def word_of_pair(code):
-    """The bfloat16 values of a byte's high code (lower half) and low code, in one word."""
-    high = codebook(code >> 4).to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
-    low = codebook(code).to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
-    return (high & 0xFFFF) | (low << 16)
+def all_of(first, second, third, O1: tl.constexpr, O2: tl.constexpr):
+    """What stands at three addresses; matrices that are not there get the first one's."""
+    found = tl.load(first)
+    return found, tl.load(second) if O1 > 0 else found, tl.load(third) if O2 > 0 else found
+
+
+@jit
+def addresses(x, quad, place, part, M: tl.constexpr, I: tl.constexpr, SPREAD: tl.constexpr):
+    """Where a lane's columns of x begin: one address for each 8 rows, of the warp's first step."""
+    right = ()
+    for c in tl.static_range((M + 7) // 8):
+        row, block = quad + 8 * c, part
+        if SPREAD:
+            row, block = quad // 4, part + quad % 4
+        row = tl.minimum(row, M - 1)
+        right = right + (x.to(tl.int64) + (row * I + place * 16 + block * 64) * 2,)
+    return right
+
+
+@jit
+def choose_scale(matrix, offsets):
+    """The offset of the scales of the matrix that a program works on."""
+    return tl.where(matrix == 0, offsets[0], tl.where(matrix == 1, offsets[1], offsets[2]))
+
+
+@jit
+def put(
+    y, total, start, height, TILE: tl.constexpr,
+    M: tl.constexpr, O: tl.constexpr, WARPS: tl.constexpr, SPREAD: tl.constexpr,
+):  # fmt: skip
+    """Adds all warps' sums and stores them: a lane has columns 2t, 2t + 1 of rows g, g + 8."""
+    thread = tl.arange(0, 32 * WARPS)
+    lane, k = thread % 32, thread // 32
+    for c in tl.static_range(len(total)):
+        value = over_warps(total[c], TILE * len(total) + c, WARPS, SPREAD)
+        if SPREAD:
+            column, row = lane % 4 // 2, start + lane // 4 + k * 8
+            mine = (k < 2) & (lane % 2 == 0)
+        else:
+            column, row = 8 * c + lane % 4 * 2 + k % 2, start + lane // 4 + k // 2 * 8
+            mine = k < 4
+        where = y + column * O + row
+        tl.store(where, value.to(y.dtype.element_ty), mask=mine & (column < M) & (row < height))
+
+
+@jit
+def bits_of(code):
+    """The bits of a code's bfloat16 value."""
+    return codebook(code).to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+
+
+@jit
+def place_of(tile, O0: tl.constexpr, O1: tl.constexpr):
+    """Of a group of 16 rows: its matrix, its first row there, the rows of matrices before."""
+    if O1 == 0:
+        return 0, tile * 16, 0
+    else:
+        return group(tile, 16, O0, O1)

@@ -167,12 +167,10 @@ def best_plan(rows: int, width: int, heights: Sequence[int]) -> Plan:
 
 
 def _warp_plan(rows, blocks, groups):
-    """Eight warps, twice on a processor; for one row many small programs were measured faster."""
-    if rows == 1 and blocks % 32 == 0:
-        return Plan(16, 8, step=4)
+    """Eight warps, twice on a processor; for one row smaller programs were measured faster."""
     step = next(step for step in (4, 2, 1) if blocks % (8 * step) == 0)
     tiles = -(-groups // (2 * PROCESSORS)) if blocks <= 16 * step else 1
-    return Plan(16, 8, step=step, tiles=tiles)
+    return Plan(16, 8, step=step, tiles=min(tiles, 2) if rows == 1 else tiles, registers=128)
 
 
 def _power_of_two(least):
@@ -184,7 +182,8 @@ def constants(
 ) -> tuple[dict, tuple[int, ...]]:
     """The compile-time arguments of a plan's kernel, and its grid.
 
-    Raises ValueError where the parts of a row's blocks would not be equal.
+    Raises ValueError where the parts of a row's blocks would not be equal, and for warps that
+    leave `warp_kernel`'s table of 256 pairs unfilled or have no room for their sums.
     """
     if layouts[0].matrix[1] // 64 % plan.splits:
         raise ValueError(f"{plan.splits} parts don't divide {layouts[0].matrix[1] // 64} blocks")
@@ -196,6 +195,12 @@ def constants(
         parts, blocks = plan.warps * plan.step, layouts[0].matrix[1] // 64
         if plan.rows != 16 or blocks % parts:
             raise ValueError(f"{plan} takes 16 rows, and {parts} has to divide {blocks} blocks")
+        most = 16 if plan.step == 4 and rows <= 2 else 8
+        if plan.warps not in (8, most):
+            raise ValueError(
+                f"{plan.warps} warps with {rows} rows of x: 8 fill the table of 256 pairs, "
+                f"and sums have room for {most}"
+            )
     both = {"M": rows, "I": width, **sides, "NESTED": nested, "TRACED": traced, "ROWS": plan.rows}
     if plan.step:
         both |= {"WARPS": plan.warps, "STEP": plan.step, "TILES": plan.tiles}

@@ -53,6 +53,16 @@ def address(values, text):
     return values[base.strip()].astype(np.int64) + int(more or 0)
 
 
+def add_floats(a, b):
+    return (floats(a) + floats(b)).astype(np.float32).view(np.uint32)
+
+
+ARITHMETIC = {
+    "add": np.add, "mul": np.multiply, "and": np.bitwise_and, "xor": np.bitwise_xor,
+    "shl": np.left_shift, "shr": np.right_shift, "setp": np.less, "add.f32": add_floats,
+}  # fmt: skip
+
+
 def step(values, threads, name, given):
     """Runs one instruction on the registers."""
     read = lambda k: values[given[k]] if given[k] in values else constant(given[k], threads)
@@ -63,36 +73,47 @@ def step(values, threads, name, given):
         values[high] = (values[given[1]] >> np.uint64(32)).astype(np.uint32)
     elif kind == "mov":
         values[given[0]] = read(1)
-    elif kind == "add":
-        values[given[0]] = read(1) + read(2)
-    elif kind == "and":
-        values[given[0]] = read(1) & read(2)
-    elif kind == "shl":
-        values[given[0]] = read(1) << read(2)
-    elif kind == "shr":
-        values[given[0]] = read(1) >> read(2)
+    elif kind in ARITHMETIC:
+        assert kind != "setp" or name == "setp.lt.u32", name
+        values[given[0]] = ARITHMETIC.get(name, ARITHMETIC[kind])(read(1), read(2))
     elif kind == "lop3":
         assert given[4] == "0xea", given
         values[given[0]] = read(1) & read(2) | read(3)
-    elif name.startswith("st.shared"):
+    elif kind == "shfl":
+        assert given[3:] == ["0x1f", "0xffffffff"], given
+        lanes, other = np.arange(threads), read(2).astype(np.int64)
+        source = {"idx": other % 32, "bfly": lanes % 32 ^ other}[name.split(".")[2]]
+        values[given[0]] = values[given[1]][lanes // 32 * 32 + source]
+    elif kind == "mma":
+        groups = [[values[part] for part in several(text)] for text in given[1:]]
+        values.update(zip(several(given[0]), multiply(*groups), strict=True))
+    elif kind in ("ld", "st", "cp") and name != "cp.async.wait_all":
+        move(values, threads, name, given)
+    else:
+        assert name in ("bar.sync", "bar.warp.sync", "cp.async.wait_all"), name
+
+
+def move(values, threads, name, given):
+    """Runs one load, store or copy; a copy is done at once."""
+    if name.startswith("st.shared"):
         words = np.stack([values[part] for part in several(given[1])], 1)
         at = address(values, given[0])[:, None] + np.arange(4 * words.shape[1])
         MEMORY[at] = np.ascontiguousarray(words).view(np.uint8)
     elif name.startswith("ld.shared"):
         at = address(values, given[1])[:, None] + np.arange(4)
         values[given[0]] = np.ascontiguousarray(MEMORY[at]).view(np.uint32)[:, 0]
-    elif name.startswith("ld.global"):
+    elif name.startswith("cp.async"):
+        raw = b"".join(ctypes.string_at(int(a), 4) for a in address(values, given[1]))
+        at = address(values, given[0])[:, None] + np.arange(int(given[2]))
+        MEMORY[at] = np.frombuffer(raw, np.uint8).reshape(threads, 4)
+    else:
+        assert name.startswith("ld.global"), name
         kept = np.uint64 if name.endswith("b64") else np.uint32
         to = several(given[0])
         size = np.dtype(kept).itemsize * len(to)
         raw = b"".join(ctypes.string_at(int(a), size) for a in address(values, given[1]))
         words = np.frombuffer(raw, kept).reshape(threads, len(to))
         values.update({part: words[:, k].copy() for k, part in enumerate(to)})
-    elif kind == "mma":
-        groups = [[values[part] for part in several(text)] for text in given[1:]]
-        values.update(zip(several(given[0]), multiply(*groups), strict=True))
-    else:
-        assert name == "bar.sync", name
 
 
 def constant(text, threads):
@@ -118,8 +139,13 @@ def run(program, values, threads):
             if line.split()[-1].split("[")[0] not in DECLARED:
                 declare(line)
         elif line and line != "}" and not line.startswith(".reg"):
-            name, _, rest = line.partition(" ")
-            step(values, threads, name, operands(rest))
+            where, _, plain = line.rpartition("@")[2].partition(" ")
+            name, _, rest = (plain if line.startswith("@") else line).partition(" ")
+            given = operands(rest)
+            before = values.get(given[0]) if given else None
+            step(values, threads, name, given)
+            if line.startswith("@"):
+                values[given[0]] = np.where(values[where], values[given[0]], before)
 
 
 class Results(list):

@@ -99,6 +99,10 @@ INTERPRETED = {
     "vector of two rows": ([(24, 128)], 2, Plan(4, 2), False),
     "vectors together": ([(40, 128), (8, 128), (20, 128)], 4, Plan(8, 2), True),
     "warps": ([(40, 1024)], 1, Plan(16, 8, step=1, tiles=2), True),
+    "one row": ([(40, 2048)], 1, Plan(16, 8, step=4, tiles=2), True),
+    "two rows, 16 warps": ([(24, 4096)], 2, Plan(16, 16, step=4, tiles=2), False),
+    "one row together": ([(40, 2048), (16, 2048)], 1, Plan(16, 8, step=4, tiles=3), True),
+    "two rows together": ([(24, 2048), (8, 2048), (20, 2048)], 2, Plan(16, 8, step=4), True),
     "warps, steps": ([(32, 4096)], 3, Plan(16, 8, step=4), True),
     "warps, plain": ([(24, 2048)], 11, Plan(16, 8, step=2, tiles=2), False),
     "warps together": (
@@ -159,6 +163,26 @@ def test_kernels_interpreted_on_a_cpu_give_the_float64_product(name, traced, int
     assert wrong < (4e-3 if plan.columns or plan.step else 1e-6), wrong
 
 
+@pytest.mark.parametrize(("rows", "plan", "most"), [
+    (1, Plan(16, 4, step=4), 16), (2, Plan(16, 32, step=4), 16), (3, Plan(16, 16, step=4), 8),
+    (1, Plan(16, 16, step=2), 8),
+])  # fmt: skip
+def test_warps_that_leave_the_table_unfilled_or_have_no_room_are_refused(rows, plan, most):
+    with pytest.raises(ValueError, match=f"{plan.warps} warps .* sums have room for {most}"):
+        nf4_few_rows.constants([nf4.Layout((64, 8192))], rows, True, False, plan)
+
+
+@pytest.mark.parametrize("heights", [[1024], [4096], [14336], [14336, 14336]])
+@pytest.mark.parametrize("rows", [1, 2, 16])
+@pytest.mark.parametrize("width", [1024, 3072, 4096, 14336])
+def test_the_default_plan_is_one_that_its_kernel_takes(heights, rows, width):
+    plan = nf4_few_rows.best_plan(rows, width, heights)
+    layouts = [nf4.Layout((height, width)) for height in heights]
+    constants, grid = nf4_few_rows.constants(layouts, rows, True, False, plan)
+    assert constants["WARPS"] == 8 and constants["REGISTERS"] == 128
+    assert grid[0] * constants["TILES"] * 16 >= sum(heights)
+
+
 def steps(program):
     """Instructions of PTX between braces: name and operands each."""
     body = program.strip("{} ").split(";")
@@ -208,8 +232,10 @@ def test_the_look_up_by_shuffle_gives_each_codes_value():
 COMPILED = {
     "vector": ((4096, 4096), 1, Plan(8, 4), 4.6),
     "long vector": ((4096, 14336), 1, Plan(4, 16), 6.0),
-    "warps": ((4096, 4096), 1, Plan(16, 16, step=4, tiles=2), 3.8),
-    "warps of 16": ((4096, 4096), 16, Plan(16, 8, step=4), 4.4),
+    "warps of 1": ((4096, 4096), 1, Plan(16, 8, step=4, registers=128), 3.3),
+    "warps of 1, 16": ((4096, 4096), 1, Plan(16, 16, step=4, tiles=2), 3.5),
+    "long warps of 1": ((4096, 14336), 1, Plan(16, 8, step=4, registers=128), 2.7),
+    "warps of 16": ((4096, 4096), 16, Plan(16, 8, step=4, registers=128), 4.0),
     "tile of 16": ((4096, 4096), 16, Plan(64, 4, 16, 4, 4), None),
     "tile of 64": ((4096, 4096), 64, Plan(128, 8, 64, 4, 3), None),
 }

@@ -1,27 +1,27 @@
 """NF4 products with few rows against XLA's bfloat16 matmul, on one GPU: errors, times, ratios.
 
-    python tests/gpu/nf4_few_rows_bench.py [--rows 1 16 64] [--shapes 4096x4096] [--seconds 100]
+    python tests/gpu/nf4_few_rows_bench.py [--rows 1 16 64] [--shapes 4096x4096] [--default-plans]
 
 Each time is a call's share of a loop in one jit: 16 calls on 16 different layers (so that the
 second-level cache holds none of them), the loop's next x made from its last y. The other side's
 weights are 16 separate arrays, so that nothing is sliced. Errors are |y - r| / |r| against float32.
 
-Both sides' empty iterations are timed as well (products of 32 rows of weight): "net" is the ratio
-without them.
+"net" is the ratio without both sides' empty iterations (products of 32 rows of weight).
 
-Predicted for an H100 (2.91 TB/s; 128 lanes issue a clock and SM, 23.7 weights arrive; 3 us to
+Predicted for an H100 (2.91 TB/s; 128 lanes issue a clock and SM, 23.7 weights arrive; 2.8 us to
 start, fill and add), instructions counted in SASS, launches in a command buffer:
 
     rows  shape         bytes    floor    instructions a weight   predicted   bf16 seen   ratio
-    1     4096 x 4096    8.7 MB   3.0 us   3.4                     6   us      15.2 us     2.5
-    1     1024 x 4096    2.2 MB   0.7 us   3.4                     3.5 us       4.8 us     1.4
-    1     14336 x 4096  30.3 MB  10.4 us   2.9                    14   us      42.8 us     3.0
-    1     4096 x 14336  30.3 MB  10.4 us   2.6                    14.5 us      43.8 us     3.0
-    16    4096 x 4096    8.7 MB   3.0 us   4.1, x 16 times over    9   us      16.3 us     1.8
-    16    14336 x 4096  30.3 MB  10.4 us   3.5                    26   us      46.3 us     1.8
+    1     4096 x 4096    8.7 MB   3.0 us   3.0                     6   us      15.2 us     2.5
+    1     1024 x 4096    2.2 MB   0.7 us   3.0                     3.4 us       5.0 us     1.5
+    1     14336 x 4096  30.3 MB  10.4 us   2.7                    16   us      42.8 us     2.7
+    1     4096 x 14336  30.3 MB  10.4 us   2.5                    15   us      43.7 us     2.9
+    16    4096 x 4096    8.7 MB   3.0 us   3.8, x 16 times over    9   us      16.6 us     1.8
+    16    14336 x 4096  30.3 MB  10.4 us   3.4                    26   us      46.3 us     1.8
 """
 
 import argparse
+import importlib.util
 import json
 import time
 from functools import partial
@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import _triton_launch, nf4, nf4_few_rows
+from pallas_kernels import _nf4_few_rows_warp, _triton_launch, nf4, nf4_few_rows
 from pallas_kernels.nf4_few_rows import Plan
 
 SHAPES = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
@@ -39,7 +39,7 @@ ROWS = [1, 16, 64, 8, 2, 4, 32]
 CALLS, FIRST = 16, 2  # the layers read; a scalar argument of 1 would be compiled on its own
 LOOPS, REPEATS = 40, 5
 BANDWIDTH = 2.91e12
-CACHE = 100e6  # bytes that the 16 layers must exceed twice over
+CACHE = 100e6  # bytes that the layers must exceed twice over
 
 
 def plans(rows: int, shape: tuple[int, int]) -> list[Plan]:
@@ -51,16 +51,14 @@ def plans(rows: int, shape: tuple[int, int]) -> list[Plan]:
         old = Plan(8, 16 if long else 4)
         others = [Plan(16, 8, step=4), old]
         if long:
-            others += [Plan(16, 16, step=2), Plan(16, 8, step=2)]
+            others += [Plan(16, 8, step=2, registers=128)]
         elif groups >= 256:
-            each = -(-groups // 264)
-            others += [Plan(16, 8, step=4, tiles=n, registers=128) for n in (each, 2, 3)]
-            others += [Plan(16, 4, step=4, tiles=n, registers=168) for n in (each, 1)]
-            others += [Plan(16, 16, step=4)]
-        else:
-            others += [Plan(16, 8, step=2)]
+            each, few = -(-groups // 264), -(-groups // 132)
+            others += [Plan(16, 16, step=4, tiles=few, registers=128)]
+            others += [Plan(16, 8, step=4, tiles=n, registers=128) for n in (each, 1, 2)]
     elif rows <= 16:
-        others = [Plan(16, 8, step=4), Plan(16, 8, step=2, tiles=first.tiles)]
+        others = [Plan(16, 8, step=4), Plan(16, 8, step=2, tiles=first.tiles, registers=128)]
+        others += [first._replace(registers=0), first._replace(registers=160)]
         others += [Plan(64, 4, 16, 4, 4)]
     else:
         others = [Plan(128, 8, 64, 4, 3)]
@@ -131,12 +129,15 @@ def layers_of(size: int) -> int:
     return max(CALLS, int(2 * CACHE // size))
 
 
-def our_time(layout, x, operands, plan: Plan) -> float:
+def our_time(layout, x, operands, plan: Plan):
+    """Microseconds of a call, and what the last one gave for the last layer and this x."""
     count = operands[0].shape[0] - FIRST
     calls = [partial(our_call, layout, plan, FIRST + i) for i in range(count)]
-    return microseconds(loop(calls), x, operands, count)
+    run = loop(calls)
+    return microseconds(run, x, operands, count), run(x, operands)[1][-1]
 
 
+@partial(jax.jit, static_argnums=(0, 3))
 def expected(layout, x, operands, layer: int):
     one = jax.tree.map(lambda a: a[layer], operands)
     w = nf4.dequantize(layout._replace(dtype="float32"), *one)
@@ -190,9 +191,8 @@ def measure(name, rows, shape, operands, dense, plan, idle) -> dict | None:
     x = jax.random.normal(jax.random.key(rows), (rows, shape[1]), jnp.bfloat16)
     layer = operands[0].shape[0] - 1
     try:
-        y = jax.jit(partial(our_call, layout, plan, layer))(x, operands)
+        ours, y = our_time(layout, x, operands, plan)
         wrong = error(y, expected(layout, x, operands, layer))
-        ours = our_time(layout, x, operands, plan)
     except errors_of_ours() as problem:
         print(
             f"{name} M={rows} {plan}: FAILED {type(problem).__name__}: {problem}"[:600], flush=True
@@ -272,7 +272,7 @@ def recorded_launch_works() -> bool:
     for name, road in (("triton_call", by_triton_call), ("recorded", default)):
         _triton_launch.call = road
         try:
-            found = our_time(nf4.Layout(shape), x, operands, plan)
+            found, _ = our_time(nf4.Layout(shape), x, operands, plan)
             report({"name": f"32x4096 launched by {name}", "rows": 1, "ours_us": found})
             worked.append(name)
         except errors_of_ours() as problem:
@@ -281,42 +281,68 @@ def recorded_launch_works() -> bool:
     return "recorded" in worked
 
 
+def kernel_of(path: str):
+    """`warp_kernel` of another version of its file, with the same parameters."""
+    spec = importlib.util.spec_from_file_location("another_warp_kernel", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.warp_kernel
+
+
+def measure_all(options) -> list[dict]:
+    """Rows of the table, in the order of shapes where only default plans are timed."""
+    end = time.perf_counter() + options.seconds
+    late = lambda: time.perf_counter() > end
+    shapes = [tuple(map(int, name.split("x"))) for name in options.shapes]
+    cases = [(rows, shape) for rows in options.rows for shape in shapes]
+    if options.default_plans:
+        cases.sort(key=lambda case: shapes.index(case[1]))
+    operands, idle, found = {}, {}, []
+    for rows, shape in cases:
+        if late():
+            print(f"left out, time is up: M={rows} {shape}", flush=True)
+            continue
+        if shape not in operands:
+            operands[shape] = draw(shape, FIRST + layers_of(size_of(shape)), shapes.index(shape))
+        if (rows, shape[1]) not in idle:
+            timed = rows == 1 or not options.default_plans
+            idle[rows, shape[1]] = overhead(rows, shape[1]) if timed else (np.nan,) * 2
+        found += measure_plans(options, rows, shape, operands[shape], idle[rows, shape[1]], late)
+    for rows in sorted({1, 16} & set(options.rows)):
+        for name, several in TOGETHER.items():
+            if not late():
+                together(name, several, rows)
+    return found
+
+
+def measure_plans(options, rows, shape, operands, idle, late) -> list[dict]:
+    """Rows of the table for one shape; with another version of the kernel, one more."""
+    dense, name = dense_time(rows, shape), "x".join(map(str, shape))
+    tried = plans(rows, shape)[: 1 if options.default_plans else None]
+    found = [measure(name, rows, shape, operands, dense, p, idle) for p in tried if not late()]
+    if options.also and rows <= nf4_few_rows.MOST_IN_WARPS:
+        ours, module = _nf4_few_rows_warp.warp_kernel, _nf4_few_rows_warp
+        module.warp_kernel = kernel_of(options.also)
+        measure(name + " also", rows, shape, operands, dense, tried[0], idle)
+        module.warp_kernel = ours
+    return [row for row in found if row]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--shapes", nargs="+", default=["x".join(map(str, s)) for s in SHAPES])
-    parser.add_argument("--seconds", type=float, default=100)
+    parser.add_argument("--seconds", type=float, help="100, or 50 with --default-plans")
     parser.add_argument("--default-plans", action="store_true", help="time no others")
+    parser.add_argument("--also", help="another version of _nf4_few_rows_warp.py to time beside")
     parser.add_argument("--triton-call", action="store_true", help="launch by jax_triton itself")
     options = parser.parse_args()
-    if options.triton_call or not recorded_launch_works():
-        _triton_launch.call = by_triton_call
-    start = time.perf_counter()
-    late = lambda: time.perf_counter() - start > options.seconds
+    options.seconds = options.seconds or (50 if options.default_plans else 100)
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}", flush=True)
-    shapes = [tuple(map(int, name.split("x"))) for name in options.shapes]
-    operands = {s: draw(s, FIRST + layers_of(size_of(s)), i) for i, s in enumerate(shapes)}
-    found = []
-    for rows in options.rows:
-        idle = {} if late() else {w: overhead(rows, w) for w in dict.fromkeys(w for _, w in shapes)}
-        for shape in shapes:
-            if late():
-                print(f"left out, time is up: M={rows} {shape}", flush=True)
-                continue
-            dense = dense_time(rows, shape)
-            for plan in plans(rows, shape)[: 1 if options.default_plans else None]:
-                name = "x".join(map(str, shape))
-                row = (
-                    None
-                    if late()
-                    else measure(name, rows, shape, operands[shape], dense, plan, idle[shape[1]])
-                )
-                found += [row] if row else []
-        for name, several in TOGETHER.items():
-            if rows in (1, 16) and not late():
-                together(name, several, rows)
-    table(found)
+    if options.triton_call or not (options.default_plans or recorded_launch_works()):
+        _triton_launch.call = by_triton_call
+    table(measure_all(options))
 
 
 if __name__ == "__main__":
