@@ -110,7 +110,7 @@ def test_what_a_signature_names_has_unsloths_default(function):
     given = inspect.signature(function).parameters
     named = {name: p.default for name, p in given.items() if p.default is not p.empty}
     theirs = SIGNATURES[function]
-    ours = {"base", "overwrite", "memory_budget"}
+    ours = {"base", "overwrite", "memory_budget", "run_in_llama_cpp"}
     assert {n: theirs[n] for n in named.keys() - ours} == {n: named[n] for n in named.keys() - ours}
 
 

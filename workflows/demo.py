@@ -4,7 +4,6 @@ python -m workflows.demo --output demo_output
 """
 
 import argparse
-import json
 import os
 import shutil
 import time
@@ -26,7 +25,7 @@ from bridge import export, hub, peft_adapter
 from bridge import tokenizer as text
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer
 from unsloth_jax.sample import Sampling
-from workflows import demo_data, machine
+from workflows import demo_data, llama_cpp, machine
 from workflows.generate import Answer
 from workflows.model import Model
 
@@ -133,20 +132,8 @@ def picture(history: Sequence[dict[str, Any]], path: Path) -> None:
 
 def in_llama_cpp(path: Path, examples: Sequence[demo_data.Example]) -> list[str]:
     """llama.cpp's greedy answers to the same messages, through its own template and tokenizer."""
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 256, 1, False, -1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = min(4, os.cpu_count() or 1)
-    server = xllamacpp.Server(params)
-    out = []
-    for e in examples:
-        asked = {"messages": demo_data.prompt(e), "temperature": 0, "max_tokens": NEW_TOKENS}
-        got = server.handle_chat_completions(asked)
-        got = json.loads(got) if isinstance(got, str | bytes) else got
-        out.append(got["choices"][0]["message"]["content"].replace("\n", " "))
-    return out
+    said = llama_cpp.chat(path, [demo_data.prompt(e) for e in examples], NEW_TOKENS)
+    return [answer.replace("\n", " ") for answer in said]
 
 
 def agreement(ours: Sequence[str], theirs: Sequence[str], examples) -> str:
@@ -205,7 +192,8 @@ def ggufs(output: Path, model: Model, after: Scored, examples) -> tuple[list[Art
         os.replace(output / "gguf" / path.name, path)
         said[path.name] = in_llama_cpp(path, examples)
         ran = agreement(after.texts, said[path.name], examples)
-        rows.append(artefact(path, f"{rounding(facts['quantization'][path.name])}; {ran}"))
+        found = facts["quantization"][path.name]
+        rows.append(artefact(path, f"{rounding(found)}; {tokens(found['llama_cpp'])}; {ran}"))
     shutil.rmtree(output / "gguf")
     return rows, said, facts["quantization"]
 
@@ -214,6 +202,10 @@ def rounding(facts: dict[str, Any]) -> str:
     """What the export measured on one finished GGUF file."""
     worst = [f"{kind} {found['error']:.1%}" for kind, found in facts["rounding"].items()]
     return f"every tensor dequantised, largest error {', '.join(worst)}; {distance(facts)}"
+
+
+def tokens(facts: dict[str, Any]) -> str:
+    return f"llama.cpp's tokens likeliest to ours at {facts['equal']} of {facts['new_tokens']}"
 
 
 def distance(facts: dict[str, Any]) -> str:

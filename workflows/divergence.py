@@ -3,6 +3,7 @@
 The files themselves are run: one layer, or some rows of the embeddings, are in memory at a time.
 """
 
+from collections.abc import Iterator, Sequence
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,7 +34,7 @@ TEXTS = (
     "To cook rice, wash it until the water is clear, add one and a half times as much water as "
     "rice, bring it to the boil, cover it, and leave it on a low heat for twelve minutes.",
 )
-LENGTH = 32
+LENGTH, PROMPT = 32, 16
 ROWS = 8192  # of the head at a time
 # Nats a token. SmolLM2-135M, trained in 4 bits, is 0.4 from itself merged into its 16-bit weights
 # and 1.6 from itself without its adapter; larger models lose less to 4 bits.
@@ -62,9 +63,19 @@ def trained(model: "Model") -> Trained:
 
     Tokens that the model has no embedding of are left out of the texts.
     """
-    known = lambda t: [i for i in text.ids(model.tokenizer, t) if i < model.config.vocab]
-    tokens = np.asarray([np.resize(known(t) or [0], LENGTH) for t in TEXTS], np.int32)
+    tokens = _tokens(model, TEXTS, LENGTH)
     return Trained(tokens, model(tokens))
+
+
+def prompts(model: "Model") -> np.ndarray:
+    """Fixed openings to continue, int32 [8, PROMPT]: both halves of each text."""
+    halves = [(t[: len(t) // 2], t[len(t) // 2 :]) for t in TEXTS]
+    return _tokens(model, [half for pair in halves for half in pair], PROMPT)
+
+
+def _tokens(model: "Model", texts: Sequence[str], length: int) -> np.ndarray:
+    known = lambda t: [i for i in text.ids(model.tokenizer, t) if i < model.config.vocab]
+    return np.asarray([np.resize(known(t) or [0], length) for t in texts], np.int32)
 
 
 def measured(reference: Trained, source: Source, dtype: Any) -> Divergence:
@@ -86,6 +97,11 @@ def measured(reference: Trained, source: Source, dtype: Any) -> Divergence:
 
 def logits(source: Source, dtype: Any, tokens: np.ndarray) -> np.ndarray:
     """float32 [B, T, V] of a checkpoint of which one tensor or layer at a time is read."""
+    return np.concatenate(list(parts(source, dtype, tokens)), axis=-1)
+
+
+def parts(source: Source, dtype: Any, tokens: np.ndarray, start: int = 0) -> Iterator[np.ndarray]:
+    """The same from token `start` on, some tokens of the vocabulary at a time."""
     family, c = hf.described(source)
     paths = family.weights(c)
     read = lambda name: jnp.asarray(source.read(name), dtype)
@@ -101,10 +117,10 @@ def logits(source: Source, dtype: Any, tokens: np.ndarray) -> np.ndarray:
         x = jax.block_until_ready(_layer(family, c, kind, w, x))
     head = hf.EMBEDDING if c.tied else hf.HEAD
     rest = {p: read(p) for p in paths if ".*." not in p and p not in (hf.EMBEDDING, hf.HEAD)}
-    x, whole = family.norm(c, tree.unflatten(rest), x), source.read(head)
-    parts = (jnp.asarray(whole[at : at + ROWS], dtype) for at in range(0, len(whole), ROWS))
-    scores = (_scores(family, c, tree.unflatten(rest | {head: part}), x) for part in parts)
-    return np.concatenate([np.asarray(part) for part in scores], axis=-1)
+    x, whole = family.norm(c, tree.unflatten(rest), x[:, start:]), source.read(head)
+    for at in range(0, len(whole), ROWS):
+        part = {head: jnp.asarray(whole[at : at + ROWS], dtype)}
+        yield np.asarray(_scores(family, c, tree.unflatten(rest | part), x))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

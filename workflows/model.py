@@ -33,7 +33,7 @@ from workflows.inputs import (
     stop_texts,
     stops,
 )
-from workflows.keywords import settle
+from workflows.keywords import settle, typed
 
 SHARDS = {"max_shard_size": "adapters are one file"}
 
@@ -235,6 +235,7 @@ class Model:
         *,
         base: str = merge.ORIGINAL,
         overwrite: bool = False,
+        run_in_llama_cpp: bool = True,
         **other: Any,
     ) -> dict[str, Any]:
         """Writes the merged model as one GGUF file a method and returns the manifest.
@@ -242,10 +243,15 @@ class Model:
         Args:
             quantization_method: names such as "f16", "bf16", "q8_0", "q4_k_m", or several.
             base: see save_pretrained_merged.
+            run_in_llama_cpp: whether llama.cpp, where the package xllamacpp is installed, runs the
+                files on the CPU and its greedy tokens are compared with the merged model's.
         """
-        used = ("save_directory", "tokenizer", "quantization_method", "base")
+        used = ("save_directory", "tokenizer", "quantization_method", "base", "run_in_llama_cpp")
         settle("save_pretrained_gguf", other, used, saving.GGUF_IGNORED, saving.GGUF_LATER)
-        return saving.gguf(self, save_directory, tokenizer, quantization_method, base, overwrite)
+        run = {"run_in_llama_cpp": run_in_llama_cpp}
+        typed("save_pretrained_gguf", run, {"run_in_llama_cpp": bool})
+        how = (quantization_method, base, overwrite, run_in_llama_cpp)
+        return saving.gguf(self, save_directory, tokenizer, *how)
 
     def push_to_hub(self, *given: Any, **other: Any) -> None:
         """Raises ValueError: nothing is uploaded yet."""

@@ -13,7 +13,7 @@ from bridge import export, gguf_file, merge, peft_adapter, safetensors_file
 from bridge import tokenizer as text
 from bridge.gguf_source import GGUFSource
 from bridge.source import Source
-from workflows import divergence
+from workflows import agreement, divergence
 from workflows.divergence import Trained
 from workflows.keywords import say
 
@@ -117,10 +117,12 @@ def gguf(
     methods: str | Sequence[str],
     base: str,
     overwrite: bool,
+    run_in_llama_cpp: bool = True,
 ) -> dict[str, Any]:
     """The merged model as one GGUF file a method, each verified; returns the manifest.
 
-    Raises ValueError as `gguf_file.save`, and where a file's KL to the trained model isn't finite.
+    Raises ValueError as `gguf_file.save` and `agreement.run`, and where a file's KL to the trained
+    model isn't finite.
     """
     methods = [methods] if isinstance(methods, str) else list(methods)
     formats = dict.fromkeys(GGUF_ALIASES.get(m.lower(), m.lower()) for m in methods)
@@ -140,6 +142,9 @@ def gguf(
             kl = _divergence(path.name, model, reference, path, found.base)
             reports[path.name] = _gguf_facts(report) | kl
         shutil.rmtree(tokens)
+        kinds = {folder / name: set(facts["types"].values()) for name, facts in reports.items()}
+        ran = agreement.run(model, found.weights, config, kinds, run_in_llama_cpp)
+        reports = {name: facts | ran[name] for name, facts in reports.items()}
         _tell_notes(reports)
         facts = {
             "kind": "gguf",

@@ -71,7 +71,7 @@ def main(line: list[str] | None = None) -> None:
     )
     p.add_argument("--shape", default="llama-8b")
     p.add_argument("--length", default="2x2048", help="batch x length")
-    p.add_argument("--policy", default="full")
+    p.add_argument("--policy", default="none+unroll")
     p.add_argument("--output", type=Path)
     p.add_argument("--cache", type=Path, help="only one process' step, with this cache")
     p.add_argument("--started", type=float, default=time.time(), help=argparse.SUPPRESS)

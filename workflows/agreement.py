@@ -1,0 +1,174 @@
+"""Whether llama.cpp, given a finished GGUF file, says what the merged model would have said.
+
+llama.cpp continues fixed prompts greedily. The merged weights, as they were before any file was
+written, score each of its tokens in float32: a token that is not their likeliest is a near tie that
+rounding decided, or the file is wrong.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bridge import hf
+from bridge.safetensors_file import Weight
+from bridge.source import Header
+from workflows import divergence, llama_cpp
+from workflows.keywords import say
+
+if TYPE_CHECKING:
+    from workflows.model import Model
+
+NEW_TOKENS = 32
+# By type of tensor, the most that a token of llama.cpp's may lie below the likeliest, in standard
+# deviations of the scores. Measured at worst, on deep random models: 0.003 (F16), 0.04 (BF16), 0.32
+# (Q8_0); SmolLM2: 0.05 (Q8_0), with two neighbouring layers exchanged 0.6. Other types answer
+# otherwise too often to tell.
+BOUNDS = {"F32": 0.005, "F16": 0.02, "BF16": 0.1, "Q8_0": 0.5}
+
+
+class Held(NamedTuple):
+    """Weights that are computed when they are read, as a `bridge.source.Source`."""
+
+    config: dict[str, Any]
+    weights: Mapping[str, Weight]
+
+    def headers(self) -> dict[str, Header]:
+        return {name: Header(w.shape, w.dtype.name) for name, w in self.weights.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self.weights[name].read()
+
+
+class Scores(NamedTuple):
+    """Of each token [B, N]: the likeliest one, and how far below it the token is, in deviations."""
+
+    likeliest: np.ndarray
+    gap: np.ndarray
+
+
+class Agreement(NamedTuple):
+    """Of one file: new tokens, those that are the merged model's likeliest, the largest gap."""
+
+    prompts: int
+    new_tokens: int
+    equal: int
+    largest_gap: float
+    bound: float | None  # None where a type has none
+
+    def facts(self) -> dict[str, Any]:
+        return self._asdict()
+
+
+def run(
+    model: "Model",
+    weights: Iterable[Weight],
+    config: dict[str, Any],
+    files: Mapping[Path, Iterable[str]],
+    wanted: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """What the manifest says of llama.cpp by file name, told too; `files` have their types.
+
+    Nothing is run where it isn't wanted or can't be, which is told. Raises ValueError as `checked`.
+    """
+    why = _not_run(config, wanted)
+    if why is not None:
+        say(f"{', '.join(p.name for p in files)}: not run in llama.cpp: {why}")
+        return {path.name: {"llama_cpp_not_run": why} for path in files}
+    source = Held(config, {w.name: w for w in weights})
+    found = checked(source, divergence.prompts(model), files)
+    for name, it in found.items():
+        bound = "no bound for its types" if it.bound is None else f"at most {it.bound} is rounding"
+        say(
+            f"{name}: llama.cpp's greedy tokens are the merged model's likeliest at {it.equal} of "
+            f"{it.new_tokens} places, at worst {it.largest_gap:.3f} standard deviations below "
+            f"({bound})"
+        )
+    return {name: {"llama_cpp": it.facts()} for name, it in found.items()}
+
+
+def _not_run(config: dict[str, Any], wanted: bool) -> str | None:
+    if not wanted:
+        return "run_in_llama_cpp=False"
+    # llama.cpp lets tokens see beyond a window, which GGUF's notes tell; most are far longer.
+    windows = [w for w in hf.described(Held(config, {}))[1].windows if w is not None]
+    room, needed = (
+        min([config["max_position_embeddings"], *windows]),
+        divergence.PROMPT + NEW_TOKENS,
+    )
+    if room < needed:
+        return f"the model's context or window has {room} tokens, the check takes {needed}"
+    return llama_cpp.absent()
+
+
+def checked(
+    source: Any, prompts: np.ndarray, files: Mapping[Path, Iterable[str]]
+) -> dict[str, Agreement]:
+    """llama.cpp's greedy answers to `prompts` [P, T], judged by `source`, by file name.
+
+    Weights are read once, whatever the number of files. Raises ValueError naming file, prompt,
+    place, both tokens, gap and bound for a gap that rounding does not explain, and where llama.cpp
+    fails.
+    """
+    said = {path: llama_cpp.greedy(path, prompts.tolist(), NEW_TOKENS) for path in files}
+    texts = [np.concatenate([prompts, answer.tokens], axis=1) for answer in said.values()]
+    barred = sorted({token for answer in said.values() for token in answer.barred})
+    scores = scored(source, np.concatenate(texts).astype(np.int32), prompts.shape[1], barred)
+    out = {}
+    for i, (path, types) in enumerate(files.items()):
+        rows = slice(i * len(prompts), (i + 1) * len(prompts))
+        mine = Scores(scores.likeliest[rows], scores.gap[rows])
+        bound = bound_of(types)
+        _refuse(path.name, mine, said[path].tokens, bound)
+        equal, largest = int((mine.gap == 0).sum()), float(mine.gap.max())
+        out[path.name] = Agreement(len(prompts), mine.gap.size, equal, largest, bound)
+    return out
+
+
+def bound_of(types: Iterable[str]) -> float | None:
+    """That of the coarsest type in a file, None where one has none."""
+    bounds = [BOUNDS.get(kind) for kind in types]
+    return None if None in bounds else max(bounds)
+
+
+def scored(source: Any, tokens: np.ndarray, start: int, barred: Sequence[int]) -> Scores:
+    """The checkpoint `source` on tokens [B, T] from `start` on, each given all before it.
+
+    `barred` tokens count as impossible. Raises ValueError for scores that are not finite.
+    """
+    given = tokens[:, start:]
+    best, mine = np.full(given.shape, -np.inf), np.full(given.shape, np.nan)
+    likeliest, at = np.zeros_like(given), 0
+    total, squares, count = np.zeros(given.shape), np.zeros(given.shape), 0
+    with jax.default_matmul_precision("highest"):
+        for part in divergence.parts(source, jnp.float32, tokens[:, :-1], start - 1):
+            here = [i for i in range(part.shape[-1]) if at + i not in barred]
+            some = part[..., here].astype(np.float64)
+            top = np.asarray(here)[some.argmax(-1)]
+            likeliest = np.where(some.max(-1) > best, at + top, likeliest)
+            best = np.maximum(best, some.max(-1))
+            total, squares = total + some.sum(-1), squares + np.square(some).sum(-1)
+            inside = (given >= at) & (given < at + part.shape[-1])
+            place = np.where(inside, given - at, 0)[..., None]
+            mine = np.where(inside, np.take_along_axis(part, place, -1)[..., 0], mine)
+            count, at = count + len(here), at + part.shape[-1]
+    deviation = np.sqrt(squares / count - np.square(total / count))
+    gap = (best - mine) / deviation
+    if not np.isfinite(gap).all():
+        raise ValueError("the merged model's scores of llama.cpp's tokens are not finite")
+    return Scores(likeliest, gap)
+
+
+def _refuse(name: str, found: Scores, tokens: Sequence[Sequence[int]], bound: float | None) -> None:
+    if bound is None or found.gap.max() <= bound:
+        return
+    prompt, place = np.unravel_index(found.gap.argmax(), found.gap.shape)
+    raise ValueError(
+        f"{name}: llama.cpp says token {tokens[prompt][place]} where the merged model says "
+        f"{found.likeliest[prompt, place]}: prompt {prompt + 1}, new token {place + 1}, "
+        f"{found.gap[prompt, place]:.3f} standard deviations of the scores below it, rounding "
+        f"explains {bound}; {(found.gap == 0).sum()} of {found.gap.size} tokens are equal"
+    )
