@@ -205,7 +205,7 @@ def rounding(facts: dict[str, Any]) -> str:
 
 
 def tokens(facts: dict[str, Any]) -> str:
-    return f"llama.cpp's tokens likeliest to ours at {facts['equal']} of {facts['new_tokens']}"
+    return f"llama.cpp's tokens are ours at {facts['equal']} of {facts['new_tokens']} places"
 
 
 def distance(facts: dict[str, Any]) -> str:
