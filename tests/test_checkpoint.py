@@ -54,7 +54,7 @@ class Deadly(list):
         if row["step"] == 13:
             os.kill(os.getpid(), signal.SIGKILL)
 run = test_checkpoint.trainer(folder, output / "broken")
-run.log_history = Deadly()
+run.state.log_history = Deadly()
 run.train()
 """
 RESUMED = """
@@ -157,7 +157,7 @@ class Stopping(list):
 def test_a_refused_run_leaves_the_metrics_and_a_resumed_one_adds_to_them(folder, tmp_path):
     short = dict(max_steps=4, save_steps=2)
     run = trainer(folder, tmp_path, **short)
-    run.log_history = Stopping()
+    run.state.log_history = Stopping()
     with pytest.raises(KeyboardInterrupt):
         run.train()
     file = tmp_path / "metrics.jsonl"

@@ -169,7 +169,7 @@ def test_ctrl_c_leaves_the_adapters_of_the_last_step(fresh, ctrl_c):
     three = fresh.adapters
     fresh.adapters = start
     run = trainer(fresh, max_steps=9)
-    run.log_history = Acting(3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    run.state.log_history = Acting(3, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         run.train()
     assert len(run.log_history) == 3 and same(fresh.adapters, three)
@@ -190,7 +190,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_finite_state
     two, sound = fresh.adapters, head["weight"]
     fresh.adapters = start
     run = trainer(fresh, max_steps=5)
-    run.log_history = Acting(2, lambda: head.update(weight=sound * np.nan))
+    run.state.log_history = Acting(2, lambda: head.update(weight=sound * np.nan))
     with pytest.raises(FloatingPointError, match="step 3: loss nan .* is not finite"):
         run.train()
     head.update(weight=sound)

@@ -9,7 +9,7 @@ _HOMES = {
     "is_bfloat16_supported": "workflows.face",
     "SFTConfig": "workflows.trainer",
     "SFTTrainer": "workflows.trainer",
-    "train_on_responses_only": "workflows.trainer",
+    "train_on_responses_only": "workflows.responses_only",
     "get_chat_template": "bridge.chat_templates",
     "standardize_sharegpt": "workflows.rows",
 }

@@ -3,7 +3,7 @@
 _HOMES = {
     "get_chat_template": "bridge.chat_templates",
     "standardize_sharegpt": "workflows.rows",
-    "train_on_responses_only": "workflows.trainer",
+    "train_on_responses_only": "workflows.responses_only",
 }
 
 

@@ -210,10 +210,14 @@ def answers(
 
 
 class Stopwatch:
-    """Seconds since it was made."""
+    """Seconds since it was made, pauses aside."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
+
+    def pause(self, seconds: float) -> None:
+        """Leaves out seconds that went to something else."""
+        self.start += seconds
 
     def __call__(self) -> float:
         return time.perf_counter() - self.start

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from workflows.keywords import say
 
 LINES = 20  # printed in all where there is no terminal
+COUNTS = ("_supervised_tokens", "_runtime", "_samples_per_second")
 
 
 def bar(total: int, file: Path | None, done: int = 0):
@@ -38,7 +39,10 @@ def _terminal(
         task = drawn.add_task("training", total=total, line="compiling")
 
         def show(row: dict[str, Any]) -> None:
-            drawn.update(task, completed=row["step"], line=_line(row))
+            if "loss" not in row:
+                drawn.console.print(f"step {row['step']}  {_held_out(row)}")
+            else:
+                drawn.update(task, completed=row["step"], line=_line(row))
             write(row)
 
         yield show
@@ -50,7 +54,9 @@ def _plain(total: int, rows: AbstractContextManager) -> Iterator[Callable[[dict[
     with rows as write:
 
         def show(row: dict[str, Any]) -> None:
-            if row["step"] == 1 or row["step"] % every == 0 or row["step"] == total:
+            if "loss" not in row:
+                print(f"step {row['step']:>5}/{total}  {_held_out(row)}", flush=True)
+            elif row["step"] == 1 or row["step"] % every == 0 or row["step"] == total:
                 print(f"step {row['step']:>5}/{total}  {_line(row)}", flush=True)
             write(row)
 
@@ -67,6 +73,13 @@ def _line(row: dict[str, Any]) -> str:
         f"loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
         f"{row['tokens_per_s']:,.0f} tok/s  {row['memory_gib']:.2f} GiB"
     )
+
+
+def _held_out(row: dict[str, Any]) -> str:
+    """An evaluation's losses and user's metrics; times and counts stay in the file."""
+    left = ("step", "epoch")
+    shown = {k: v for k, v in row.items() if k not in left and not k.endswith(COUNTS)}
+    return "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
 
 
 @contextmanager

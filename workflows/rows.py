@@ -37,6 +37,23 @@ class Report(NamedTuple):
     supervised: int
 
 
+class Shown(Sequence):
+    """Rows as a data set shows them: ids, and labels that are -100 where nothing is learnt."""
+
+    def __init__(self, rows: Sequence[Row]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return Shown(self.rows[index])
+        tokens, mask = self.rows[index]
+        labels = [token if on else IGNORED for token, on in zip(tokens, mask, strict=True)]
+        return {"input_ids": tokens, "labels": labels, "attention_mask": [1] * len(tokens)}
+
+
 def rows(
     dataset: Iterable[Example],
     tokenizer: PreTrainedTokenizerBase,

@@ -65,10 +65,12 @@ class Batches:
     accumulation: int
     length: int
     packing: bool
-    seed: int
+    seed: int | None  # None leaves rows in their order
 
     def bins(self, epoch: int) -> list[list[Row]]:
-        rows = data.shuffled(self.rows, self.seed, epoch)
+        rows = self.rows
+        if self.seed is not None:
+            rows = data.shuffled(rows, self.seed, epoch)
         return list(data.packed(rows, self.length)) if self.packing else [[row] for row in rows]
 
     def steps(self, epoch: int) -> int:
@@ -133,7 +135,10 @@ class Run:
     log_every: int = 1
     saving: Saving | None = None
     find: Callable[[Params, Params, Batch], str] | None = None  # where a step is not finite
+    after: Callable[[int, float], bool] = lambda step, epoch: False  # True ends the run
+    on_save: Callable[[], None] = lambda: None
     losses: list[float] = field(default_factory=list)  # one a step taken here
+    saved: int | None = None  # the step of the last checkpoint
 
     def __call__(self) -> train.State:
         """Takes the steps that are left; raises FloatingPointError where a loss is not finite."""
@@ -156,9 +161,22 @@ class Run:
                 mean = float(np.mean(self.losses[logged:]))
                 self.log(_row(done, epoch, rate, mean, report, seen, clock()))
                 clock, seen, logged = Stopwatch(), 0, len(self.losses)
-            if self.saving and (done % self.saving.every == 0 or done == self.total):
-                self.saving.checkpoints.save(done, self.state, self.saving.facts)
+            watched = Stopwatch()
+            stop = self.after(done, epoch)
+            clock.pause(watched())
+            if self.saving and (stop or done % self.saving.every == 0 or done == self.total):
+                self.save()
+            if stop:
+                break
         return self.state
+
+    def save(self) -> None:
+        """Writes a checkpoint of the state as it is, unless this step has one."""
+        done = int(self.state.step)
+        if done != self.saved:
+            self.saving.checkpoints.save(done, self.state, self.saving.facts)
+            self.saved = done
+            self.on_save()
 
     def _ready(self, coming: tuple[float, Batch]) -> tuple[float, int, Batch]:
         """(epoch, tokens that are no padding, the batch on its way to the device)."""

@@ -1,6 +1,8 @@
 """SFTConfig: how to train, in the names of TRL and Unsloth."""
 
+import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
@@ -28,18 +30,16 @@ CONFIG_IGNORED = {
     "run_name": "nothing is reported elsewhere",
     "include_num_input_tokens_seen": "tokens are always counted",
     "average_tokens_across_devices": "the loss is divided by all tokens",
-    "eval_accumulation_steps": "nothing is evaluated",
+    "eval_accumulation_steps": "an evaluation keeps sums only",
+    "prediction_loss_only": "an evaluation keeps sums only",
+    "fp16_full_eval": "the model's dtype decides",
+    "bf16_full_eval": "the model's dtype decides",
     "gradient_checkpointing_kwargs": "get_peft_model decides",
     "unsloth_num_chunks": "the loss chooses its own chunks",
     "unsloth_logit_chunk_multiplier": "the loss chooses its own chunks",
 }
 CONFIG_LATER = {
     "report_to": ("none", None, [], ["none"]),
-    "eval_strategy": ("no", None),
-    "eval_steps": (None,),
-    "per_device_eval_batch_size": (4, 8, None),
-    "eval_packing": (None, False),
-    "load_best_model_at_end": (False, None),
     "neftune_noise_alpha": (None, 0),
     "label_smoothing_factor": (0, None),
     "group_by_length": (False, None),
@@ -62,17 +62,22 @@ CONFIG_LATER = {
 }
 STRATEGIES = ("no", "steps", "epoch")
 MATMULS = (None, "bf16", "fp8_backward")
+CHOICES = {
+    "save_strategy": STRATEGIES, "eval_strategy": STRATEGIES, "optim": optim.OPTIMIZERS,
+    "matmul_dtype": MATMULS,
+}  # fmt: skip
 RANGES = {
     "per_device_train_batch_size": (1, None), "gradient_accumulation_steps": (1, None),
     "logging_steps": (1, None), "save_steps": (1, None), "save_total_limit": (1, None),
     "max_seq_length": (1, None), "max_length": (1, None), "learning_rate": (0, None),
+    "per_device_eval_batch_size": (1, None), "eval_steps": (1e-9, None),
     "warmup_steps": (0, None), "warmup_ratio": (0, 1), "weight_decay": (0, None),
     "max_grad_norm": (0, None), "adam_beta1": (0, 1, "below"), "adam_beta2": (0, 1, "below"),
     "adam_epsilon": (1e-30, None), "seed": (0, None), "max_steps": (None, 2**31 - 1),
 }  # fmt: skip
 
 
-NAMES = ("output_dir", "dataset_text_field")
+NAMES = ("output_dir", "dataset_text_field", "metric_for_best_model")
 
 
 @dataclass(init=False)
@@ -89,6 +94,12 @@ class SFTConfig:
         memory_budget: see get_peft_model, whose value it replaces.
         matmul_dtype: of products with 4-bit weights: "bf16" (also None); "fp8_backward" finds
             inputs' gradients in e4m3 (Ada, Hopper), forward stays as it is.
+        eval_strategy, eval_steps, eval_on_start: when the trainer's eval_dataset is evaluated; with
+            "no" every tenth of the run, as in Unsloth. Under 1 a share of all steps.
+        per_device_eval_batch_size: at most the training batch, so that evaluation needs no more.
+        eval_packing: None packs where `packing` does.
+        load_best_model_at_end: the model gets the adapters of the best evaluation, by
+            metric_for_best_model ("loss", or the name of another metric) and greater_is_better.
         save_strategy, save_steps, save_total_limit: when checkpoints are written to output_dir.
         output_dir: also gets metrics.jsonl, a line a logged step. A resumed run goes on with that
             file; a new one moves it aside to metrics.1.jsonl, metrics.2.jsonl and so on, and
@@ -122,6 +133,14 @@ class SFTConfig:
     completion_only_loss: bool | None = None
     assistant_only_loss: bool = False
     truncation: bool = False
+    eval_strategy: str = "no"
+    eval_steps: int | float | None = None
+    eval_on_start: bool = False
+    per_device_eval_batch_size: int = 4
+    eval_packing: bool | None = None
+    load_best_model_at_end: bool = False
+    metric_for_best_model: str | None = None
+    greater_is_better: bool | None = None
     memory_budget: int | float | str | None = None
     matmul_dtype: str | None = None
 
@@ -134,6 +153,10 @@ class SFTConfig:
         if "warmup_steps" in given and "warmup_ratio" not in given:
             self.warmup_ratio = 0.0
         self._check()
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
 
     def _check(self) -> None:
         typed("SFTConfig", vars(self), KINDS)
@@ -150,8 +173,7 @@ class SFTConfig:
                 "SFTConfig: give max_steps or num_train_epochs over 0, got "
                 f"{self.max_steps}, {self.num_train_epochs}"
             )
-        known = {"save_strategy": STRATEGIES, "optim": optim.OPTIMIZERS, "matmul_dtype": MATMULS}
-        for name, values in known.items():
+        for name, values in CHOICES.items():
             if (got := getattr(self, name)) not in values:
                 raise ValueError(f"SFTConfig: {name} {got!r} is not supported; {list(values)} are")
         optim.schedule(self.lr_scheduler_type, self.learning_rate, 0, 1)
@@ -166,3 +188,20 @@ class SFTConfig:
 
 
 KINDS = get_type_hints(SFTConfig)
+
+
+def settled(args: SFTConfig, old: Mapping[str, Any]) -> SFTConfig:
+    """A copy of the config in which SFTTrainer's own keywords stand; None leaves the config's.
+
+    Raises TypeError and ValueError as SFTConfig does, and says which setting was replaced.
+    """
+    given = {name: value for name, value in old.items() if value is not None}
+    typed("SFTTrainer", given, {name: KINDS[name] for name in given})
+    written("SFTTrainer", given, [name for name in NAMES if name in given])
+    ranged("SFTTrainer", given, {name: RANGES[name] for name in given if name in RANGES})
+    own, plain = copy.copy(args), SFTConfig()
+    for name, value in given.items():
+        if getattr(own, name) not in (getattr(plain, name), value):
+            say(f"SFTTrainer({name}={value!r}) replaces SFTConfig's {getattr(own, name)!r}")
+        setattr(own, name, value)
+    return own

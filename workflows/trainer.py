@@ -1,10 +1,9 @@
 """SFTTrainer with the names of TRL and Unsloth."""
 
-import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,22 +13,24 @@ from transformers import PreTrainedTokenizerBase
 
 from bridge.checkpoint import Checkpoints
 from unsloth_jax import optim
+from unsloth_jax.data import Row
 from unsloth_jax.train import start
-from workflows import diagnose, plan, progress, responses, rows, sft
+from workflows import diagnose, evaluate, plan, progress, rows, sft
+from workflows.callbacks import Callbacks, State, checked
 from workflows.generate import Stopwatch
-from workflows.keywords import ranged, say, settle, typed, written
+from workflows.keywords import say, settle, typed, written
 from workflows.model import Model
-from workflows.sft_config import KINDS, NAMES, RANGES, SFTConfig
+from workflows.rows import Shown
+from workflows.sft_config import SFTConfig, settled
+from workflows.watch import Watch
 
 TRAINER_IGNORED = {
     "data_collator": "rows are collated here",
     "dataset_num_proc": "rows are made in this process",
 }
 TRAINER_LATER = {
-    "eval_dataset": (None,),
     "compute_metrics": (None,),
     "preprocess_logits_for_metrics": (None,),
-    "callbacks": (None, []),
     "optimizers": (None, (None, None)),
     "peft_config": (None,),
     "model_init": (None,),
@@ -38,12 +39,12 @@ TRAINER_LATER = {
 }
 TRAINER_USED = (
     "model", "tokenizer", "processing_class", "train_dataset", "args", "formatting_func",
-    "dataset_text_field", "packing", "max_seq_length",
+    "dataset_text_field", "packing", "max_seq_length", "eval_dataset", "callbacks",
 )  # fmt: skip
 TRAINER_KINDS = {
     "model": Model, "args": SFTConfig | None, "tokenizer": PreTrainedTokenizerBase | None,
     "processing_class": PreTrainedTokenizerBase | None, "train_dataset": Iterable | None,
-    "formatting_func": Callable | None,
+    "formatting_func": Callable | None, "eval_dataset": Iterable | None,
 }  # fmt: skip
 # Settings with which the next batch or the next update would be another one.
 DECISIVE = (
@@ -52,6 +53,7 @@ DECISIVE = (
     "max_grad_norm", "optim", "packing", "seed",
 )  # fmt: skip
 RESUME = bool | str | None
+TENTH = 0.1  # of a run: how often an eval_dataset is evaluated where nothing says, as in Unsloth
 OLD_STYLE = ("dataset_text_field", "packing", "max_seq_length")
 
 
@@ -63,23 +65,6 @@ class TrainOutput(NamedTuple):
     metrics: dict[str, Any]
 
 
-def settled(args: SFTConfig, old: Mapping[str, Any]) -> SFTConfig:
-    """A copy of the config in which SFTTrainer's own keywords stand; None leaves the config's.
-
-    Raises TypeError and ValueError as SFTConfig does, and says which setting was replaced.
-    """
-    given = {name: value for name, value in old.items() if value is not None}
-    typed("SFTTrainer", given, {name: KINDS[name] for name in given})
-    written("SFTTrainer", given, [name for name in NAMES if name in given])
-    ranged("SFTTrainer", given, {name: RANGES[name] for name in given if name in RANGES})
-    own, plain = copy.copy(args), SFTConfig()
-    for name, value in given.items():
-        if getattr(own, name) not in (getattr(plain, name), value):
-            say(f"SFTTrainer({name}={value!r}) replaces SFTConfig's {getattr(own, name)!r}")
-        setattr(own, name, value)
-    return own
-
-
 class SFTTrainer:
     """Trains a model's adapters on a data set; `train` changes `model.adapters`.
 
@@ -89,6 +74,8 @@ class SFTTrainer:
         train_dataset: rows with text, messages, prompt and completion, or input_ids.
         args: an SFTConfig.
         formatting_func: makes text of examples, as in Unsloth's notebooks.
+        eval_dataset: rows of the same kinds, or several such data sets by name.
+        callbacks: objects with methods named as transformers' TrainerCallback has them.
     """
 
     def __init__(
@@ -100,13 +87,16 @@ class SFTTrainer:
         args: SFTConfig | None = None,
         processing_class: Any = None,
         formatting_func: Callable | None = None,
+        eval_dataset: Iterable | Mapping[str, Iterable] | None = None,
+        callbacks: Sequence[Any] | None = None,
         **other: Any,
     ):
         old = {k: other.pop(k) for k in OLD_STYLE if k in other}
         settle("SFTTrainer", other, TRAINER_USED, TRAINER_IGNORED, TRAINER_LATER)
         given = dict(model=model, args=args, formatting_func=formatting_func)
         given |= dict(tokenizer=tokenizer, processing_class=processing_class)
-        typed("SFTTrainer", given | {"train_dataset": train_dataset}, TRAINER_KINDS)
+        given |= dict(train_dataset=train_dataset, eval_dataset=eval_dataset)
+        typed("SFTTrainer", given, TRAINER_KINDS)
         if None not in (tokenizer, processing_class) and tokenizer is not processing_class:
             raise ValueError("SFTTrainer: give tokenizer or processing_class, got two that differ")
         if model.adapters is None:
@@ -126,17 +116,67 @@ class SFTTrainer:
         self.tokenizer = next(
             x for x in (processing_class, tokenizer, model.tokenizer) if x is not None
         )
-        self.rows = rows.rows(
-            train_dataset,
+        self._formatting = formatting_func
+        self.rows = self._rows(train_dataset)
+        self.eval_rows = self._held_out(eval_dataset)
+        self._settle_evaluation()
+        self.state = State(logging_steps=self.args.logging_steps)
+        self.callbacks = checked(callbacks)
+        self._calls()("on_init_end")
+
+    @property
+    def log_history(self) -> list[dict[str, Any]]:
+        """The rows of the last run: one a logged step, one an evaluation."""
+        return self.state.log_history
+
+    @property
+    def train_dataset(self) -> Shown:
+        """The rows that are trained on, as dictionaries of token ids and labels."""
+        return Shown(self.rows)
+
+    def add_callback(self, callback: Any) -> None:
+        """Adds a callback, an object or a class. Raises as SFTTrainer's `callbacks`."""
+        self.callbacks += checked([callback])
+
+    def _rows(self, dataset: Iterable) -> list[Row]:
+        a = self.args
+        return rows.rows(
+            dataset,
             self.tokenizer,
             max_length=self.length,
-            dataset_text_field=self.args.dataset_text_field,
-            formatting_func=formatting_func,
-            completion_only_loss=self.args.completion_only_loss,
-            assistant_only_loss=self.args.assistant_only_loss,
-            truncate=self.args.truncation,
+            dataset_text_field=a.dataset_text_field,
+            formatting_func=self._formatting,
+            completion_only_loss=a.completion_only_loss,
+            assistant_only_loss=a.assistant_only_loss,
+            truncate=a.truncation,
         )
-        self.log_history: list[dict[str, Any]] = []
+
+    def _held_out(self, given: Any) -> dict[str, list[Row]]:
+        """Rows by the data set's name, "" for a single one."""
+        if given is None:
+            return {}
+        several = isinstance(given, Mapping)
+        if several and not given:
+            raise ValueError("eval_dataset is an empty dictionary: there is nothing to evaluate")
+        return {name: self._rows(d) for name, d in (given if several else {"": given}).items()}
+
+    def _settle_evaluation(self) -> None:
+        """Fills in when evaluations happen; raises ValueError where there is nothing for them."""
+        a, there = self.args, bool(self.eval_rows)
+        if not there and (a.eval_strategy != "no" or a.load_best_model_at_end):
+            raise ValueError(
+                f"SFTConfig: eval_strategy={a.eval_strategy!r}, load_best_model_at_end="
+                f"{a.load_best_model_at_end} need an eval_dataset"
+            )
+        if there and a.eval_strategy == "no":
+            a.eval_strategy, a.eval_steps = "steps", a.eval_steps or TENTH
+            say(f"eval_dataset is evaluated every {a.eval_steps:g} of the run (eval_strategy)")
+        if there and a.eval_steps is None:
+            a.eval_steps = a.logging_steps
+
+    def _calls(self) -> Callbacks:
+        beside = {"model": self.model, "processing_class": self.tokenizer}
+        return Callbacks(self.callbacks, self.args, self.state, beside=beside)
 
     @property
     def length(self) -> int:
@@ -180,18 +220,53 @@ class SFTTrainer:
             kept = int(state.step) if own else 0
             with progress.bar(total, self._metrics_file(), kept) as show:
                 log = lambda row: (self.log_history.append(row), show(row))
+                watch = self._watch(total, log)
                 find = diagnose.first_bad_layer(m.family, m.config, m.scale)
-                run = sft.Run(
-                    step, state, m.params, batches, rate, total, log, a.logging_steps, saving, find
+                run = watch.run = sft.Run(
+                    step, state, m.params, batches, rate, total, watch.logged, a.logging_steps,
+                    saving, find, watch.after, watch.saved,
                 )  # fmt: skip
                 try:
+                    watch.begin()
                     run()
                 finally:
                     m.adapters = run.state.trainable
                     if run.saving:
                         run.saving.checkpoints.close()
+                watch.end()
         progress.adapters(before, sft.short_hash(m.adapters))
         return _output(int(run.state.step), run.losses, clock())
+
+    def evaluate(
+        self, eval_dataset: Any = None, *, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss and perplexity of the adapters as they are, on eval_dataset or the trainer's own.
+
+        Raises ValueError where there is neither.
+        """
+        held_out = self.eval_rows if eval_dataset is None else self._held_out(eval_dataset)
+        if not held_out:
+            raise ValueError("evaluate: the trainer has no eval_dataset and none was given")
+        return self._evaluator(held_out, metric_key_prefix)(self.model.adapters)
+
+    def _evaluator(self, held_out: dict[str, list[Row]], prefix: str = "eval") -> Callable:
+        """fn(adapters) -> metrics of all data sets."""
+        a = self.args
+        size = min(a.per_device_eval_batch_size, a.per_device_train_batch_size)
+        packing = a.packing if a.eval_packing is None else a.eval_packing
+        how = size, 1, self.length, packing, None
+        named = lambda name: f"{prefix}_{name}" if name else prefix
+        sets = {named(name): sft.Batches(some, *how) for name, some in held_out.items()}
+        return evaluate.evaluator(self.model, sets)
+
+    def _watch(self, total: int, log: Callable) -> Watch:
+        """What goes on between the steps of one run."""
+        s, a = self.state, self.args
+        s.max_steps, s.train_batch_size = total, a.per_device_train_batch_size
+        s.num_train_epochs = math.ceil(total / self._batches().steps(0))
+        s.best_metric = s.best_global_step = None
+        measured = self._evaluator(self.eval_rows) if self.eval_rows else None
+        return Watch(a, self.model, self._calls(), total, measured, log)
 
     def _source(self, resume: Any) -> Path | None:
         """The absolute path of what is continued; None starts anew. Raises where it is no path."""
@@ -200,6 +275,11 @@ class SFTTrainer:
             raise ValueError(f"output_dir={str(self._folder())!r} is a file, expected a folder")
         if resume is None or resume is False:
             return None
+        if self.args.load_best_model_at_end:
+            raise ValueError(
+                "train: load_best_model_at_end with resume_from_checkpoint is not supported yet: "
+                "checkpoints don't hold the best adapters of the steps before"
+            )
         if resume is not True:
             written("train", {"resume_from_checkpoint": resume}, ["resume_from_checkpoint"])
         return (self._folder() if resume is True else Path(resume)).absolute()
@@ -268,46 +348,3 @@ def _output(done: int, losses: list[float], seconds: float) -> TrainOutput:
     speed = len(losses) / seconds
     metrics = {"train_runtime": seconds, "train_steps_per_second": speed, "train_loss": loss}
     return TrainOutput(done, loss, metrics)
-
-
-RESPONSES_KINDS = {
-    "trainer": SFTTrainer, "instruction_part": str | None, "response_part": str | None,
-    "force_match": bool, "tokenizer": PreTrainedTokenizerBase | None, "last_response_only": bool,
-}  # fmt: skip
-
-
-def train_on_responses_only(
-    trainer: SFTTrainer,
-    instruction_part: str | None = None,
-    response_part: str | None = None,
-    force_match: bool = True,
-    tokenizer: Any = None,
-    return_function: bool = False,
-    num_proc: int | None = None,
-    last_response_only: bool = False,
-) -> SFTTrainer:
-    """The trainer, its rows supervised on the assistant's answers only.
-
-    Args:
-        instruction_part, response_part: texts that open a user's and the assistant's turn; without
-            them the chat template's own are found.
-        last_response_only: only each row's last answer counts.
-
-    Raises ValueError for one part without the other, or a row that keeps no supervised token.
-    """
-    given = dict(
-        trainer=trainer, instruction_part=instruction_part, response_part=response_part,
-        force_match=force_match, tokenizer=tokenizer, last_response_only=last_response_only,
-    )  # fmt: skip
-    typed("train_on_responses_only", given, RESPONSES_KINDS)
-    if return_function:
-        raise ValueError("train_on_responses_only: return_function=True is not supported yet")
-    trainer.rows = responses.responses_only(
-        trainer.rows,
-        tokenizer or trainer.tokenizer,
-        instruction_part,
-        response_part,
-        force_match=force_match,
-        last_response_only=last_response_only,
-    )
-    return trainer

@@ -1,0 +1,92 @@
+"""The loss on held-out rows, and what follows from it: best adapters, the end of a run."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from unsloth_jax.dims import Params, Total
+from unsloth_jax.train import LossFn
+from workflows import sft
+from workflows.generate import Stopwatch
+from workflows.model import Model
+
+
+class Best(NamedTuple):
+    """The adapters of the best evaluation so far."""
+
+    metric: float
+    step: int
+    adapters: Params
+
+
+def evaluator(
+    model: Model, sets: Mapping[str, sft.Batches]
+) -> Callable[[Params], dict[str, float]]:
+    """fn(adapters) -> metrics of one pass over each set, in order, their names before a "_".
+
+    The loss is the sum over all supervised tokens divided once by their number, so that batch
+    size and padding make no difference. Compiled once a width.
+    """
+    documents = max(batches.documents(batches.steps(0)) for batches in sets.values())
+    loss = jax.jit(sft.loss(model.family, model.config, model.scale, documents=documents))
+
+    def metrics(adapters: Params) -> dict[str, float]:
+        found = {}
+        for prefix, batches in sets.items():
+            clock = Stopwatch()
+            total = _total(loss, adapters, model.params, batches)
+            found |= _named(prefix, total, len(batches.rows), clock())
+        return found
+
+    return metrics
+
+
+def _total(loss: LossFn, adapters: Params, frozen: Params, batches: sft.Batches) -> Total:
+    totals = []
+    for batch in batches.epoch(0):
+        micro = jax.tree.map(lambda x: x[0], sft.embedded(frozen, batch))
+        totals.append(loss(adapters, frozen, jax.device_put(micro)))
+        # One batch ahead of the device, else all of them would pile up there.
+        jax.block_until_ready(totals[-2:-1])
+    return Total(*(sum(map(float, part)) for part in zip(*totals, strict=True)))
+
+
+def _named(prefix: str, total: Total, rows: int, seconds: float) -> dict[str, float]:
+    loss = total.value / total.count
+    return {
+        f"{prefix}_loss": loss,
+        f"{prefix}_perplexity": math.exp(loss) if loss < 700 else math.inf,
+        f"{prefix}_supervised_tokens": int(total.count),
+        f"{prefix}_runtime": round(seconds, 3),
+        f"{prefix}_samples_per_second": round(rows / seconds, 3),
+    }
+
+
+def due(strategy: str, every: int, step: int, epoch: float) -> bool:
+    """Whether a run that has taken `step` steps, `epoch` epochs, is evaluated now."""
+    if strategy == "steps":
+        return step % every == 0
+    return strategy == "epoch" and epoch == int(epoch)
+
+
+def interval(given: int | float, total: int) -> int:
+    """Steps between evaluations; under 1 it is a share of all steps, as in transformers."""
+    return max(1, math.ceil(total * given) if given < 1 else int(given))
+
+
+def chosen(metrics: Mapping[str, float], name: str) -> float:
+    """The metric by which adapters are judged; raises ValueError where no evaluation gave it."""
+    full = name if name.startswith("eval_") else f"eval_{name}"
+    if full not in metrics:
+        raise ValueError(f"metric_for_best_model={name!r} is none of {sorted(metrics)}")
+    return metrics[full]
+
+
+def better(best: Best | None, metric: float, step: int, adapters: Params, greater: bool) -> Best:
+    """The better of what was best and what is there now, copied: a step donates its adapters."""
+    if best is not None and not (metric > best.metric if greater else metric < best.metric):
+        return best
+    return Best(metric, step, jax.tree.map(lambda x: jnp.array(x, copy=True), adapters))

@@ -1,0 +1,98 @@
+"""What happens between the steps of a run: evaluations, callbacks, the best adapters kept."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from unsloth_jax.dims import Params
+from workflows import evaluate, sft
+from workflows.callbacks import Callbacks
+from workflows.evaluate import Best
+from workflows.keywords import say
+from workflows.model import Model
+from workflows.sft_config import SFTConfig
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class Watch:
+    """One run's; `run` is set once it is made, since each needs the other."""
+
+    args: SFTConfig
+    model: Model
+    calls: Callbacks
+    total: int
+    evaluated: Callable[[Params], Metrics] | None  # None where there is nothing to evaluate on
+    log: Callable[[dict[str, Any]], None]
+    run: sft.Run | None = None
+    best: Best | None = None
+
+    def begin(self) -> None:
+        """Before the first step; where training goes on, before the next."""
+        self._stand(int(self.run.state.step), self.calls.state.epoch)
+        self.calls("on_train_begin")
+        if self.args.eval_on_start and self.evaluated:
+            self.measure()
+        self.calls("on_epoch_begin")
+
+    def logged(self, row: dict[str, Any]) -> None:
+        """A step's row: into the log, then to the callbacks."""
+        self._stand(row["step"], row["epoch"])
+        self.log(row)
+        self.calls("on_log", logs=row)
+
+    def after(self, step: int, epoch: float) -> bool:
+        """Whether the run ends with this step."""
+        self._stand(step, epoch)
+        whole = epoch == int(epoch)
+        control = self.calls("on_step_end")
+        if whole:
+            control = self.calls("on_epoch_end")
+        if self._due(step, epoch) or (control.should_evaluate and self.evaluated):
+            self.measure()
+        if control.should_save and self.run.saving:
+            self.run.save()
+        control = self.calls.control
+        control.should_evaluate = control.should_save = False
+        if control.should_training_stop or step == self.total:
+            return control.should_training_stop
+        self.calls("on_epoch_begin" if whole else "on_step_begin")
+        return False
+
+    def saved(self) -> None:
+        """A checkpoint has been written, or is on its way to the disk."""
+        self.calls("on_save")
+
+    def measure(self) -> Metrics:
+        """Evaluates the adapters as they are and keeps them if they are the best."""
+        state, adapters = self.calls.state, self.run.state.trainable
+        found = self.evaluated(adapters)
+        self.log({"step": state.global_step, "epoch": round(state.epoch, 4), **found})
+        name = self.args.metric_for_best_model
+        self.calls("on_evaluate", metrics=found)
+        if name is not None:
+            metric, step = evaluate.chosen(found, name), state.global_step
+            greater = self.args.greater_is_better
+            self.best = evaluate.better(self.best, metric, step, adapters, greater)
+            state.best_metric, state.best_global_step = self.best.metric, self.best.step
+        return found
+
+    def end(self) -> None:
+        """After the last step; the model takes the best adapters where that was asked for."""
+        self.calls("on_train_end")
+        if self.args.load_best_model_at_end and self.best is not None:
+            self.model.adapters = self.best.adapters
+            name = self.args.metric_for_best_model
+            say(f"the adapters are those of step {self.best.step}, {name} {self.best.metric:.4f}")
+
+    def _stand(self, step: int, epoch: float) -> None:
+        # A callback may ask the model for an answer; the step before donated what it had.
+        self.model.adapters = self.run.state.trainable
+        self.calls.state.global_step, self.calls.state.epoch = step, epoch
+
+    def _due(self, step: int, epoch: float) -> bool:
+        if self.evaluated is None:
+            return False
+        every = evaluate.interval(self.args.eval_steps, self.total)
+        return evaluate.due(self.args.eval_strategy, every, step, epoch)
