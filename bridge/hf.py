@@ -22,6 +22,7 @@ BUFFERS = re.compile(
 )
 
 
+BITSANDBYTES = "bitsandbytes"  # the one kind of quantized checkpoint that is read
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -73,6 +74,12 @@ def described(source: Source) -> tuple[ModuleType, Any]:
     if "model_type" not in source.config:
         raise ValueError(f"config.json names no model_type; it has {sorted(source.config)}")
     model = family(source.config["model_type"])
+    method = (source.config.get("quantization_config") or {}).get("quant_method", BITSANDBYTES)
+    if method != BITSANDBYTES:
+        raise ValueError(
+            f"config.json's quantization_config has quant_method {method!r}; supported: "
+            f"{BITSANDBYTES!r}, or none"
+        )
     return model, model.config(source.config)
 
 

@@ -217,7 +217,8 @@ def _answer(tokenizer, messages, turn, full, template) -> tuple[int, int]:
     start = len(before) if full.startswith(before) else edge(lambda text: MARK + text.lstrip())
     content_end = edge(lambda text: text.rstrip() + MARK)
     # An earlier turn may be rendered otherwise than as the last one, but it ends as that one does.
-    stops = [s for s in specials if s in after[len(before) :] and full.find(s, content_end) >= 0]
+    said = after[len(commonprefix([before, after])) :]
+    stops = [s for s in specials if s in said and full.find(s, content_end) >= 0]
     if not stops:
         raise ValueError(_rewritten(turn, "no end-of-turn token follows its text"))
     return start, min(full.find(s, content_end) + len(s) for s in stops)

@@ -4,9 +4,11 @@
     logp[n] = s[n, y[n]] - log sum_v exp s[n, v]
     dlogp[n]/dx[n] = sum_v (1[v = y[n]] - p[n, v]) cap'(s[n, v]) scale w[v]
 
-Scores [N, V] never exist as a whole. Where the head is frozen the derivative by x is found in the
-forward pass, from the scores at hand (Liger, arXiv:2410.10989; Cut Cross-Entropy,
-arXiv:2411.09009), so nothing is computed twice; else a chunk is computed again in the backward.
+Under label smoothing by e, (1 - e) s[n, y[n]] + e mean_v s[n, v] stands for s[n, y[n]], and
+(1 - e) 1[v = y[n]] + e / V for 1[v = y[n]]. Scores [N, V] never exist as a whole. Where the head
+is frozen the derivative by x is found in the forward pass, from the scores at hand (Liger,
+arXiv:2410.10989; Cut Cross-Entropy, arXiv:2411.09009), so nothing is computed twice; else a chunk
+is computed again in the backward.
 """
 
 from functools import partial
@@ -27,6 +29,7 @@ class Rule(NamedTuple):
     scale: float = 1.0
     cap: float | None = None
     entropy: bool = False  # whether it is asked for
+    smoothing: float | int = 0.0  # share of the mean over all tokens (arXiv:1512.00567)
 
 
 PLAIN = Rule()
@@ -48,7 +51,7 @@ def reference(
 ) -> Result:
     """The same from all scores at once."""
     logps = jax.nn.log_softmax(_scores(x, w, rule)[0], axis=-1)
-    picked = jnp.take_along_axis(logps, targets[:, None], axis=-1)[:, 0]
+    picked = _picked(rule, logps, targets)[:, 0]
     keep = lambda rows: jnp.where(wanted, rows, 0)
     entropy = jax.lax.stop_gradient(keep(-jnp.sum(jnp.exp(logps) * logps, axis=-1)))
     return Result(keep(picked), entropy if rule.entropy else None)
@@ -64,9 +67,20 @@ def _scores(x, w, rule):
     return rule.cap * t, t
 
 
+def _picked(rule, s, y):
+    """[n, 1]: the targets' scores, smoothed."""
+    picked = jnp.take_along_axis(s, y[:, None], axis=-1)
+    if not rule.smoothing:
+        return picked
+    return (1 - rule.smoothing) * picked + rule.smoothing * s.mean(-1, keepdims=True)
+
+
 def _slope(rule, chance, t, y):
     """d log p(y) / d (x @ w.T) [n, V] from every token's probability."""
-    d = (jnp.arange(chance.shape[-1], dtype=y.dtype)[None] == y[:, None]) - chance
+    wanted = jnp.arange(chance.shape[-1], dtype=y.dtype)[None] == y[:, None]
+    if rule.smoothing:
+        wanted = (1 - rule.smoothing) * wanted + rule.smoothing / chance.shape[-1]
+    d = wanted - chance
     return (d if t is None else d * (1 - t * t)) * rule.scale
 
 
@@ -79,10 +93,12 @@ def token_logprobs(
 ) -> Result:
     """log p(target) and entropy of each wanted row; the others cost nothing and hold 0.
 
-    Differentiable by x and w. Raises ValueError for a chunk under 1.
+    Differentiable by x and w. Raises ValueError for a chunk under 1 or smoothing outside [0, 1).
     """
     if rule.chunk < 1:
         raise ValueError(f"chunk is a number of rows of 1 or more, got {rule.chunk}")
+    if not 0 <= rule.smoothing < 1:
+        raise ValueError(f"smoothing is a share from 0 up to below 1, got {rule.smoothing}")
     if wanted is None:
         wanted = jnp.ones(targets.shape, bool)
     return _token_logprobs(rule, x, w, targets, wanted)
@@ -111,7 +127,7 @@ def _forward_pass(rule, x, w, targets, wanted, slope):
         e = jnp.exp(s - top)
         z = e.sum(-1, keepdims=True)
         lse = jnp.log(z) + top
-        picked = jnp.take_along_axis(s, y[:, None], axis=-1) - lse
+        picked = _picked(rule, s, y) - lse
         put = lambda out, new: out.at[rows].set(new, mode="drop")
         if rule.entropy:
             entropy = put(entropy, (lse - (e * s).sum(-1, keepdims=True) / z)[:, 0])

@@ -108,7 +108,7 @@ def test_a_rounding_error_of_fifty_deltas_shows_in_one_base_only(coarse, tmp_pat
     kl = [m["kl_trained_to_written"] for m in (original, rounded)]
     assert kl[0] > 50 * kl[1] and kl[1] < 1e-3
     assert rounded["likeliest_token_equal"] > original["likeliest_token_equal"]
-    files = saving.gguf(coarse, tmp_path / "g", None, "f32", "dequant4", False)
+    files = saving.gguf(coarse, tmp_path / "g", None, ["f32"], "dequant4", False)
     assert files["quantization"]["model.F32.gguf"]["kl_trained_to_written"] < 1e-6
 
 

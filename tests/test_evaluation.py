@@ -189,6 +189,11 @@ def test_callbacks_are_called_in_order_and_may_ask_for_evaluation_or_the_end(fre
     assert saved == {"checkpoint_1", "checkpoint_3"}
 
 
+class Answering:
+    def on_init_end(self, *given, **more):
+        return True
+
+
 def test_what_is_no_callback_is_refused(fresh):
     class Inner(transformers.TrainerCallback):
         def on_substep_end(self, args, state, control, **more): ...
@@ -197,6 +202,7 @@ def test_what_is_no_callback_is_refused(fresh):
         ("on_log", TypeError, "a list of callbacks, got str"),
         ([object()], TypeError, "no method of an event; known"),
         ([Inner], ValueError, r"listens to \['on_substep_end'\]"),
+        ([Answering], TypeError, "Answering.on_init_end returned bool, expected the control"),
     ]:
         with pytest.raises(error, match=message):
             trainer(fresh, HELD_OUT, given)

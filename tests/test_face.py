@@ -119,7 +119,10 @@ def test_the_config_has_unsloths_defaults():
     assert {n: v for n, v in made.items() if n in CONFIG} == {
         n: CONFIG[n] for n in made if n in CONFIG
     }
-    others = "max_length warmup_steps save_steps truncation memory_budget matmul_dtype"
+    others = (
+        "max_length warmup_steps save_steps truncation memory_budget matmul_dtype eval_steps "
+        "eval_on_start load_best_model_at_end metric_for_best_model greater_is_better"
+    )
     assert made.keys() - CONFIG.keys() == set(others.split())
     assert vars(SFTConfig(**CONFIG)) == made
 
@@ -152,12 +155,12 @@ REFUSED = {
         layers_pattern="h", ensure_weight_tying=True, rank_pattern={"q_proj": 2},
     ),
     "SFTConfig": dict(
-        neftune_noise_alpha=5, eval_strategy="steps", report_to="wandb", loss_type="dft",
-        push_to_hub=True, load_best_model_at_end=True, label_smoothing_factor=0.1,
+        neftune_noise_alpha=5, report_to="wandb", loss_type="dft",
+        push_to_hub=True, label_smoothing_factor=0.1,
         embedding_learning_rate=1e-5, packing_strategy="wrapped", eos_token="<x>",
         group_by_length=True, activation_offloading=True, q_galore_config=1,
     ),
-    "SFTTrainer": dict(eval_dataset=[1], compute_metrics=len, callbacks=[1], peft_config=1),
+    "SFTTrainer": dict(compute_metrics=len, peft_config=1),
     "save_pretrained": dict(push_to_hub=True, state_dict={}, selected_adapters=["x"]),
     "save_pretrained_merged": dict(push_to_hub=True, token="x", tags=["x"], datasets=["x"]),
     "save_pretrained_gguf": dict(
@@ -217,7 +220,7 @@ def test_a_keyword_without_effect_says_why_once(capsys):
 
 
 BAD_CONFIGS = [
-    (dict(optim="sgd"), "optim 'sgd' .*adamw_8bit"),
+    (dict(optim="sgdm"), "optim 'sgdm' .*adamw_8bit"),
     (dict(lr_scheduler_type="wave"), "wave.*cosine"),
     (dict(save_strategy="best"), "save_strategy 'best'.*steps"),
     (dict(learning_rate=-1), "learning_rate must be at least 0"),
@@ -687,3 +690,50 @@ LOAD_WRONG = [
 def test_loading_settings_without_meaning_are_refused(folder, given, error):
     with pytest.raises((error, jaxtyping_error(error)), match=next(iter(given))):
         FastLanguageModel.from_pretrained(str(folder), **given)
+
+
+@pytest.mark.parametrize(
+    "where, given, error, message",
+    [
+        ("save_pretrained_gguf", dict(quantization_method=None), TypeError, "a name or several"),
+        ("save_pretrained_gguf", dict(quantization_method=[None]), TypeError, "known: .*q4_k_m"),
+        ("save_pretrained_gguf", dict(tokenizer=3), TypeError, "tokenizer must be .*got 3"),
+        ("save_pretrained_merged", dict(tokenizer="x"), TypeError, "tokenizer must be .*got 'x'"),
+        ("save_pretrained_merged", dict(overwrite="x"), TypeError, "overwrite must be bool"),
+        ("save_pretrained_merged", dict(save_directory=None), TypeError, "save_directory must be"),
+        ("save_pretrained", dict(save_directory=3), TypeError, "save_directory must be str, got 3"),
+        ("save_pretrained_gguf", dict(save_directory=""), ValueError, "must be a text that names"),
+    ],
+)
+def test_what_nothing_can_be_saved_to_is_refused_by_name(tmp_path, where, given, error, message):
+    model = tiny_chat.adapted(tiny_chat.save(tmp_path / "model"))
+    save = unchecked(getattr(type(model), where))
+    with pytest.raises(error, match=message):
+        save(model, **({"save_directory": tmp_path / "out"} | given))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_tells_its_trainable_parameters_and_its_device(tmp_path, capsys):
+    model = tiny_chat.adapted(tiny_chat.save(tmp_path / "model"))
+    model.print_trainable_parameters()
+    trained = sum(x.size for x in jax.tree.leaves(model.adapters))
+    assert capsys.readouterr().out.startswith(f"trainable params: {trained:,} || all params: ")
+    assert model.device == "cpu"
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method 'gptq'; supported"),
+        ({"rope_theta": 5.0}, r"config has rope_theta=5.0 and rope_parameters=\{"),
+    ],
+)
+def test_config_fields_that_contradict_the_weights_or_each_other_are_refused(
+    tmp_path, fields, message
+):
+    folder = tiny_chat.save(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config.setdefault("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0})
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(ValueError, match=message):
+        tiny_chat.load(folder)

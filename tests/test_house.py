@@ -29,7 +29,9 @@ CORE += ["remat", "decoder", "unstack", "decoding", "sample"]
 ASIDE = {
     "losses": {"dims", "leaves"},
     "train": {"dims"},
-    "optim": {"adam8"},
+    "optim": {"adam8", "directions"},
+    "directions": {"adam8"},
+    "preference": {"dims"},
     "adam8": set(),
     "data": {"dims"},
     "plan": {"dims", "tree", "leaves", "remat", "train"},

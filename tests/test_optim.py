@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from transformers import get_scheduler
+from transformers import SchedulerType, get_scheduler
 
 from unsloth_jax import optim
 
@@ -19,19 +19,72 @@ GRADS = [
 ]
 
 
-@pytest.mark.parametrize(("warmup", "steps"), [(0, 10), (3, 20), (7, 7), (1, 60)])
-@pytest.mark.parametrize("name", optim.SCHEDULES)
-def test_rates_are_those_of_transformers_at_every_step(name, warmup, steps):
+SHAPES = {  # schedule and lr_scheduler_kwargs
+    "linear": [{}],
+    "cosine": [{}, {"num_cycles": 1.75}],
+    "cosine_with_restarts": [{}, {"num_cycles": 3}, {"num_cycles": 2.5}, {"num_cycles": 7}],
+    "polynomial": [{}, {"lr_end": 1e-4, "power": 2.5}],
+    "constant": [{}],
+    "constant_with_warmup": [{}],
+    "inverse_sqrt": [{}, {"timescale": 50}],
+    "cosine_with_min_lr": [{"min_lr": 1e-4}, {"min_lr_rate": 0.2, "num_cycles": 1.5}],
+    "cosine_warmup_with_min_lr": [
+        {"min_lr": 1e-4},
+        {"min_lr_rate": 0.1, "warmup_lr_rate": 0.3, "num_cycles": 0.75},
+    ],
+    "warmup_stable_decay": [
+        {"num_decay_steps": 6},
+        {"num_decay_steps": 4, "num_stable_steps": 2, "min_lr_ratio": 0.1},
+        {"num_decay_steps": 5, "warmup_type": "cosine", "decay_type": "linear"},
+        {"num_decay_steps": 90, "warmup_type": "1-sqrt", "decay_type": "1-sqrt"},
+        {"num_decay_steps": 7, "num_cycles": 1.5, "min_lr_ratio": 0.3},
+    ],
+}
+LENGTHS = [(0, 10), (3, 20), (7, 7), (1, 60), (30, 100), (0, 84)]
+
+
+def rates_of_transformers(name, warmup, steps, kwargs) -> list[float]:
+    """Of half as many steps again as there are."""
     torch_optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=PEAK)
-    scheduler = get_scheduler(name, torch_optimizer, warmup, steps)
-    expected = []
-    for _ in range(steps):
-        expected.append(scheduler.get_last_lr()[0])
+    scheduler, out = get_scheduler(name, torch_optimizer, warmup, steps, kwargs), []
+    for _ in range(steps + steps // 2 + 5):
+        out.append(scheduler.get_last_lr()[0])
         torch_optimizer.step()
         scheduler.step()
-    got = jax.vmap(optim.schedule(name, PEAK, warmup, steps))(jnp.arange(steps))
+    return out
+
+
+@pytest.mark.parametrize(("warmup", "steps"), LENGTHS)
+@pytest.mark.parametrize(
+    ("name", "kwargs"), [(name, kwargs) for name in SHAPES for kwargs in SHAPES[name]]
+)
+def test_rates_are_those_of_transformers_at_every_step(name, kwargs, warmup, steps):
+    if name == "polynomial" and warmup == steps:
+        pytest.skip("transformers divides by zero: no steps are between warm-up and end")
+    expected = rates_of_transformers(name, warmup, steps, kwargs)
+    rate = optim.schedule(name, PEAK, warmup, steps, **kwargs)
+    got = jax.vmap(rate)(jnp.arange(len(expected)))
     assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, expected, rtol=2e-6, atol=1e-10)
+    np.testing.assert_allclose(got, expected, rtol=2e-6, atol=2e-6 * PEAK)
+
+
+def test_every_schedule_of_transformers_is_here_or_refused_with_a_reason():
+    names = {kind.value for kind in SchedulerType}
+    assert names == set(SHAPES) | set(optim.UNPLANNED)
+    assert set(SHAPES) == set(optim.SCHEDULES)
+
+
+@pytest.mark.parametrize("cycles", [2, 3, 7, 13, 30])
+@pytest.mark.parametrize("steps", [210, 999, 1260, 4096])
+def test_restarts_come_at_the_step_at_which_transformers_has_them(cycles, steps):
+    rate = optim.schedule("cosine_with_restarts", PEAK, 0, steps, num_cycles=cycles)
+    got = np.asarray(jax.vmap(rate)(jnp.arange(steps)))
+    torch_optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=PEAK)
+    kwargs = {"num_cycles": cycles}
+    scheduler = get_scheduler("cosine_with_restarts", torch_optimizer, 0, steps, kwargs)
+    expected = np.asarray([PEAK * scheduler.lr_lambdas[0](n) for n in range(steps)])
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-9)
+    assert (np.diff(got) > 0).sum() == cycles - 1
 
 
 def tensors(tree):
@@ -75,7 +128,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+ADAMW = [name for name in optim.OPTIMIZERS if "adamw" in name]
+
+
+@pytest.mark.parametrize("name", ADAMW)
 @pytest.mark.parametrize("case", CASES)
 def test_adamw_takes_the_steps_of_torchs(case, name):
     fields = dict(CASES[case])
@@ -103,17 +159,67 @@ def test_adamw_8bit_keeps_8_bits_of_leaves_of_4096_elements_and_more():
         assert moment["above"].codes.shape == (241, 17) and moment["above"].absmax.shape == (17,)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (
-            lambda: optim.schedule("polynomial", PEAK, 0, 1),
-            r"'polynomial' .*supported: \['constant'",
+RATE = lambda step: step
+REFUSALS = {
+    "schedule": (
+        lambda: optim.schedule("cosine_min_lr", PEAK, 0, 1),
+        r"'cosine_min_lr' is not supported; nearest: cosine_with_min_lr.*; supported: \['const",
+    ),
+    "plateau": (
+        lambda: optim.schedule("reduce_lr_on_plateau", PEAK, 0, 1),
+        r"'reduce_lr_on_plateau' sets the rate from losses.*functions of the step: \['constant'",
+    ),
+    "keyword": (
+        lambda: optim.schedule("cosine", PEAK, 0, 1, num_cycle=2),
+        r"'cosine': option 'num_cycle' is not supported; nearest: num_cycles; supp.*\['num_cyc",
+    ),
+    "keyword of another": (
+        lambda: optim.schedule("constant", PEAK, 0, 1, num_cycles=2),
+        r"'constant': option 'num_cycles' is not supported; supported: \[\]",
+    ),
+    "missing": (
+        lambda: optim.schedule("warmup_stable_decay", PEAK, 0, 1),
+        r"'warmup_stable_decay' needs \['num_decay_steps'\]; it takes \['decay_type'",
+    ),
+    "type": (
+        lambda: optim.schedule(
+            "warmup_stable_decay", PEAK, 0, 1, num_decay_steps=1, decay_type="cosin"
         ),
-        (lambda: optim.make("lion", lambda step: step), r"'lion' .*supported: \['adamw_torch'"),
-    ],
-    ids=["schedule", "optimizer"],
-)
-def test_unknown_names_are_refused_with_the_known_ones(make, message):
+        r"decay_type 'cosin' is not supported; nearest: cosine; supported: \['1-sqrt'",
+    ),
+    "both": (
+        lambda: optim.schedule("cosine_with_min_lr", PEAK, 0, 1, min_lr=0.1, min_lr_rate=0.1),
+        r"one of min_lr and min_lr_rate, got min_lr=0.1 and min_lr_rate=0.1",
+    ),
+    "neither": (
+        lambda: optim.schedule("cosine_warmup_with_min_lr", PEAK, 0, 1),
+        r"one of min_lr and min_lr_rate, got min_lr=None and min_lr_rate=None",
+    ),
+    "end": (
+        lambda: optim.schedule("polynomial", PEAK, 0, 1, lr_end=1.0),
+        r"lr_end=1.0 must be below the learning rate, which is 0.003",
+    ),
+    "optimizer": (
+        lambda: optim.make("adamw_hf", RATE),
+        r"'adamw_hf' is not supported; nearest: adamw_.*; supported: \['adafactor'",
+    ),
+    "option": (
+        lambda: optim.make("sgd", RATE, options={"momentun": 0.9}),
+        r"'sgd': option 'momentun' is not supported; nearest: momentum; supported: \['mom",
+    ),
+    "option of another": (
+        lambda: optim.make("adamw_8bit", RATE, options={"momentum": 0.9}),
+        r"'adamw_8bit': option 'momentum' is not supported; supported: \[\]",
+    ),
+    "muon": (
+        lambda: optim.make("muon", RATE, options={"adjust_lr_fn": "rms"}),
+        r"adjust_lr_fn 'rms' is not supported; supported: \['original', 'match_rms_adamw'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_is_unknown_is_refused_with_what_is_known(case):
+    make, message = REFUSALS[case]
     with pytest.raises(ValueError, match=message):
         make()

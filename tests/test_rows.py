@@ -8,10 +8,10 @@ import pytest
 from small_tokenizers import SYSTEM, TALK, TEMPLATES, TOKENIZERS, USER, byte_level
 
 from bridge import tokenizer as bt
-from bridge.chat_templates import get_chat_template
+from bridge.chat_templates import get_chat_template, standardize_sharegpt
 from unsloth_jax.data import Row
 from workflows.responses import Markers, detect_markers, markers, mask_responses, responses_only
-from workflows.rows import Report, report, rows, schema, standardize_sharegpt
+from workflows.rows import Report, report, rows, schema
 
 
 @pytest.fixture(scope="module")

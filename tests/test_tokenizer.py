@@ -280,11 +280,11 @@ def test_system_message_fills_a_custom_template():
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        (dict(chat_template="alpaca"), ValueError, "more names come later"),
+        (dict(chat_template="alpacca"), ValueError, "did you mean"),
         (dict(chat_template="{{ x }}"), ValueError, "jinja_text, stop_word"),
         (dict(chat_template=("{{ x }}",)), TypeError, "chat_template"),
         (dict(chat_template=("{system_message}", "<EOS>")), ValueError, "give system_message"),
-        (dict(system_message="Be brief."), ValueError, "no {system_message}"),
+        (dict(system_message="Be brief."), ValueError, "no system text"),
         (dict(mapping={"speaker": "from"}), ValueError, "speaker"),
     ],
 )

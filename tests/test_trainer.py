@@ -486,3 +486,23 @@ def test_exports_hold_the_template_that_was_trained_with(folder, tmp_path):
     model.save_pretrained(tmp_path / "a")
     again, _ = FastLanguageModel.from_pretrained(str(tmp_path / "a"), 256, load_in_4bit=False)
     assert again.tokenizer.chat_template == own.chat_template != tokenizer.chat_template
+
+
+def test_a_schedule_takes_transformers_settings(fresh):
+    steps = dict(max_steps=6, warmup_steps=2, lr_scheduler_type="cosine_with_min_lr")
+    run = trainer(fresh, **steps, lr_scheduler_kwargs={"min_lr_rate": 0.1})
+    run.train()
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=2e-2)
+    theirs = transformers.get_scheduler(
+        "cosine_with_min_lr", optimizer, 2, 6, scheduler_specific_kwargs={"min_lr_rate": 0.1}
+    )
+    expected = []
+    for _ in range(6):
+        expected.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    rates = [row["learning_rate"] for row in run.log_history]
+    assert rates == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="min_lr_rat"):
+        SFTConfig(**steps, lr_scheduler_kwargs={"min_lr_rat": 0.1})

@@ -2,7 +2,8 @@
 
 _HOMES = {
     "get_chat_template": "bridge.chat_templates",
-    "standardize_sharegpt": "workflows.rows",
+    "standardize_sharegpt": "bridge.chat_templates",
+    "standardize_data_formats": "bridge.chat_templates",
     "train_on_responses_only": "workflows.responses_only",
 }
 

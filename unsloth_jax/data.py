@@ -22,16 +22,20 @@ def shuffled(rows: Sequence[Row], seed: int, epoch: int) -> list[Row]:
     return [rows[i] for i in np.random.default_rng((seed, epoch)).permutation(len(rows))]
 
 
-def packed(rows: Iterable[Row], length: int, open_bins: int = 32) -> Iterator[list[Row]]:
+def packed(
+    rows: Iterable[Row], length: int, open_bins: int = 32, most: int | None = None
+) -> Iterator[list[Row]]:
     """First-fit packing of whole rows into bins of `length` tokens, in order.
 
-    Raises ValueError for a row that is longer. At most `open_bins` bins wait for more rows.
+    Raises ValueError for a row that is longer. At most `open_bins` bins wait for more rows, each
+    of which takes at most `most`.
     """
+    room = lambda b, row: sum(len(r.tokens) for r in b) + len(row.tokens) <= length
     bins: list[list[Row]] = []
     for n, row in enumerate(rows):
         if len(row.tokens) > length:
             raise ValueError(f"row {n} has {len(row.tokens)} tokens, the limit is {length}")
-        fits = (b for b in bins if sum(len(r.tokens) for r in b) + len(row.tokens) <= length)
+        fits = (b for b in bins if room(b, row) and (most is None or len(b) < most))
         home = next(fits, None)
         if home is None:
             bins.append([row])

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from pallas_kernels import cross_entropy
 from unsloth_jax import leaves
@@ -19,24 +19,26 @@ def token_logprobs(
     targets: Int[Array, "B T"],
     chunk: int = CHUNK,
     weights: Float[Array, "B T"] | None = None,
+    smoothing: float | int = 0.0,
 ) -> Float[Array, "B T"]:
     """log p(target) of each token, float32, never holding more than `chunk` rows of scores.
 
     Tokens of weight 0 may be left out; then they hold 0. The gradient reaches the hidden states
-    and the head alike.
+    and the head alike. `smoothing` is the share of the mean log-probability over the vocabulary,
+    so that `sft` of what returns is transformers' `LabelSmoother`.
     """
     batch, length, width = hidden.shape
     x, y = hidden.reshape(-1, width), targets.reshape(-1)
     if isinstance(head["weight"], jax.Array) and "bias" not in head:
         wanted = None if weights is None else weights.reshape(-1) != 0
-        rule = cross_entropy.Rule(chunk)
+        rule = cross_entropy.Rule(chunk, smoothing=smoothing)
         logps = cross_entropy.token_logprobs(x, head["weight"], y, wanted, rule).logps
     else:
-        logps = _recomputed(x, head, y, chunk)
+        logps = _recomputed(x, head, y, chunk, smoothing)
     return logps.reshape(batch, length)
 
 
-def _recomputed(x: Array, head: Params, y: Array, chunk: int) -> Array:
+def _recomputed(x: Array, head: Params, y: Array, chunk: int, smoothing: float | int) -> Array:
     """`token_logprobs` [N] under a head of any kind, by computing each chunk again backward."""
     rows = x.shape[0]
     chunk = min(chunk, rows)
@@ -46,6 +48,7 @@ def _recomputed(x: Array, head: Params, y: Array, chunk: int) -> Array:
     def one(head: Any, x: Array, y: Array) -> Array:
         scores = leaves.scores(head, x)
         picked = jnp.take_along_axis(scores, y[:, None], axis=-1)[:, 0]
+        picked = (1 - smoothing) * picked + smoothing * scores.mean(-1)
         return picked - jax.nn.logsumexp(scores, axis=-1)
 
     x = jnp.pad(x, ((0, pad), (0, 0))).reshape(-1, chunk, x.shape[1])
@@ -56,3 +59,30 @@ def _recomputed(x: Array, head: Params, y: Array, chunk: int) -> Array:
 def sft(logps: Float[Array, "B T"], weights: Float[Array, "B T"]) -> Total:
     """Cross entropy in nats, summed over the tokens with weight."""
     return Total(-(logps * weights).sum(), weights.sum())
+
+
+def dft(logps: Float[Array, "B T"], weights: Float[Array, "B T"]) -> Total:
+    """Dynamic fine-tuning (arXiv:2508.05629): each token's cross entropy times its probability.
+
+    The probability has no gradient. TRL's `loss_type="dft"`.
+    """
+    chance = jax.lax.stop_gradient(jnp.exp(logps))
+    return Total(-(chance * logps * weights).sum(), weights.sum())
+
+
+def neftune(
+    key: Key[Array, ""],
+    embedded: Float[Array, "B T D"],
+    alpha: float | int,
+    lengths: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T D"]:
+    """Embeddings with noise from U(-1, 1) alpha / sqrt(length D) (arXiv:2310.05914).
+
+    `lengths` are those of the tokens' documents, so that noise in a packed row is what it is in
+    a row of one's own; without them T is every token's length, as in transformers.
+    """
+    *_, length, width = embedded.shape
+    noise = jax.random.uniform(key, embedded.shape, jnp.float32, -1, 1)
+    lengths = jnp.full((1, 1), length) if lengths is None else lengths
+    size = alpha * jax.lax.rsqrt(jnp.maximum(lengths, 1) * jnp.float32(width))
+    return embedded + (noise * size[..., None]).astype(embedded.dtype)

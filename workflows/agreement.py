@@ -24,10 +24,13 @@ if TYPE_CHECKING:
 
 NEW_TOKENS = 32
 # By type of tensor, the most that a token of llama.cpp's may lie below the likeliest, in standard
-# deviations of the scores. Measured at worst, on deep random models: 0.003 (F16), 0.04 (BF16), 0.32
-# (Q8_0); SmolLM2: 0.05 (Q8_0), with two neighbouring layers exchanged 0.6. Other types answer
-# otherwise too often to tell.
+# deviations of the scores: a floor, or so many times what bfloat16 makes of this model's scores.
+# Random models of 12 layers reached 0.5 (F16), 5 (BF16) and 29 (Q8_0) times that. Other types
+# answer otherwise too often to tell.
 BOUNDS = {"F32": 0.005, "F16": 0.02, "BF16": 0.1, "Q8_0": 0.5}
+TIMES = {"F32": 0.02, "F16": 1.0, "BF16": 8.0, "Q8_0": 45.0}
+VAGUE = 2.0  # a bound that anything keeps
+FEW = 2  # texts by which a model's rounding is measured
 
 
 class Held(NamedTuple):
@@ -44,10 +47,15 @@ class Held(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Of each token [B, N]: the likeliest one, and how far below it the token is, in deviations."""
+    """Of each token [B, N]: the likeliest one, and how far below it the token is, in deviations.
+
+    `rounding` is the median over tokens of the first texts of what bfloat16 changes in the scores,
+    root mean square.
+    """
 
     likeliest: np.ndarray
     gap: np.ndarray
+    rounding: float
 
 
 class Agreement(NamedTuple):
@@ -57,7 +65,7 @@ class Agreement(NamedTuple):
     new_tokens: int
     equal: int
     largest_gap: float
-    bound: float | None  # None where a type has none
+    bound: float | None  # None where a type has none, or rounding alone may change all answers
 
     def facts(self) -> dict[str, Any]:
         return self._asdict()
@@ -76,18 +84,25 @@ def run(
     """
     why = _not_run(config, wanted)
     if why is not None:
-        say(f"{', '.join(p.name for p in files)}: not run in llama.cpp: {why}")
-        return {path.name: {"llama_cpp_not_run": why} for path in files}
+        return _told(files, why)
     source = Held(config, {w.name: w for w in weights})
-    found = checked(source, divergence.prompts(model), files)
+    try:
+        found = checked(source, divergence.prompts(model), files)
+    except llama_cpp.NotRun as error:
+        return _told(files, str(error))
     for name, it in found.items():
-        bound = "no bound for its types" if it.bound is None else f"at most {it.bound} is rounding"
+        bound = "no bound here" if it.bound is None else f"at most {it.bound:.2f} is rounding"
         say(
             f"{name}: llama.cpp's greedy tokens are the merged model's likeliest at {it.equal} of "
             f"{it.new_tokens} places, at worst {it.largest_gap:.3f} standard deviations below "
             f"({bound})"
         )
     return {name: {"llama_cpp": it.facts()} for name, it in found.items()}
+
+
+def _told(files: Iterable[Path], why: str) -> dict[str, dict[str, Any]]:
+    say(f"{', '.join(path.name for path in files)}: not run in llama.cpp: {why}")
+    return {path.name: {"llama_cpp_not_run": why} for path in files}
 
 
 def _not_run(config: dict[str, Any], wanted: bool) -> str | None:
@@ -120,18 +135,21 @@ def checked(
     out = {}
     for i, (path, types) in enumerate(files.items()):
         rows = slice(i * len(prompts), (i + 1) * len(prompts))
-        mine = Scores(scores.likeliest[rows], scores.gap[rows])
-        bound = bound_of(types)
+        mine = Scores(scores.likeliest[rows], scores.gap[rows], scores.rounding)
+        bound = bound_of(types, scores.rounding)
         _refuse(path.name, mine, said[path].tokens, bound)
         equal, largest = int((mine.gap == 0).sum()), float(mine.gap.max())
         out[path.name] = Agreement(len(prompts), mine.gap.size, equal, largest, bound)
     return out
 
 
-def bound_of(types: Iterable[str]) -> float | None:
-    """That of the coarsest type in a file, None where one has none."""
-    bounds = [BOUNDS.get(kind) for kind in types]
-    return None if None in bounds else max(bounds)
+def bound_of(types: Iterable[str], rounding: float) -> float | None:
+    """That of the coarsest type in a file, None where there is none."""
+    kinds = set(types)
+    if not kinds <= BOUNDS.keys():
+        return None
+    bound = max(max(BOUNDS[kind], TIMES[kind] * rounding) for kind in kinds)
+    return None if bound > VAGUE else bound
 
 
 def scored(source: Any, tokens: np.ndarray, start: int, barred: Sequence[int]) -> Scores:
@@ -143,14 +161,18 @@ def scored(source: Any, tokens: np.ndarray, start: int, barred: Sequence[int]) -
     best, mine = np.full(given.shape, -np.inf), np.full(given.shape, np.nan)
     likeliest, at = np.zeros_like(given), 0
     total, squares, count = np.zeros(given.shape), np.zeros(given.shape), 0
+    changed = np.zeros(given[:FEW].shape)
     with jax.default_matmul_precision("highest"):
-        for part in divergence.parts(source, jnp.float32, tokens[:, :-1], start - 1):
+        run = lambda dtype, rows: divergence.parts(source, dtype, rows[:, :-1], start - 1)
+        both = zip(run(jnp.float32, tokens), run(jnp.bfloat16, tokens[:FEW]), strict=True)
+        for part, rough in both:
             here = [i for i in range(part.shape[-1]) if at + i not in barred]
             some = part[..., here].astype(np.float64)
             top = np.asarray(here)[some.argmax(-1)]
             likeliest = np.where(some.max(-1) > best, at + top, likeliest)
             best = np.maximum(best, some.max(-1))
             total, squares = total + some.sum(-1), squares + np.square(some).sum(-1)
+            changed += np.square(rough[..., here] - some[:FEW]).sum(-1)
             inside = (given >= at) & (given < at + part.shape[-1])
             place = np.where(inside, given - at, 0)[..., None]
             mine = np.where(inside, np.take_along_axis(part, place, -1)[..., 0], mine)
@@ -159,7 +181,8 @@ def scored(source: Any, tokens: np.ndarray, start: int, barred: Sequence[int]) -
     gap = (best - mine) / deviation
     if not np.isfinite(gap).all():
         raise ValueError("the merged model's scores of llama.cpp's tokens are not finite")
-    return Scores(likeliest, gap)
+    rounding = np.median(np.sqrt(changed / count) / deviation[:FEW])
+    return Scores(likeliest, gap, float(rounding))
 
 
 def _refuse(name: str, found: Scores, tokens: Sequence[Sequence[int]], bound: float | None) -> None:
@@ -170,5 +193,6 @@ def _refuse(name: str, found: Scores, tokens: Sequence[Sequence[int]], bound: fl
         f"{name}: llama.cpp says token {tokens[prompt][place]} where the merged model says "
         f"{found.likeliest[prompt, place]}: prompt {prompt + 1}, new token {place + 1}, "
         f"{found.gap[prompt, place]:.3f} standard deviations of the scores below it, rounding "
-        f"explains {bound}; {(found.gap == 0).sum()} of {found.gap.size} tokens are equal"
+        f"explains {bound:.3f}; {(found.gap == 0).sum()} of {found.gap.size} tokens are equal; "
+        f"{llama_cpp.LEFT_OUT}"
     )

@@ -56,13 +56,20 @@ class Callbacks:
     beside: dict[str, Any] = field(default_factory=dict)  # model, processing_class, ...
 
     def __call__(self, event: str, **more: Any) -> Control:
-        """Raises ValueError where a callback asks for what a run can't do."""
+        """Raises ValueError where a callback asks for what a run can't do.
+
+        And TypeError where one returns something else than its control.
+        """
         for member in self.members:
             method = getattr(member, event, None)
             if method is None:
                 continue
             answer = method(self.args, self.state, self.control, **self.beside, **more)
-            self.control = self.control if answer is None else answer
+            if answer is not None and answer is not self.control:
+                raise TypeError(
+                    f"callback {type(member).__name__}.{event} returned "
+                    f"{type(answer).__name__}, expected the control it was given, or nothing"
+                )
         if self.control.should_epoch_stop:
             raise ValueError(
                 "a callback set should_epoch_stop: an epoch is not cut short here; set "

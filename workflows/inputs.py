@@ -17,7 +17,6 @@ GENERATE_USED = (
 GENERATE_IGNORED = {
     "use_cache": "keys and values are always cached",
     "pad_token_id": "answers are padded with the tokenizer's pad or end token",
-    "return_dict_in_generate": "token ids are returned",
     "return_tensors": "token ids are NumPy arrays",
     "token_type_ids": "these families have none",
     "cache_implementation": "there is one cache",
@@ -32,6 +31,9 @@ GENERATE_LATER = {
     "logits_processor": (None,),
     "stopping_criteria": (None,),
     "assistant_model": (None,),
+    "return_dict_in_generate": (False, None),
+    "output_scores": (False, None),
+    "output_logits": (False, None),
 }
 
 # Fields of generation_config.json: those read, those of other decoding with their neutral values

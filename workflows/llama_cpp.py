@@ -4,8 +4,10 @@ An assertion that fails in GGML ends its process; this way it ends none but that
 goes with it. `python -m workflows.llama_cpp` takes the work as JSON on stdin and answers on stdout.
 """
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -16,11 +18,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MOST_THREADS = 16
+PR_SET_PDEATHSIG = 1
 CONTEXT = 256  # tokens of each conversation
 # A run that hangs is ended; two slow cores need a third of this for 8 prompts of 32 new tokens.
 SECONDS, SECONDS_PER_GB = 300, 90
 LAST_LINES = 8
+BROKEN = 3  # exit status: the package can't be imported
 LEFT_OUT = "run_in_llama_cpp=False leaves this check out"
+
+
+class NotRun(Exception):
+    """llama.cpp could not be asked; says nothing about the file."""
 
 
 class Greedy(NamedTuple):
@@ -81,21 +89,23 @@ def _asked(path: Path, posts: Sequence[tuple[str, dict]], slots: int = 1) -> lis
     # The same packages as here, whatever found them; no folder of a user's stands before these.
     command = [sys.executable, "-P", "-m", "workflows.llama_cpp"]
     places = os.pathsep.join(place or os.getcwd() for place in sys.path)
-    env = os.environ | {"PYTHONPATH": places, "CUDA_VISIBLE_DEVICES": ""}
+    # UTF-8 whatever the locale; the last lines of an abort are its reason, not a stack.
+    env = os.environ | {"PYTHONPATH": places, "PYTHONUTF8": "1", "GGML_NO_BACKTRACE": "1"}
+    env["CUDA_VISIBLE_DEVICES"] = ""
     try:
         done = subprocess.run(
             command,
             input=json.dumps(work),
             env=env,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             timeout=limit,
         )
     except subprocess.TimeoutExpired:
-        raise ValueError(
-            f"{path.name}: llama.cpp did not finish within {limit:.0f} s; {LEFT_OUT}"
-        ) from None
+        raise NotRun(f"{path.name}: it did not finish within {limit:.0f} s") from None
+    if done.returncode == BROKEN:
+        raise NotRun(done.stderr.strip().splitlines()[-1])
     if done.returncode:
         last = "\n  ".join(done.stderr.strip().splitlines()[-LAST_LINES:]) or "nothing"
         raise ValueError(
@@ -106,14 +116,19 @@ def _asked(path: Path, posts: Sequence[tuple[str, dict]], slots: int = 1) -> lis
 
 
 def _threads() -> int:
-    """OMP_NUM_THREADS where it is set, else the cores that this process may use."""
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    return int(asked) if asked.isdigit() else min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    """OMP_NUM_THREADS where it is a number over 0, else the cores that this process may use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    number = int(asked) if asked.isascii() and asked.isdigit() else 0
+    return min(MOST_THREADS, number or len(os.sched_getaffinity(0)))
 
 
 def _serving(work: dict[str, Any]) -> Any:
     """A server on the CPU whose cache and attention add no rounding to that of the weights."""
-    import xllamacpp
+    try:
+        import xllamacpp
+    except ImportError as error:
+        print(f"the package xllamacpp can't be imported: {error}", file=sys.stderr)
+        sys.exit(BROKEN)
 
     params = xllamacpp.CommonParams()
     params.model.path = work["path"]
@@ -145,8 +160,15 @@ def _posted(server: Any, route: str, body: dict) -> Any:
         sys.exit(f"{route} was refused: {refusal.read().decode(errors='replace')}")
 
 
+def _end_with_parent() -> None:
+    """Has Linux end this process where the one that waits for it is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
+    _end_with_parent()
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what llama.cpp prints is no part of the answers
     work = json.load(sys.stdin)
     server = _serving(work)

@@ -1,5 +1,6 @@
 """The one mutable object: a model that a trainer changes, a sampler reads and exports write."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from bridge import merge, safetensors_file
 from bridge import tokenizer as text
 from bridge.peft_adapter import Settings
 from bridge.source import Source
-from unsloth_jax import decoder, lora, quant
+from unsloth_jax import decoder, lora, quant, tree
 from unsloth_jax.dims import Params
 from unsloth_jax.remat import PLAIN, Memory
 from workflows import generate, saving
@@ -196,9 +197,22 @@ class Model:
         used = ("save_directory", "overwrite")
         ignored = saving.SAVE_IGNORED | SHARDS
         settle("save_pretrained", other, used, ignored, saving.SAVE_LATER)
+        saving.check("save_pretrained", save_directory, None, overwrite)
         return saving.adapter(self, save_directory, None, overwrite)
 
     save_lora = save_pretrained
+
+    @property
+    def device(self) -> str:
+        """Where the weights are, as torch names it: "cuda" or "cpu"."""
+        return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+    def print_trainable_parameters(self) -> None:
+        """Prints how many parameters train, in PEFT's words; 4-bit ones count as what they hold."""
+        trained = sum(x.size for x in jax.tree.leaves(self.adapters or {}))
+        whole = trained + sum(math.prod(x.shape) for x in tree.flatten(self.params).values())
+        share = 100 * trained / whole
+        print(f"trainable params: {trained:,} || all params: {whole:,} || trainable%: {share:.4f}")
 
     def save_pretrained_merged(
         self,
@@ -220,6 +234,7 @@ class Model:
         """
         used = ("save_directory", "tokenizer", "save_method", "max_shard_size", "base")
         settle("save_pretrained_merged", other, used, saving.SAVE_IGNORED, saving.SAVE_LATER)
+        saving.check("save_pretrained_merged", save_directory, tokenizer, overwrite)
         if save_method not in saving.MERGE_METHODS:
             known = list(saving.MERGE_METHODS)
             raise ValueError(f"save_method={save_method!r} is not supported; supported: {known}")
@@ -248,9 +263,10 @@ class Model:
         """
         used = ("save_directory", "tokenizer", "quantization_method", "base", "run_in_llama_cpp")
         settle("save_pretrained_gguf", other, used, saving.GGUF_IGNORED, saving.GGUF_LATER)
+        saving.check("save_pretrained_gguf", save_directory, tokenizer, overwrite)
         run = {"run_in_llama_cpp": run_in_llama_cpp}
         typed("save_pretrained_gguf", run, {"run_in_llama_cpp": bool})
-        how = (quantization_method, base, overwrite, run_in_llama_cpp)
+        how = (saving.formats(quantization_method), base, overwrite, run_in_llama_cpp)
         return saving.gguf(self, save_directory, tokenizer, *how)
 
     def push_to_hub(self, *given: Any, **other: Any) -> None:

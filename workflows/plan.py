@@ -25,7 +25,7 @@ from transformers.utils import cached_file
 from bridge import hf, safetensors_file
 from bridge.gguf_source import GGUFSource
 from pallas_kernels import attention
-from unsloth_jax import data, lora, optim, plan, quant, tree
+from unsloth_jax import lora, optim, plan, quant, tree
 from unsloth_jax.dims import Params
 from unsloth_jax.leaves import Hosted
 from unsloth_jax.models import family as family_of
@@ -34,6 +34,7 @@ from unsloth_jax.remat import Memory
 from unsloth_jax.train import State, make_step, start
 from workflows import machine, sft
 from workflows.keywords import say
+from workflows.streams import Streamed
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -130,7 +131,9 @@ def rungs(asked: Memory | str, job: Job) -> tuple[Memory, ...]:
     return every if asked == "auto" else every[-1:]
 
 
-def job_of(model: Any, optimizer: optax.GradientTransformation, batches: sft.Batches) -> Job:
+def job_of(
+    model: Any, optimizer: optax.GradientTransformation, batches: sft.Batches | Streamed
+) -> Job:
     """A trainer's run as shapes; where rows are not packed, its longest."""
     bare = lambda node: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), node)
     params, p = bare(model.params), model.peft
@@ -139,9 +142,8 @@ def job_of(model: Any, optimizer: optax.GradientTransformation, batches: sft.Bat
     return Job(
         model.family, model.config, params,
         lambda rank: now if rank == p.rank else other(rank),
-        p.rank, batches.batch,
-        batches.length if batches.packing else data.bucket(batches.rows, batches.length),
-        batches.accumulation, "gpu" if jax.default_backend() == "gpu" else "cpu",
+        p.rank, batches.batch, batches.widest, batches.accumulation,
+        "gpu" if jax.default_backend() == "gpu" else "cpu",
     )  # fmt: skip
 
 
@@ -149,7 +151,7 @@ def job_of(model: Any, optimizer: optax.GradientTransformation, batches: sft.Bat
 def prepared(
     model: Any,
     optimizer: optax.GradientTransformation,
-    batches: sft.Batches,
+    batches: sft.Batches | Streamed,
     total: int,
     asked: int | float | str | None = None,
 ) -> Iterator[Callable]:

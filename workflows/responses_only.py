@@ -42,6 +42,12 @@ def train_on_responses_only(
     if return_function:
         raise ValueError("train_on_responses_only: return_function=True is not supported yet")
 
+    if callable(trainer.rows):
+        raise ValueError(
+            "train_on_responses_only needs rows that are there; a streamed data set of messages "
+            "takes SFTConfig(assistant_only_loss=True)"
+        )
+
     def masked(rows: list[Row]) -> list[Row]:
         return responses.responses_only(
             rows,

@@ -4,14 +4,16 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from numbers import Real
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from bridge.chat_templates import ALIASES, standard_messages
+from bridge.chat_templates import standard_messages
 from bridge.tokenizer import conversation_row, encode, ids
 from unsloth_jax.data import Row
+from workflows import sources
 
 Example = Mapping[str, Any]
 Tokens = tuple[list[int], list[int]]
@@ -55,7 +57,17 @@ class Shown(Sequence):
 
 
 def rows(
-    dataset: Iterable[Example],
+    dataset: Iterable[Example] | str | Path, tokenizer: PreTrainedTokenizerBase, **how: Any
+) -> list[Row]:
+    """`streamed`, all at once. Raises ValueError for a data set without rows."""
+    out = list(streamed(dataset, tokenizer, **how))
+    if not out:
+        raise ValueError("the data set is empty: there is nothing to train on")
+    return out
+
+
+def streamed(
+    dataset: Iterable[Example] | str | Path,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None,
@@ -65,26 +77,24 @@ def rows(
     assistant_only_loss: bool = False,
     last_response_only: bool = False,
     truncate: bool = False,
-) -> list[Row]:
+) -> Iterator[Row]:
     """One Row for each example, in order; mask[0] is 0, since nothing predicts the first token.
+
+    `dataset` may be a file, a folder or a hub name, as `sources.opened` takes it.
 
     Raises ValueError, with the row's index, for columns of no known schema, a row with nothing to
     learn, and one longer than `max_length` unless `truncate`.
     """
     loss = Loss(completion_only_loss, assistant_only_loss, last_response_only, dataset_text_field)
-    if isinstance(dataset, Mapping | str):
+    dataset = sources.opened(dataset)
+    if isinstance(dataset, Mapping):
         what = f"{type(dataset).__name__} {str(list(dataset))[:60]}"
         raise TypeError(f"a data set must be rows of named columns, got {what}; name a split")
     if formatting_func is not None:
         texts = formatted(dataset, formatting_func)
         dataset = ({dataset_text_field: text} for text in texts)
-    out = [
-        _row(index, example, tokenizer, loss, max_length, truncate)
-        for index, example in enumerate(dataset)
-    ]
-    if not out:
-        raise ValueError("the data set is empty: there is nothing to train on")
-    return out
+    for index, example in enumerate(dataset):
+        yield _row(index, example, tokenizer, loss, max_length, truncate)
 
 
 def _row(index, example, tokenizer, loss, max_length, truncate) -> Row:
@@ -279,31 +289,3 @@ SCHEMAS = {
     "conversations": _conversation,
     "prompt/completion": _completion,
 }
-
-
-def standardize_sharegpt(
-    dataset: Any,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    aliases_for_system: Sequence[str] = ALIASES["system"],
-    aliases_for_user: Sequence[str] = ALIASES["user"],
-    aliases_for_assistant: Sequence[str] = ALIASES["assistant"],
-    batch_size: int = BATCH,
-    num_proc: int | None = None,
-) -> Any:
-    """The data set with `conversations` (or `messages`) as role and content; a list gives a list.
-
-    `tokenizer` makes no difference to text. Raises TypeError for a role no alias names.
-    """
-    aliases = {
-        "system": aliases_for_system,
-        "user": aliases_for_user,
-        "assistant": aliases_for_assistant,
-    }
-    column = lambda has: "conversations" if "conversations" in has else "messages"
-    fixed = lambda batch: {
-        (name := column(batch)): [standard_messages(one, aliases) for one in batch[name]]
-    }
-    if hasattr(dataset, "map"):
-        return dataset.map(fixed, batched=True, batch_size=batch_size, num_proc=num_proc)
-    one = lambda row: standard_messages(row[column(row)], aliases)
-    return [{**row, column(row): one(row)} for row in dataset]

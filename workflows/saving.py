@@ -3,19 +3,21 @@
 import copy
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from bridge import export, gguf_file, merge, peft_adapter, safetensors_file
 from bridge import tokenizer as text
+from bridge.gguf_blocks import FORMATS
 from bridge.gguf_source import GGUFSource
 from bridge.source import Source
 from workflows import agreement, divergence
 from workflows.divergence import Trained
-from workflows.keywords import say
+from workflows.keywords import say, shown, typed, written
 
 if TYPE_CHECKING:
     from workflows.model import Model
@@ -63,6 +65,14 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+
+
+def check(where: str, target: Any, tokenizer: Any, overwrite: Any) -> None:
+    """Raises TypeError or ValueError for a target, tokenizer or `overwrite` that is none."""
+    kinds = {"save_directory": str, "tokenizer": PreTrainedTokenizerBase | None, "overwrite": bool}
+    given = {"save_directory": target, "tokenizer": tokenizer, "overwrite": overwrite}
+    typed(where, given, kinds)
+    written(where, given, ["save_directory"])
 
 
 def adapter(model: "Model", target: str | Path, tokenizer: Any, overwrite: bool) -> dict[str, Any]:
@@ -114,20 +124,16 @@ def gguf(
     model: "Model",
     target: str | Path,
     tokenizer: Any,
-    methods: str | Sequence[str],
+    formats: Sequence[str],
     base: str,
     overwrite: bool,
     run_in_llama_cpp: bool = True,
 ) -> dict[str, Any]:
-    """The merged model as one GGUF file a method, each verified; returns the manifest.
+    """The merged model as one GGUF file a format, each verified; returns the manifest.
 
     Raises ValueError as `gguf_file.save` and `agreement.run`, and where a file's KL to the trained
     model isn't finite.
     """
-    methods = [methods] if isinstance(methods, str) else list(methods)
-    formats = dict.fromkeys(GGUF_ALIASES.get(m.lower(), m.lower()) for m in methods)
-    if not formats:
-        raise ValueError("quantization_method names no format")
     found = _merged(model, "float32", base)
     config, reports = hf_config(model, "float32"), {}
     with export.complete(Path(target), overwrite) as folder:
@@ -153,6 +159,23 @@ def gguf(
             **_facts(model, tokenizer),
         }
         return export.write_manifest(folder, facts)
+
+
+def formats(methods: Any) -> list[str]:
+    """Names of GGUF formats of a name or several, each once, in Unsloth's words or our own.
+
+    Raises TypeError for something else, ValueError for none.
+    """
+    several = [methods] if isinstance(methods, str) else methods
+    if not isinstance(several, Iterable) or not all(isinstance(m, str) for m in several):
+        raise TypeError(
+            f"quantization_method must be a name or several, got {shown(methods)}; known: "
+            f"{[*FORMATS, *GGUF_ALIASES]}"
+        )
+    found = dict.fromkeys(GGUF_ALIASES.get(m.lower(), m.lower()) for m in several)
+    if not found:
+        raise ValueError("quantization_method names no format")
+    return list(found)
 
 
 def hf_config(model: "Model", dtype: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from unsloth_jax.dims import Batch, Params, Total
 from unsloth_jax.leaves import Hosted
 from workflows import machine
 from workflows.generate import Stopwatch
+from workflows.streams import Streamed
 
 LOSS = "sft/1"  # names the loss a checkpoint was trained with
 Log = Callable[[dict[str, Any]], None]
@@ -72,6 +73,11 @@ class Batches:
         if self.seed is not None:
             rows = data.shuffled(rows, self.seed, epoch)
         return list(data.packed(rows, self.length)) if self.packing else [[row] for row in rows]
+
+    @property
+    def widest(self) -> int:
+        """The most tokens that a row of a batch has, padding included."""
+        return self.length if self.packing else data.bucket(self.rows, self.length)
 
     def steps(self, epoch: int) -> int:
         """Optimizer steps in one epoch."""
@@ -128,7 +134,7 @@ class Run:
     step: Callable
     state: train.State
     frozen: Params
-    batches: Batches
+    batches: Batches | Streamed
     rate: Callable
     total: int
     log: Log = lambda row: None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
 from unsloth_jax import optim
+from unsloth_jax.optim import Schedule
 from workflows import plan
 from workflows.keywords import ranged, say, settle, typed, written
 
@@ -54,7 +55,6 @@ CONFIG_LATER = {
     "pad_token": (None,),
     "packing_strategy": ("bfd", None),
     "pad_to_multiple_of": (None,),
-    "lr_scheduler_kwargs": (None, {}),
     "model_init_kwargs": (None, {}),
     "q_galore_config": (None,),
     "vllm_sampling_params": (None,),
@@ -87,6 +87,7 @@ class SFTConfig:
     Args:
         max_steps: optimizer steps; at 0 or less, `num_train_epochs` decides.
         max_seq_length, max_length: tokens a row may have; None takes the model's.
+        lr_scheduler_type, lr_scheduler_kwargs: a schedule of transformers and its settings.
         warmup_steps, warmup_ratio: steps, or the share of all steps, of linear warm-up.
         packing: several examples share a row, each in a segment of its own.
         completion_only_loss, assistant_only_loss: which tokens count, as in TRL.
@@ -113,6 +114,7 @@ class SFTConfig:
     max_steps: int = -1
     learning_rate: float = 5e-5
     lr_scheduler_type: str = "linear"
+    lr_scheduler_kwargs: Mapping | None = None
     warmup_steps: float = 0
     warmup_ratio: float = 0.1
     weight_decay: float = 0.001
@@ -176,9 +178,17 @@ class SFTConfig:
         for name, values in CHOICES.items():
             if (got := getattr(self, name)) not in values:
                 raise ValueError(f"SFTConfig: {name} {got!r} is not supported; {list(values)} are")
-        optim.schedule(self.lr_scheduler_type, self.learning_rate, 0, 1)
+        self.schedule(0, 1)
         if not 1e-7 <= self.learning_rate <= 1:
             say(f"learning_rate={self.learning_rate} is unusual; LoRA learns between 1e-5 and 1e-2")
+
+    def schedule(self, warmup: int, total: int) -> Schedule:
+        """The learning rate of each step, as transformers gives it.
+
+        Raises ValueError for a name or a setting that is not known.
+        """
+        more = self.lr_scheduler_kwargs or {}
+        return optim.schedule(self.lr_scheduler_type, self.learning_rate, warmup, total, **more)
 
     def warmup(self, total: int) -> int:
         """Warm-up steps of a run of `total`; a `warmup_steps` under 1 is a share."""

@@ -3,10 +3,11 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -15,10 +16,10 @@ from bridge.checkpoint import Checkpoints
 from unsloth_jax import optim
 from unsloth_jax.data import Row
 from unsloth_jax.train import start
-from workflows import diagnose, evaluate, plan, progress, rows, sft
+from workflows import diagnose, evaluate, output_folder, plan, progress, rows, sft, streams
 from workflows.callbacks import Callbacks, State, checked
 from workflows.generate import Stopwatch
-from workflows.keywords import say, settle, typed, written
+from workflows.keywords import say, settle, typed
 from workflows.model import Model
 from workflows.rows import Shown
 from workflows.sft_config import SFTConfig, settled
@@ -43,16 +44,15 @@ TRAINER_USED = (
 )  # fmt: skip
 TRAINER_KINDS = {
     "model": Model, "args": SFTConfig | None, "tokenizer": PreTrainedTokenizerBase | None,
-    "processing_class": PreTrainedTokenizerBase | None, "train_dataset": Iterable | None,
-    "formatting_func": Callable | None, "eval_dataset": Iterable | None,
+    "processing_class": PreTrainedTokenizerBase | None, "train_dataset": Iterable | Path | None,
+    "formatting_func": Callable | None, "eval_dataset": Iterable | Path | None,
 }  # fmt: skip
 # Settings with which the next batch or the next update would be another one.
 DECISIVE = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
-    "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "max_grad_norm", "optim", "packing", "seed",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "max_grad_norm", "optim", "packing", "seed",
 )  # fmt: skip
-RESUME = bool | str | None
 TENTH = 0.1  # of a run: how often an eval_dataset is evaluated where nothing says, as in Unsloth
 OLD_STYLE = ("dataset_text_field", "packing", "max_seq_length")
 
@@ -71,7 +71,9 @@ class SFTTrainer:
     Args:
         model: a model with adapters.
         tokenizer, processing_class: by default the model's own.
-        train_dataset: rows with text, messages, prompt and completion, or input_ids.
+        train_dataset: rows with text, messages, prompt and completion, or input_ids; a list, a
+            data set of `datasets`, a file (.jsonl, .json, .csv, .parquet), a folder or a hub name.
+            A streaming data set is read as it is needed, in its order, if max_steps is given.
         args: an SFTConfig.
         formatting_func: makes text of examples, as in Unsloth's notebooks.
         eval_dataset: rows of the same kinds, or several such data sets by name.
@@ -83,11 +85,11 @@ class SFTTrainer:
         model: Model,
         *,
         tokenizer: Any = None,
-        train_dataset: Iterable | None = None,
+        train_dataset: Iterable | str | Path | None = None,
         args: SFTConfig | None = None,
         processing_class: Any = None,
         formatting_func: Callable | None = None,
-        eval_dataset: Iterable | Mapping[str, Iterable] | None = None,
+        eval_dataset: Any = None,
         callbacks: Sequence[Any] | None = None,
         **other: Any,
     ):
@@ -116,8 +118,9 @@ class SFTTrainer:
         self.tokenizer = next(
             x for x in (processing_class, tokenizer, model.tokenizer) if x is not None
         )
-        self._formatting = formatting_func
-        self.rows = self._rows(train_dataset)
+        self._how = self._reading(formatting_func)
+        # Rows, or how a pass over a stream makes them.
+        self.rows = self._stream(train_dataset) or self._rows(train_dataset)
         self.eval_rows = self._held_out(eval_dataset)
         self._settle_evaluation()
         self.state = State(logging_steps=self.args.logging_steps)
@@ -132,24 +135,37 @@ class SFTTrainer:
     @property
     def train_dataset(self) -> Shown:
         """The rows that are trained on, as dictionaries of token ids and labels."""
+        if callable(self.rows):
+            raise ValueError("train_dataset is streamed: its rows are not known before they come")
         return Shown(self.rows)
 
     def add_callback(self, callback: Any) -> None:
         """Adds a callback, an object or a class. Raises as SFTTrainer's `callbacks`."""
         self.callbacks += checked([callback])
 
-    def _rows(self, dataset: Iterable) -> list[Row]:
+    def _reading(self, formatting_func: Callable | None) -> dict[str, Any]:
+        """How rows are made of examples."""
         a = self.args
-        return rows.rows(
-            dataset,
-            self.tokenizer,
-            max_length=self.length,
-            dataset_text_field=a.dataset_text_field,
-            formatting_func=self._formatting,
-            completion_only_loss=a.completion_only_loss,
-            assistant_only_loss=a.assistant_only_loss,
-            truncate=a.truncation,
-        )
+        return {
+            "max_length": self.length, "dataset_text_field": a.dataset_text_field,
+            "formatting_func": formatting_func, "completion_only_loss": a.completion_only_loss,
+            "assistant_only_loss": a.assistant_only_loss, "truncate": a.truncation,
+        }  # fmt: skip
+
+    def _rows(self, dataset: Any) -> list[Row]:
+        return rows.rows(dataset, self.tokenizer, **self._how)
+
+    def _stream(self, dataset: Any) -> streams.Rows | None:
+        """How each pass over a streaming data set makes rows; None where all are made at once."""
+        if not isinstance(dataset, datasets.IterableDataset) or self.args.max_steps <= 0:
+            return None
+        say("train_dataset is streamed: its rows come in their order (see dataset.shuffle)")
+
+        def passed(number: int) -> Iterator[Row]:
+            dataset.set_epoch(number)
+            return rows.streamed(dataset, self.tokenizer, **self._how)
+
+        return passed
 
     def _held_out(self, given: Any) -> dict[str, list[Row]]:
         """Rows by the data set's name, "" for a single one."""
@@ -195,12 +211,17 @@ class SFTTrainer:
         another folder. Raises ValueError where it does not fit, FileExistsError where a new run's
         output_dir holds checkpoints, FloatingPointError for a loss that is not finite.
         """
-        source = self._source(resume_from_checkpoint)
+        source = output_folder.continued(self._folder(), resume_from_checkpoint)
+        if source is not None and self.args.load_best_model_at_end:
+            raise ValueError(
+                "train: load_best_model_at_end with resume_from_checkpoint is not supported yet: "
+                "checkpoints don't hold the best adapters of the steps before"
+            )
         a, m = self.args, self.model
         # What is saved and what answers takes the template that was trained with.
         m.tokenizer = self.tokenizer
         batches, total = self._batches(), self.total_steps()
-        rate = optim.schedule(a.lr_scheduler_type, a.learning_rate, a.warmup(total), total)
+        rate = a.schedule(a.warmup(total), total)
         clock = Stopwatch()
         optimizer = optim.make(
             a.optim, rate, weight_decay=a.weight_decay, max_grad_norm=a.max_grad_norm or 0.0,
@@ -213,7 +234,8 @@ class SFTTrainer:
             if source is not None:
                 state = sft.resumed(source, state, facts)
             before = sft.short_hash(state.trainable)
-            self._refuse_to_mix(int(state.step))
+            if a.output_dir is not None or a.save_strategy != "no":
+                output_folder.refuse_to_mix(self._folder(), int(state.step))
             saving = self._saving(batches, facts)
             self.log_history.clear()
             own = source is not None and self._folder().absolute() in (source, source.parent)
@@ -268,25 +290,11 @@ class SFTTrainer:
         measured = self._evaluator(self.eval_rows) if self.eval_rows else None
         return Watch(a, self.model, self._calls(), total, measured, log)
 
-    def _source(self, resume: Any) -> Path | None:
-        """The absolute path of what is continued; None starts anew. Raises where it is no path."""
-        typed("train", {"resume_from_checkpoint": resume}, {"resume_from_checkpoint": RESUME})
-        if self._folder().is_file():
-            raise ValueError(f"output_dir={str(self._folder())!r} is a file, expected a folder")
-        if resume is None or resume is False:
-            return None
-        if self.args.load_best_model_at_end:
-            raise ValueError(
-                "train: load_best_model_at_end with resume_from_checkpoint is not supported yet: "
-                "checkpoints don't hold the best adapters of the steps before"
-            )
-        if resume is not True:
-            written("train", {"resume_from_checkpoint": resume}, ["resume_from_checkpoint"])
-        return (self._folder() if resume is True else Path(resume)).absolute()
-
-    def _batches(self) -> sft.Batches:
+    def _batches(self) -> sft.Batches | streams.Streamed:
         a = self.args
         sizes = a.per_device_train_batch_size, a.gradient_accumulation_steps
+        if callable(self.rows):
+            return streams.Streamed(self.rows, *sizes, self.length, a.packing, a.max_steps)
         return sft.Batches(self.rows, *sizes, self.length, a.packing, a.seed)
 
     def total_steps(self) -> int:
@@ -302,24 +310,7 @@ class SFTTrainer:
     def _metrics_file(self) -> Path | None:
         return None if self.args.output_dir is None else self._folder() / "metrics.jsonl"
 
-    def _refuse_to_mix(self, done: int) -> None:
-        """Raises FileExistsError where output_dir holds later checkpoints than this run's start.
-
-        The log beside them is theirs, so that a run which writes only a log is refused too.
-        """
-        writes = self.args.output_dir is not None or self.args.save_strategy != "no"
-        if not writes or not self._folder().is_dir():
-            return
-        checkpoints = Checkpoints(self._folder())
-        latest = checkpoints.latest() or 0
-        checkpoints.close()
-        if latest > done:
-            raise FileExistsError(
-                f"{self._folder()} holds checkpoint {latest} of an earlier run: continue it with "
-                "resume_from_checkpoint=True, or choose another output_dir"
-            )
-
-    def _saving(self, batches: sft.Batches, facts: dict[str, Any]) -> sft.Saving | None:
+    def _saving(self, batches: Any, facts: dict[str, Any]) -> sft.Saving | None:
         if self.args.save_strategy == "no":
             return None
         every = self.args.save_steps if self.args.save_strategy == "steps" else batches.steps(0)
@@ -329,18 +320,22 @@ class SFTTrainer:
     def _facts(self, total: int) -> dict[str, Any]:
         """Everything that decides which batch and which update comes next."""
         args = {name: getattr(self.args, name) for name in DECISIVE}
-        data = json.dumps([[row.tokens, row.mask] for row in self.rows])
         facts = args | {
             "loss": sft.LOSS,
             "steps in all": total,
             "warm-up steps": self.args.warmup(total),
             "length": self.length,
-            "data": f"{len(self.rows)} rows, sha256 {hashlib.sha256(data.encode()).hexdigest()}",
+            "data": "streamed" if callable(self.rows) else _digest(self.rows),
             "base model": [Path(self.model.name).name, str(self.model.dtype), self.model.quantized],
             "adapter scale": self.model.scale,
             "fp8": self.args.matmul_dtype if self.args.matmul_dtype != "bf16" else None,
         }
         return json.loads(json.dumps(facts))
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    data = json.dumps([[row.tokens, row.mask] for row in rows])
+    return f"{len(rows)} rows, sha256 {hashlib.sha256(data.encode()).hexdigest()}"
 
 
 def _output(done: int, losses: list[float], seconds: float) -> TrainOutput:

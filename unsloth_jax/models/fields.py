@@ -191,6 +191,9 @@ def _rope_fields(hf: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
             raise ValueError(f"{name}={given!r}, expected an object with {sorted(ROPE_ANY)}")
     if old and new and old != new:
         raise ValueError(f"config has both rope_scaling={old} and rope_parameters={new}")
+    thetas = {x for x in (hf.get("rope_theta"), (new or {}).get("rope_theta")) if x is not None}
+    if len(thetas) > 1:
+        raise ValueError(f"config has rope_theta={hf['rope_theta']} and rope_parameters={new}")
     r = {key: value for key, value in (old or new or {}).items() if value is not None}
     kind = r.setdefault("rope_type", r.get("type", "default"))
     if kind not in ROPE_KEYS:

@@ -1,0 +1,75 @@
+"""Rows that come from a data set as long as it lasts, never all at once."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from unsloth_jax import data
+from unsloth_jax.data import Row
+from unsloth_jax.dims import Batch
+
+MOST = 64  # rows of a bin: attention's kernels make room for as many
+Rows = Callable[[int], Iterator[Row]]  # a pass over the data set, by its number
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Optimizer-step batches as `sft.Batches` gives them, of rows in the order they come in.
+
+    A pass that ends is followed by the next one, whose rows fill up the step that it began.
+    """
+
+    rows: Rows
+    batch: int
+    accumulation: int
+    length: int
+    packing: bool
+    total: int  # steps of the run, which count as one epoch, as in transformers
+
+    @property
+    def widest(self) -> int:
+        """The most tokens that a row of a batch may have."""
+        return self.length
+
+    def documents(self, steps: int) -> int:
+        """The most rows that share a bin."""
+        return MOST if self.packing else 1
+
+    def steps(self, epoch: int) -> int:
+        """Optimizer steps in one epoch."""
+        return self.total
+
+    def forever(self, skip: int = 0) -> Iterator[tuple[float, Batch]]:
+        """(epochs done after the step, batch), the first `skip` steps left out.
+
+        Raises ValueError where a pass brings no row.
+        """
+        bins, size = self._bins(), self.batch * self.accumulation
+        for step in itertools.count():
+            group = list(itertools.islice(bins, size))
+            if step < skip:
+                continue
+            width = self.length
+            if not self.packing:
+                width = data.bucket(itertools.chain.from_iterable(group), self.length)
+            micro = [group[i : i + self.batch] for i in range(0, size, self.batch)]
+            batches = [data.collate(m, self.batch, width) for m in micro]
+            yield (step + 1) / self.total, data.stacked(batches)
+
+    def _bins(self) -> Iterator[list[Row]]:
+        rows = self._passes()
+        return (
+            data.packed(rows, self.length, most=MOST) if self.packing else ([row] for row in rows)
+        )
+
+    def _passes(self) -> Iterator[Row]:
+        for number in itertools.count():
+            empty = True
+            for row in self.rows(number):
+                empty = False
+                yield row
+            if empty:
+                raise ValueError(
+                    f"pass {number + 1} over the streamed data set brought no row; it must be "
+                    "one that can be read again, or max_steps smaller"
+                )
