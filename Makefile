@@ -63,14 +63,14 @@ performance: .venv/.dev
 	$(LEAN) full+host --shapes 2x2048,4x2048,8x2048
 	$(LEAN) offload+host --shapes 2x2048
 	$(LEAN) offload+host+tiles2 --shapes 8x2048,1x16384
-	$(LEAN) offload+host+tiles64 --shapes 1x350208 --rank 32 --warmup 1 --steps 1 \
+	$(LEAN) offload+host+tiles64 --shapes 1x200064 --rank 32 --warmup 0 --steps 1 \
 	  --figures $(TABLE)/train_step.json
 	$(BENCH).decode --output $(TABLE)/decode.json
 	$(BENCH).kernels --output $(TABLE)/kernels.json
 	for sides in 4096x4096 4096x14336; do \
 	  $(BENCH).kernels --sides $$sides --only "NF4 matmul over" --output $(TABLE)/kernels.json; done
 	$(BIN)/python tests/gpu/elementwise_bench.py --output $(TABLE)/elementwise.json
-	$(BENCH).plan_accuracy --measure 5 --figures $(TABLE)/plan.json
+	$(BENCH).plan_accuracy --measure 5 --figures $(TABLE)/plan.json --measured build/plan.jsonl
 	$(BENCH).compile_time --output $(TABLE)/compile_time.json
 	$(BENCH).performance
 

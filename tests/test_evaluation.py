@@ -189,6 +189,39 @@ def test_callbacks_are_called_in_order_and_may_ask_for_evaluation_or_the_end(fre
     assert saved == {"checkpoint_1", "checkpoint_3"}
 
 
+class Events:
+    """Notes every event with the step that it comes after."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __getattribute__(self, name):
+        if not name.startswith("on_"):
+            return object.__getattribute__(self, name)
+        return lambda args, state, control, **more: self.seen.append((name, state.global_step))
+
+
+def test_every_event_comes_in_its_place(fresh):
+    events = Events()
+    run = trainer(fresh, HELD_OUT, [events], max_steps=5, eval_strategy="steps", eval_steps=5)
+    run.train()
+    step = lambda n: [("on_step_begin", n - 1), ("on_log", n), ("on_step_end", n)]
+    expected = [("on_init_end", 0), ("on_train_begin", 0), ("on_epoch_begin", 0)]
+    expected += [event for n in (1, 2, 3, 4) for event in step(n)]
+    expected += [("on_epoch_end", 4), ("on_epoch_begin", 4), *step(5)]
+    assert events.seen == [*expected, ("on_evaluate", 5), ("on_train_end", 5)]
+
+
+@pytest.mark.parametrize("name", ["should_epoch_stop", "should_log"])
+def test_what_a_callback_cannot_ask_for_is_said(fresh, name):
+    class Asks:
+        def on_train_begin(self, args, state, control, **more):
+            setattr(control, name, True)
+
+    with pytest.raises(ValueError, match=f"a callback set {name}, which a run here can't do"):
+        trainer(fresh, None, [Asks], max_steps=1).train()
+
+
 class Answering:
     def on_init_end(self, *given, **more):
         return True

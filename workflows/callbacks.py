@@ -13,6 +13,10 @@ INNER = (
     "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_prediction_step",
     "on_predict", "on_push_begin",
 )  # fmt: skip
+UNHEARD = {
+    "should_epoch_stop": "should_training_stop ends it",
+    "should_log": "SFTConfig's logging_steps decides",
+}
 
 
 @dataclass
@@ -70,11 +74,9 @@ class Callbacks:
                     f"callback {type(member).__name__}.{event} returned "
                     f"{type(answer).__name__}, expected the control it was given, or nothing"
                 )
-        if self.control.should_epoch_stop:
-            raise ValueError(
-                "a callback set should_epoch_stop: an epoch is not cut short here; set "
-                "should_training_stop"
-            )
+        for name, remedy in UNHEARD.items():
+            if getattr(self.control, name):
+                raise ValueError(f"a callback set {name}, which a run here can't do; {remedy}")
         return self.control
 
 

@@ -286,7 +286,7 @@ class SFTTrainer:
         s, a = self.state, self.args
         s.max_steps, s.train_batch_size = total, a.per_device_train_batch_size
         s.num_train_epochs = math.ceil(total / self._batches().steps(0))
-        s.best_metric = s.best_global_step = None
+        s.best_metric, s.best_global_step, s.epoch = None, None, 0.0
         measured = self._evaluator(self.eval_rows) if self.eval_rows else None
         return Watch(a, self.model, self._calls(), total, measured, log)
 

@@ -35,6 +35,7 @@ class Watch:
         if self.args.eval_on_start and self.evaluated:
             self.measure()
         self.calls("on_epoch_begin")
+        self.calls("on_step_begin")
 
     def logged(self, row: dict[str, Any]) -> None:
         """A step's row: into the log, then to the callbacks."""
@@ -57,7 +58,9 @@ class Watch:
         control.should_evaluate = control.should_save = False
         if control.should_training_stop or step == self.total:
             return control.should_training_stop
-        self.calls("on_epoch_begin" if whole else "on_step_begin")
+        if whole:
+            self.calls("on_epoch_begin")
+        self.calls("on_step_begin")
         return False
 
     def saved(self) -> None:
