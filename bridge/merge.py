@@ -11,7 +11,7 @@ import numpy as np
 from bridge.hf import names
 from bridge.safetensors_file import Weight
 from bridge.source import Source
-from unsloth_jax import leaves, tree
+from unsloth_jax import leaves, lora, tree
 from unsloth_jax.dims import Params
 
 ORIGINAL, DEQUANTIZED = "original16", "dequant4"
@@ -47,30 +47,41 @@ class Norms(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """One layer's adapter on the host: delta = scale * b @ a."""
+    """One layer's adapter on the host."""
 
     a: np.ndarray
     b: np.ndarray
     scale: float
+    magnitude: np.ndarray | None = None  # DoRA's, one number a row
 
-    def delta(self) -> np.ndarray:
-        return np.float32(self.scale) * (self.b.astype(np.float32) @ self.a.astype(np.float32))
+    def delta(self, w: np.ndarray) -> np.ndarray:
+        """What it adds to w, float32: scale * b @ a, or what gives rows of this magnitude."""
+        delta = np.float32(self.scale) * (self.b.astype(np.float32) @ self.a.astype(np.float32))
+        if self.magnitude is None:
+            return delta
+        w = w.astype(np.float32)
+        merged = w + delta
+        gain = self.magnitude / np.linalg.norm(merged, axis=1)
+        return gain[:, None] * merged - w
 
 
 def pairs(adapters: Params | None, scale: float, layers: int) -> dict[str, Pair]:
     """Every adapter by the full name of the weight it belongs to."""
     flat, out = tree.flatten(adapters or {}), {}
     for path in (p.removesuffix(".a") for p in flat if p.endswith(".a")):
-        a, b = flat[f"{path}.a"], flat[f"{path}.b"]
+        own = [flat.get(f"{path}.{side}") for side in ("a", "b", "magnitude")]
         if ".*." not in path:
-            out[f"{path}.weight"] = Pair(np.asarray(a), np.asarray(b), scale)
+            out[f"{path}.weight"] = _pair(own, scale)
             continue
-        a, b = leaves.stacks(a, layers), leaves.stacks(b, layers)
-        for a_part, b_part, ids in zip(a.parts, b.parts, a.layers, strict=True):
-            for at, i in enumerate(ids):
-                name = f"{path.replace('*', str(i), 1)}.weight"
-                out[name] = Pair(np.asarray(a_part[at]), np.asarray(b_part[at]), scale)
+        for i in [i for ids in leaves.stacks(own[0], layers).layers for i in ids]:
+            here = [None if x is None else leaves.layer(x, i) for x in own]
+            out[f"{path.replace('*', str(i), 1)}.weight"] = _pair(here, scale)
     return out
+
+
+def _pair(own: list[Any], scale: float) -> Pair:
+    a, b, magnitude = (None if x is None else np.asarray(x) for x in own)
+    return Pair(a, b, scale, magnitude)
 
 
 def merged(
@@ -82,18 +93,22 @@ def merged(
     source: Source | None,
     dtype: str | None = None,
     base: str = ORIGINAL,
+    initial: Params | None = None,
 ) -> Merged:
-    """cast(W + scale * b @ a) of every weight, each computed when it is read.
+    """cast(W + what its adapter adds) of every weight, or cast(W as trained), made when read.
 
     `base="original16"` adds to the checkpoint's own weights where `source` holds them in 16 or 32
     bits, or in the blocks of a quantized GGUF (then `base` of the result is "checkpoint"),
     "dequant4" (and bitsandbytes' 4-bit checkpoints) to the dequantized ones. `dtype` None keeps
-    16-bit weights as they are and turns float32 into bfloat16. Raises ValueError for an unknown
-    base or an adapter that belongs to no weight, and while reading for a result not finite.
+    16-bit weights as they are and turns float32 into bfloat16. `initial` holds the pairs that were
+    taken out of `params` before training: the checkpoint gets the difference to them. Raises
+    ValueError for an unknown base or an adapter that belongs to no weight, and while reading for a
+    result not finite.
     """
     if base not in (ORIGINAL, DEQUANTIZED):
         raise ValueError(f"base must be one of {[ORIGINAL, DEQUANTIZED]}, got {base!r}")
     flat, deltas = tree.flatten(params), pairs(adapters, scale, c.layers)
+    whole = lora.parts(adapters or {})[1]
     where = {name: path for path in model.weights(c) for name in names(path, c.layers)}
     lost = sorted(set(deltas) - set(where))
     if lost:
@@ -101,8 +116,15 @@ def merged(
     headers = source.headers() if source is not None else {}
     at_hand = base == ORIGINAL and all(n in headers and headers[n].format is None for n in deltas)
 
+    if at_hand and initial is not None:
+        deltas = pairs(lora.difference(adapters, initial), scale, c.layers)
+
     def original(name: str) -> np.ndarray:
-        if source is not None and (at_hand or headers[name].format is None and name not in deltas):
+        if where[name] in whole:
+            return held(whole[where[name]], where[name], name)
+        # A resized table is no longer the checkpoint's.
+        kept = name in headers and headers[name].shape == model.weights(c)[where[name]][0]
+        if kept and (at_hand or headers[name].format is None and name not in deltas):
             return source.read(name)
         return held(flat[where[name]], where[name], name)
 
@@ -113,10 +135,16 @@ def merged(
         read = _reader(name, original, deltas.get(name), kind, norms)
         weights.append(Weight(name, shape, kind, read))
     blocks = sorted({headers[n].blocks for n in deltas if n in headers} - {None})
+    trained = {name for name, path in where.items() if path in whole}
+    facts = _facts(at_hand, blocks, len(deltas), len(trained), scale)
+    return Merged(weights, facts["base"], frozenset(deltas) | trained, facts, norms)
+
+
+def _facts(at_hand: bool, blocks: list[str], adapted: int, trained: int, scale: float) -> dict:
     used = (CHECKPOINT if blocks else ORIGINAL) if at_hand else DEQUANTIZED
-    facts = {"base": used, "adapted": len(deltas), "scale": scale}
-    facts |= {"base_blocks": blocks} if used == CHECKPOINT else {}
-    return Merged(weights, used, frozenset(deltas), facts, norms)
+    facts = {"base": used, "adapted": adapted, "scale": scale}
+    facts |= {"trained": trained} if trained else {}
+    return facts | ({"base_blocks": blocks} if used == CHECKPOINT else {})
 
 
 def _sixteen(dtype: str) -> str:
@@ -143,7 +171,7 @@ def _reader(
         w = read(name)
         if pair is None:
             return w if w.dtype == dtype else w.astype(dtype)
-        delta = pair.delta()
+        delta = pair.delta(w)
         exact = w.astype(np.float32) + delta
         out = exact.astype(dtype)
         if not np.isfinite(out).all():
@@ -156,20 +184,29 @@ def _reader(
 
 
 def distances(
-    model: ModuleType, c: Any, params: Params, adapters: Params | None, scale: float, source: Source
+    model: ModuleType,
+    c: Any,
+    params: Params,
+    adapters: Params | None,
+    scale: float,
+    source: Source,
+    initial: Params | None = None,
 ) -> dict[str, float]:
     """||W - dequant(W4)|| / ||delta|| of every adapted weight that the checkpoint has otherwise.
 
-    Deltas of zero are left out. Large values mean that the adapter was trained on weights unlike
-    those it is added to.
+    W4 counts with the pairs that were taken out of it. Deltas of zero are left out. Large values
+    mean that the adapter was trained on weights unlike those it is added to.
     """
     flat, headers, out = tree.flatten(params), source.headers(), {}
     where = {name: path for path in model.weights(c) for name in names(path, c.layers)}
+    began = pairs(initial, scale, c.layers)
+    adapters = adapters if initial is None else lora.difference(adapters, initial)
     for name, pair in pairs(adapters, scale, c.layers).items():
         if headers[name].format is None:
-            gap = source.read(name).astype(np.float32) - held(
-                flat[where[name]], where[name], name
-            ).astype(np.float32)
-            size = float(np.linalg.norm(pair.delta()))
+            w = source.read(name)
+            trained_on = held(flat[where[name]], where[name], name).astype(np.float32)
+            trained_on = trained_on + (began[name].delta(trained_on) if began else 0)
+            gap = w.astype(np.float32) - trained_on
+            size = float(np.linalg.norm(pair.delta(w)))
             out |= {name: float(np.linalg.norm(gap)) / size} if size else {}
     return out

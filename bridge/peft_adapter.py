@@ -4,6 +4,7 @@ Names and meaning of the fields: peft 0.21 `LoraConfig`, `check_target_module_ex
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,34 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from bridge import modules_to_save
 from bridge.export import complete
+from bridge.peft_fields import STARTS, check
 from bridge.safetensors_file import check_space, listing, opened, read_json
-from unsloth_jax import tree
+from unsloth_jax import lora, tree
 from unsloth_jax.dims import Params
 from unsloth_jax.leaves import Stacks, dense, layer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-SIDES = {"a": "lora_A", "b": "lora_B"}
+SIDES = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 ALL_LINEAR = "all-linear"
 EMBEDDING = "embed_tokens"
-# Starts that leave the base as it is: the pair in the file is the whole difference.
-STARTS = (True, False, "gaussian", "orthogonal")
-REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
-USED = frozenset(
-    """r lora_alpha lora_dropout use_rslora target_modules exclude_modules layers_to_transform
-    init_lora_weights base_model_name_or_path revision""".split()
-)
-HARMLESS = frozenset(
-    "auto_mapping peft_version inference_mode qalora_group_size megatron_core".split()
-)
-# Fields with one meaning that is understood; any other field has to be None, False or empty.
-FIXED: dict[str, tuple] = {
-    "peft_type": ("LORA",),
-    "task_type": ("CAUSAL_LM", None),
-    "bias": ("none",),
-    "layers_pattern": (None, [], "", "layers", ["layers"]),
-}
 
 
 class Settings(NamedTuple):
@@ -56,6 +42,8 @@ class Settings(NamedTuple):
     revision: str | None = None
     dropout: float = 0.0
     metadata: Mapping[str, str] = MappingProxyType({})
+    dora: bool = False
+    saved: tuple[str, ...] = ()  # modules_to_save: trained as they are
 
 
 class Module(NamedTuple):
@@ -66,19 +54,33 @@ class Module(NamedTuple):
     shape: tuple[int, int]
 
 
-def save(folder: str | Path, adapters: Params, settings: Settings) -> None:
+def save(
+    folder: str | Path, adapters: Params, settings: Settings, initial: Params | None = None
+) -> None:
     """Writes the adapter as PEFT reads it, float32; the folder appears when it is complete.
 
+    After a start that changed the base (`lora.starts`), `initial` is what it gave: the file then
+    holds the difference, an adapter of twice the rank for the base as it was.
     Raises FileExistsError for a folder that holds something, ValueError for adapters that
     `settings` don't describe or PEFT can't express.
     """
-    values = tensors(adapters)
+    if initial is not None:
+        adapters, settings = lora.difference(adapters, initial), doubled(settings)
+    pairs, whole = lora.parts(adapters)
+    values = tensors(tree.unflatten(pairs))
     fields = config(values, settings)
+    values |= modules_to_save.tensors(whole, settings.saved)
     check_space(Path(folder), sum(v.nbytes for v in values.values()) + 2**16)
     with complete(Path(folder)) as unfinished:
         save_file(values, unfinished / WEIGHTS, {"format": "pt"} | dict(settings.metadata))
         (unfinished / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         _check_written(unfinished / WEIGHTS, values)
+
+
+def doubled(s: Settings) -> Settings:
+    """Settings of the same scale and twice the rank, for a base that is as it was."""
+    alpha = s.alpha * math.sqrt(2) if s.rslora else s.alpha * 2
+    return s._replace(rank=2 * s.rank, alpha=alpha, start=True)
 
 
 def _check_written(path: Path, values: Mapping[str, np.ndarray]) -> None:
@@ -104,7 +106,7 @@ def tensors(adapters: Params) -> dict[str, np.ndarray]:
         for i in _layers(leaf) if ".*." in path else (None,):
             name = module if i is None else module.replace("*", str(i), 1)
             value = leaf if i is None else layer(leaf, i)
-            out[f"{PREFIX}{name}.{SIDES[side]}.weight"] = np.array(value, np.float32, order="C")
+            out[f"{PREFIX}{name}.{SIDES[side]}"] = np.array(value, np.float32, order="C")
     wrong = [name for name, value in out.items() if not np.isfinite(value).all()]
     if wrong:
         raise ValueError(f"adapter values are not finite in {wrong[:10]}")
@@ -122,16 +124,23 @@ def config(values: Mapping[str, np.ndarray], settings: Settings) -> dict[str, An
 
     Raises ValueError where they are not what `settings` say.
     """
-    s, names = settings, {key.removeprefix(PREFIX).rsplit(".", 2)[0] for key in values}
+    if settings.start not in STARTS:
+        raise ValueError(
+            f"init_lora_weights={settings.start!r} changed the base: without the initial pairs "
+            f"the adapter belongs to no checkpoint; others are {STARTS}"
+        )
+    s, names = settings, {key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in values}
     targets = s.targets
     if targets == ALL_LINEAR:
         targets = tuple({name.rsplit(".", 1)[1] for name in names})
     strays = sorted(name for name in names if not _chosen(name, targets, s.layers))
     ranks = {value.shape[0] for key, value in values.items() if key.endswith("lora_A.weight")}
-    if strays or ranks != {s.rank}:
+    dora = sum(key.endswith(SIDES["magnitude"]) for key in values)
+    if strays or ranks != {s.rank} or dora != s.dora * len(names):
         raise ValueError(
-            f"the adapters have rank {sorted(ranks)} and {strays[:10] or 'modules'}; the "
-            f"settings say rank {s.rank}, targets {s.targets!r}, layers {s.layers}"
+            f"the adapters have rank {sorted(ranks)}, {dora} magnitudes and "
+            f"{strays[:10] or f'{len(names)} modules'}; the settings say rank {s.rank}, targets "
+            f"{s.targets!r}, layers {s.layers}, DoRA {s.dora}"
         )
     return {
         "peft_type": "LORA",
@@ -144,7 +153,7 @@ def config(values: Mapping[str, np.ndarray], settings: Settings) -> dict[str, An
         "lora_alpha": int(s.alpha) if s.alpha == int(s.alpha) else s.alpha,
         "lora_dropout": s.dropout,
         "use_rslora": s.rslora,
-        "use_dora": False,
+        "use_dora": s.dora,
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
         "exclude_modules": None,
         "layers_to_transform": None if s.layers is None else sorted(s.layers),
@@ -154,7 +163,8 @@ def config(values: Mapping[str, np.ndarray], settings: Settings) -> dict[str, An
         "bias": "none",
         "lora_bias": False,
         "fan_in_fan_out": False,
-        "modules_to_save": None,
+        "modules_to_save": list(s.saved) or None,
+        "ensure_weight_tying": False,
         "init_lora_weights": s.start,
         "loftq_config": {},
     }
@@ -184,16 +194,11 @@ def load(folder: str | Path, params: Params) -> tuple[Params, Settings]:
     layers = (layers,) if isinstance(layers, int) else tuple(layers or ()) or None
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder / WEIGHTS} is missing; there is {listing(folder)}")
-    base = modules(params)
-    chosen = _of_config(base, targets, layers, fields.get("exclude_modules"))
-    with opened(folder / WEIGHTS) as file:
-        values = {key: file.get_tensor(key) for key in file.keys()}
-        metadata = {k: v for k, v in (file.metadata() or {}).items() if k != "format"}
-    values = _without_base(values, base, params)
-    _check_tensors(values, chosen, fields["r"], str(folder / WEIGHTS))
+    chosen = _of_config(modules(params), targets, layers, fields.get("exclude_modules"))
+    adapters, metadata = _read(folder, fields, chosen, params)
     if fields.get("exclude_modules"):
         targets, layers = tuple(chosen), None
-    return _tree(values, chosen, params), Settings(
+    return adapters, Settings(
         rank=fields["r"],
         alpha=fields["lora_alpha"],
         rslora=fields.get("use_rslora", False),
@@ -204,24 +209,27 @@ def load(folder: str | Path, params: Params) -> tuple[Params, Settings]:
         revision=fields.get("revision"),
         dropout=fields.get("lora_dropout", 0.0),
         metadata=metadata,
+        dora=fields.get("use_dora", False),
+        saved=modules_to_save.listed(fields, params),
     )
 
 
-def check(fields: Mapping[str, Any], where: str) -> None:
-    """Raises one ValueError naming each field of an adapter_config.json that is not honoured."""
-    wrong = [f"{name} is missing" for name in REQUIRED if fields.get(name) in (None, [], "")]
-    off = (None, False, "", [], {})
-    for name, value in fields.items():
-        allowed = FIXED.get(name, off)
-        if name not in USED | HARMLESS and value not in allowed:
-            wrong.append(f"{name}={value!r} is not supported; supported: {allowed}")
-    if not isinstance(fields.get("r"), int) or fields["r"] < 1:
-        wrong.append(f"r={fields.get('r')!r} is no rank, expected a positive integer")
-    start = fields.get("init_lora_weights", True)
-    if start not in STARTS:
-        wrong.append(f"init_lora_weights={start!r} may change the base; supported: {STARTS}")
-    if wrong:
-        raise ValueError(f"{where}: " + "; ".join(wrong))
+def _read(folder: Path, fields, chosen: Mapping[str, Module], params: Params):
+    """(the tree of pairs and trained weights, the file's metadata)."""
+    where, dora = str(folder / WEIGHTS), fields.get("use_dora", False)
+    with opened(folder / WEIGHTS) as file:
+        values = {key: file.get_tensor(key) for key in file.keys()}
+        metadata = {k: v for k, v in (file.metadata() or {}).items() if k != "format"}
+    named = modules_to_save.named(params, modules_to_save.listed(fields, params), where)
+    twice = sorted(named.keys() & {f"{name}.weight" for name in chosen})
+    if twice:
+        raise ValueError(f"{folder / CONFIG}: {twice} are in modules_to_save and target_modules")
+    expected = _expected(chosen, fields["r"], dora)
+    expected |= {f"{PREFIX}{name}": place.shape for name, place in named.items()}
+    values = _without_base(values, modules(params), params)
+    _check_tensors(values, expected, where)
+    pairs = tree.flatten(_tree(values, chosen, params, dora))
+    return tree.unflatten(pairs | modules_to_save.arrays(values, named, where)), metadata
 
 
 def modules(params: Params) -> dict[str, Module]:
@@ -266,11 +274,17 @@ def _without_base(values: dict[str, np.ndarray], base: dict[str, Module], params
     return {key: value for key, value in values.items() if not same(key, value)}
 
 
-def _check_tensors(values, chosen: Mapping[str, Module], rank: int, where: str) -> None:
-    expected = {}
+def _expected(chosen: Mapping[str, Module], rank: int, dora: bool) -> dict[str, tuple[int, ...]]:
+    out = {}
     for name, (_, _, (height, width)) in chosen.items():
-        expected[f"{PREFIX}{name}.lora_A.weight"] = (rank, width)
-        expected[f"{PREFIX}{name}.lora_B.weight"] = (height, rank)
+        shapes = {"a": (rank, width), "b": (height, rank)} | (
+            {"magnitude": (height,)} if dora else {}
+        )
+        out |= {f"{PREFIX}{name}.{SIDES[side]}": shape for side, shape in shapes.items()}
+    return out
+
+
+def _check_tensors(values, expected: Mapping[str, tuple[int, ...]], where: str) -> None:
     wrong = [f"missing {key} {shape}" for key, shape in expected.items() if key not in values]
     wrong += [f"unexpected {key} {values[key].shape}" for key in values if key not in expected]
     for key in sorted(expected.keys() & values.keys()):
@@ -286,7 +300,7 @@ def _check_tensors(values, chosen: Mapping[str, Module], rank: int, where: str) 
         raise ValueError(f"{where} does not fit:\n  " + "\n  ".join(wrong[:30]) + more)
 
 
-def _tree(values, chosen: Mapping[str, Module], params: Params) -> Params:
+def _tree(values, chosen: Mapping[str, Module], params: Params, dora: bool) -> Params:
     flat, out = tree.flatten(params), {}
     by_path: dict[str, dict[int | None, str]] = {}
     for name, module in chosen.items():
@@ -294,9 +308,9 @@ def _tree(values, chosen: Mapping[str, Module], params: Params) -> Params:
     for path, names in by_path.items():
         ids = tuple(sorted(i for i in names if i is not None))
         whole = not ids or len(ids) == len(_layers(flat[f"{path}.weight"]))
-        for side, called in SIDES.items():
-            read = lambda i, names=names, called=called: values[
-                f"{PREFIX}{names[i]}.{called}.weight"
+        for side in (*"ab", "magnitude") if dora else "ab":
+            read = lambda i, names=names, called=SIDES[side]: values[
+                f"{PREFIX}{names[i]}.{called}"
             ].astype(np.float32)
             x = jnp.asarray(np.stack([read(i) for i in ids]) if ids else read(None))
             out[f"{path}.{side}"] = x if whole else Stacks((x,), (ids,))

@@ -217,7 +217,7 @@ def test_scaling_is_alpha_by_rank_or_by_its_root(alpha, rank, rslora, expected):
         (dict(layers=()), "names no layer"),
         (dict(targets=SOME_LAYERS, layers=(0,)), "regular expression"),
         (dict(targets=["layers.1.mlp.up_proj"], layers=(0,)), "leaves nothing to adapt.*up_proj"),
-        (dict(start="pissa"), r"'pissa' is not supported; supported: \[True, 'gaussian'\]"),
+        (dict(start="pissa"), r"'pissa' does not leave the base.*\[True, 'gaussian'\]"),
         (dict(rank=0), "positive integer, got 0"),
     ],
     ids=str,

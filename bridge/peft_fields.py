@@ -1,0 +1,45 @@
+"""Which fields of PEFT's adapter_config.json are understood, and which are refused.
+
+Names and meaning: peft 0.21 `LoraConfig`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Starts that leave the base as it is: the pair in the file is the whole difference.
+STARTS = (True, False, "gaussian", "orthogonal")
+REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
+USED = frozenset(
+    """r lora_alpha lora_dropout use_rslora use_dora target_modules exclude_modules modules_to_save
+    ensure_weight_tying layers_to_transform init_lora_weights base_model_name_or_path
+    revision""".split()
+)
+HARMLESS = frozenset(
+    "auto_mapping peft_version inference_mode qalora_group_size megatron_core".split()
+)
+# Fields with one meaning that is understood; any other field has to be None, False or empty.
+FIXED: dict[str, tuple] = {
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM", None),
+    "bias": ("none",),
+    "layers_pattern": (None, [], "", "layers", ["layers"]),
+}
+
+
+def check(fields: Mapping[str, Any], where: str) -> None:
+    """Raises one ValueError naming each field of an adapter_config.json that is not honoured."""
+    wrong = [f"{name} is missing" for name in REQUIRED if fields.get(name) in (None, [], "")]
+    off = (None, False, "", [], {})
+    for name, value in fields.items():
+        allowed = FIXED.get(name, off)
+        if name not in USED | HARMLESS and value not in allowed:
+            wrong.append(f"{name}={value!r} is not supported; supported: {allowed}")
+    if not isinstance(fields.get("r"), int) or fields["r"] < 1:
+        wrong.append(f"r={fields.get('r')!r} is no rank, expected a positive integer")
+    if fields.get("use_dora", False) not in (True, False):
+        wrong.append(f"use_dora={fields['use_dora']!r} is neither true nor false")
+    start = fields.get("init_lora_weights", True)
+    if start not in STARTS:
+        wrong.append(f"init_lora_weights={start!r} may change the base; supported: {STARTS}")
+    if wrong:
+        raise ValueError(f"{where}: " + "; ".join(wrong))
