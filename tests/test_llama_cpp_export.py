@@ -175,6 +175,7 @@ def test_a_file_that_llama_cpp_does_not_load_is_refused_with_its_last_lines(plai
 
 
 DIES = "import os, sys\nprint('GGML_ASSERT(x) failed', file=sys.stderr, flush=True)\nos.abort()\n"
+# The process is ended after a second: it never sleeps to its end.
 HANGS = "import time\ntime.sleep(60)\n"
 
 
