@@ -137,6 +137,12 @@ def test_streamed_rows_in_order_are_the_batches_of_the_list():
         np.testing.assert_array_equal(one.weights, other.weights)
 
 
+def test_a_packed_row_of_a_stream_holds_no_more_documents_than_it_says():
+    stream = Streamed(counted([Row([3, 4], [0, 1])] * 40), 1, 1, 512, True, total=2)
+    most = [int(batch.segments.max()) for _, batch in itertools.islice(stream.forever(), 2)]
+    assert most == [stream.documents(2)] * 2 and most[0] < 256
+
+
 def test_a_stream_that_ends_for_good_is_told():
     passes = iter([iter(ROWS)])
     stream = Streamed(lambda number: next(passes, iter([])), 2, 1, 16, False, total=9)
