@@ -20,7 +20,7 @@ from pallas_kernels import adam8_update
 from pallas_kernels.adam8_update import Moment
 from unsloth_jax import adam8, data, lora, optim, train
 from unsloth_jax.dims import Batch, Total
-from workflows import sft
+from workflows import objective
 
 MAPS = {True: adam8_update.SIGNED, False: adam8_update.UNSIGNED}
 VALUES = {
@@ -256,7 +256,7 @@ def losses(name: str) -> np.ndarray:
     assert min(leaf.size for leaf in jax.tree.leaves(adapters)) >= adam8.SMALLEST
     rate = optim.schedule("linear", 5e-3, 5, STEPS)
     optimizer = optim.make(name, rate, weight_decay=0.01, max_grad_norm=1.0)
-    step = train.make_step(sft.loss(pair.family, pair.config, 1.0), optimizer)
+    step = train.make_step(objective.loss(pair.family, pair.config, 1.0), optimizer)
     state, out = train.start(adapters, optimizer), []
     for n in range(STEPS):
         state, report = step(state, pair.params, lines(n))

@@ -17,7 +17,7 @@ from bridge.checkpoint import Checkpoints
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer
 from unsloth_jax.optim import make
 from unsloth_jax.train import State, start
-from workflows import sft
+from workflows.run import resumed
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = dict(
@@ -225,4 +225,4 @@ def test_only_as_many_checkpoints_are_kept_as_asked(tmp_path):
 
 def test_a_name_without_a_step_is_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="'checkpoint_abc' names no checkpoint; expected"):
-        sft.resumed(tmp_path / "checkpoint_abc", State({}, None, 0), {})
+        resumed(tmp_path / "checkpoint_abc", State({}, None, 0), {})

@@ -14,7 +14,7 @@ import tiny
 from unsloth_jax import decoder, lora, losses, optim, quant, train, tree
 from unsloth_jax.dims import Batch, Total
 from unsloth_jax.remat import KEPT, Memory
-from workflows import sft
+from workflows import objective
 
 SCALE = 2.0
 RATE = optim.schedule("cosine", 1e-3, 2, 10)
@@ -95,7 +95,7 @@ def whole_stacks(hlo: str) -> set:
 @pytest.mark.parametrize("keep", EVERY)
 def test_the_compiled_step_holds_no_large_constant_no_full_scores_and_no_copy_of_the_base(keep):
     family, c, _, adapters = big()
-    hlo = compiled(sft.loss(family, c, SCALE, Memory(keep)))
+    hlo = compiled(objective.loss(family, c, SCALE, Memory(keep)))
     assert large_constants(hlo) == full_scores(hlo) == whole_stacks(hlo) == set()
     donated = re.search(r"input_output_alias=\{(.*)\}, ", hlo.splitlines()[0]).group(1)
     assert donated.count("-alias") >= 3 * len(jax.tree.leaves(adapters))

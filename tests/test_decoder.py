@@ -20,7 +20,7 @@ from unsloth_jax.leaves import Stacks
 from unsloth_jax.models import family
 from unsloth_jax.quant import nf4
 from unsloth_jax.remat import KEPT, Memory
-from workflows import sft
+from workflows import objective
 
 DENSE = jnp.zeros((12, 2, 2))
 CUTS = {
@@ -124,8 +124,8 @@ def test_in_layers_written_out_dx_waits_for_the_adapters_gradients():
 def test_rows_of_a_table_on_the_host_give_the_same_hidden_states():
     pair = tiny.pair("llama")
     b = batch([tiny.draw(1, 20), tiny.draw(2, 12)], 20)
-    params = sft.hosted(pair.params)
-    looked_up = jax.tree.map(jnp.asarray, sft.embedded(params, jax.tree.map(np.asarray, b)))
+    params = objective.hosted(pair.params)
+    looked_up = jax.tree.map(jnp.asarray, objective.embedded(params, jax.tree.map(np.asarray, b)))
     hidden = jax.jit(lambda params, b: nll(*pair[1:3], params, b, Memory()).value)
     np.testing.assert_array_equal(hidden(params, looked_up), hidden(pair.params, b))
     with pytest.raises(TypeError, match="in host memory"):

@@ -21,7 +21,7 @@ from unsloth_jax import data, decoder, lora, optim, train, tree
 from unsloth_jax.quant import FORMATS
 from unsloth_jax.quant.nf4 import NF4
 from unsloth_jax.remat import KEPT, Memory
-from workflows import sft
+from workflows import objective
 
 pytestmark = pytest.mark.gpu
 
@@ -105,7 +105,7 @@ def test_qlora_learns_in_bfloat16(folder):
     batch = jax.device_put(data.stacked([data.collate([[r] for r in rows], 4, 32)]))
     optimizer = optax.adamw(1e-2)
     adapters = lora.init(jax.random.key(0), params, 16)
-    step = train.make_step(sft.loss(family, c, 1.0), optimizer)
+    step = train.make_step(objective.loss(family, c, 1.0), optimizer)
     state, seen = train.start(adapters, optimizer), []
     for _ in range(20):
         state, report = step(state, params, batch)
@@ -121,10 +121,10 @@ STEPS = 20
 
 def losses_of(family, c, params, adapters, batch, memory, documents):
     optimizer = optim.make("adamw_8bit", optim.schedule("constant", 5e-3, 0, STEPS))
-    step = train.make_step(sft.loss(family, c, 1.0, memory, documents), optimizer)
+    step = train.make_step(objective.loss(family, c, 1.0, memory, documents), optimizer)
     state, seen = train.start(adapters, optimizer), []
     for _ in range(STEPS):
-        state, report = step(state, params, sft.embedded(params, batch))
+        state, report = step(state, params, objective.embedded(params, batch))
         seen.append(float(report.loss))
     return np.array(seen)
 
@@ -154,7 +154,7 @@ def test_every_plan_follows_the_float32_reference(folder, packed):
         assert np.abs(got - wanted).max() <= 1e-2 * wanted[0], (memory, got, wanted)
     if "lm_head" in params:
         lean = losses_of(
-            family, c, sft.hosted(params), adapters, batch, Memory("offload"), documents
+            family, c, objective.hosted(params), adapters, batch, Memory("offload"), documents
         )
         np.testing.assert_allclose(lean, got, atol=1e-2 * wanted[0])
 

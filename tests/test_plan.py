@@ -11,9 +11,10 @@ import pytest
 import tiny_chat
 
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer, optim, plan, train
+from unsloth_jax.leaves import Hosted
 from unsloth_jax.plan import GIB, Budget
 from unsloth_jax.remat import KEPT, Memory
-from workflows import machine, sft
+from workflows import machine
 from workflows import plan as planning
 from workflows.bench import plan_accuracy, rows
 from workflows.bench.plan_accuracy import Case
@@ -332,7 +333,7 @@ def test_inside_a_run_the_table_is_not_on_the_device(folder):
     model.memory = Memory("full", host_embedding=True)
     optimizer = optim.make("adamw_torch", optim.schedule("constant", 1e-3, 0, 1))
     with planning.prepared(model, optimizer, run._batches(), 2):
-        assert isinstance(model.params["model"]["embed_tokens"]["weight"], sft.Hosted)
+        assert isinstance(model.params["model"]["embed_tokens"]["weight"], Hosted)
 
 
 @pytest.mark.parametrize("budget", ["much", -1, 3.5])

@@ -19,7 +19,7 @@ from tests import llama_server
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer
 from unsloth_jax.data import Row, collate
 from unsloth_jax.sample import Sampling
-from workflows import demo_data, sft
+from workflows import demo_data, objective
 
 pytestmark = pytest.mark.slow
 
@@ -139,7 +139,7 @@ def strings() -> list[str]:
 def test_loss_on_a_text_equals_transformers(ours, theirs, figure):
     ids = text.ids(ours.tokenizer, STORY)
     batch = jax.tree.map(jnp.asarray, collate([[Row(ids, [1] * len(ids))]], 1, 96))
-    total = jax.jit(sft.loss(ours.family, ours.config, 1.0))({}, ours.params, batch)
+    total = jax.jit(objective.loss(ours.family, ours.config, 1.0))({}, ours.params, batch)
     row = torch.tensor([ids])
     with torch.no_grad():
         want = theirs(input_ids=row, labels=row).loss.item()

@@ -12,7 +12,8 @@ import tiny_chat
 
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer, train_on_responses_only
 from unsloth_jax.data import Row
-from workflows import machine, sft, sources
+from workflows import machine, sources
+from workflows.batching import Batches
 from workflows.streams import Streamed
 
 SAME = dict(
@@ -130,7 +131,7 @@ def test_streamed_batches_hold_every_row_of_a_pass_in_order(packing):
 
 
 def test_streamed_rows_in_order_are_the_batches_of_the_list():
-    fixed = sft.Batches(ROWS, 2, 1, 16, False, None)
+    fixed = Batches(ROWS, 2, 1, 16, False, None)
     stream = Streamed(counted(ROWS), 2, 1, 16, False, total=2)
     for one, (_, other) in zip(itertools.islice(fixed.epoch(0), 2), stream.forever(), strict=False):
         np.testing.assert_array_equal(one.tokens, other.tokens)
@@ -159,7 +160,7 @@ def test_a_streaming_data_set_trains_as_its_rows_in_that_order(fresh):
     streamed = [row["loss"] for row in run.log_history]
     fresh.adapters = start
     run = trainer(fresh, tiny_chat.MESSAGES, max_steps=6)
-    run._batches = lambda: sft.Batches(run.rows, 2, 1, run.length, False, None)
+    run._batches = lambda: Batches(run.rows, 2, 1, run.length, False, None)
     run.train()
     assert [row["loss"] for row in run.log_history] == streamed
 

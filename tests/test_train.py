@@ -18,7 +18,7 @@ from unsloth_jax import data, lora, optim, train, tree
 from unsloth_jax.data import Row
 from unsloth_jax.dims import Batch
 from unsloth_jax.remat import Memory
-from workflows import sft
+from workflows import objective
 
 NAME, STEPS, WARMUP, PEAK, DECAY, CLIP = "llama", 20, 3, 2e-2, 0.05, 1.0
 SETTINGS = Settings(4, 8.0, targets=lora.TARGETS)
@@ -68,7 +68,7 @@ def adam():
 def step_of(keep: str = "full", plain: bool = False):
     """The compiled step; `plain` moves each weight by its negative gradient."""
     pair = tiny.pair(NAME)
-    loss = sft.loss(pair.family, pair.config, SCALE, Memory(keep))
+    loss = objective.loss(pair.family, pair.config, SCALE, Memory(keep))
     return train.make_step(loss, optax.sgd(1.0) if plain else adam())
 
 

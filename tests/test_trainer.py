@@ -21,7 +21,8 @@ from unsloth_jax import (
     get_chat_template,
     train_on_responses_only,
 )
-from workflows import progress, sft
+from workflows import progress
+from workflows.run import short_hash, uninterrupted
 
 # One compiled program serves all runs with these: a constant rate does not know max_steps.
 SAME = dict(
@@ -177,7 +178,7 @@ def test_ctrl_c_leaves_the_adapters_of_the_last_step(fresh, ctrl_c):
 
 def test_ctrl_c_waits_for_the_end_of_a_step(ctrl_c):
     ended = []
-    with pytest.raises(KeyboardInterrupt), sft.uninterrupted():
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
         os.kill(os.getpid(), signal.SIGINT)
         ended.append(sum(range(1000)))
     assert ended
@@ -262,9 +263,9 @@ def test_layers_that_are_no_integers_get_no_adapters(base, layer):
 
 
 def test_the_hashes_of_the_adapters_are_printed_around_a_run(fresh, capsys):
-    before = sft.short_hash(fresh.adapters)
+    before = short_hash(fresh.adapters)
     trainer(fresh, max_steps=1).train()
-    after = sft.short_hash(fresh.adapters)
+    after = short_hash(fresh.adapters)
     assert f"adapters sha256 {before} before, {after} after\n" in capsys.readouterr().out
     assert before != after and len(after) == 12
 

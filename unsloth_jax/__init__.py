@@ -7,8 +7,8 @@ The core is pure. The names of the face are loaded from `workflows` on first use
 _HOMES = {
     "FastLanguageModel": "workflows.face",
     "is_bfloat16_supported": "workflows.face",
-    "SFTConfig": "workflows.trainer",
-    "SFTTrainer": "workflows.trainer",
+    "SFTConfig": "workflows.sft_config",
+    "SFTTrainer": "workflows.sft_trainer",
     "train_on_responses_only": "workflows.responses_only",
     "get_chat_template": "bridge.chat_templates",
     "standardize_sharegpt": "bridge.chat_templates",

@@ -8,7 +8,7 @@ O, I the two sides of a weight [out, in]   M micro-batches
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 Params = dict[str, Any]  # nested dict of leaves: arrays, quantized weights, Lora and Stacks nodes
 
@@ -16,7 +16,8 @@ Params = dict[str, Any]  # nested dict of leaves: arrays, quantized weights, Lor
 class Batch(NamedTuple):
     """One device batch. Padding has segment 0; `weights` is 1 where the target counts.
 
-    `embedded` holds the tokens' rows where the embedding table stays in host memory.
+    `embedded` holds the tokens' rows where the embedding table stays in host memory; `key` is a
+    random key's data (`jax.random.key_data`) where training draws noise, None in evaluation.
     """
 
     tokens: Int[Array, "*M B T"]
@@ -25,6 +26,7 @@ class Batch(NamedTuple):
     positions: Int[Array, "*M B T"]
     segments: Int[Array, "*M B T"]
     embedded: Float[Array, "*M B T D"] | None = None
+    key: UInt32[Array, "*M 2"] | None = None
 
 
 class Total(NamedTuple):

@@ -11,12 +11,12 @@ import numpy as np
 from unsloth_jax import decoder, lora, tree
 from unsloth_jax.dims import Batch, Params
 from unsloth_jax.leaves import stacks
-from workflows import sft
+from workflows.objective import SFT, Objective
 
 Find = Callable[[Params, Params, Batch], str]  # (adapters, frozen, the step's batch) -> where
 
 
-def first_bad_layer(family: ModuleType, c: Any, scale: float) -> Find:
+def first_bad_layer(family: ModuleType, c: Any, scale: float, objective: Objective = SFT) -> Find:
     """A function that says where values, or else gradients, are first not finite."""
 
     @jax.jit
@@ -25,7 +25,7 @@ def first_bad_layer(family: ModuleType, c: Any, scale: float) -> Find:
         rows = b.tokens, b.positions, b.segments, b.embedded
         return decoder.finite_layers(family, c, params, *rows)
 
-    loss = sft.loss(family, c, scale)
+    loss = objective.loss(family, c, scale)
     value = lambda adapters, frozen, b: loss(adapters, frozen, b).value
     backward = jax.jit(jax.value_and_grad(value))
 

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from unsloth_jax.dims import Params, Total
 from unsloth_jax.train import LossFn
-from workflows import sft
+from workflows.batching import Batches
 from workflows.generate import Stopwatch
 from workflows.model import Model
+from workflows.objective import SFT, Objective, embedded
 
 
 class Best(NamedTuple):
@@ -23,7 +24,7 @@ class Best(NamedTuple):
 
 
 def evaluator(
-    model: Model, sets: Mapping[str, sft.Batches]
+    model: Model, sets: Mapping[str, Batches], objective: Objective = SFT
 ) -> Callable[[Params], dict[str, float]]:
     """fn(adapters) -> metrics of one pass over each set, in order, their names before a "_".
 
@@ -31,7 +32,7 @@ def evaluator(
     size and padding make no difference. Compiled once a width.
     """
     documents = max(batches.documents(batches.steps(0)) for batches in sets.values())
-    loss = jax.jit(sft.loss(model.family, model.config, model.scale, documents=documents))
+    loss = jax.jit(objective.loss(model.family, model.config, model.scale, documents=documents))
 
     def metrics(adapters: Params) -> dict[str, float]:
         found = {}
@@ -44,10 +45,10 @@ def evaluator(
     return metrics
 
 
-def _total(loss: LossFn, adapters: Params, frozen: Params, batches: sft.Batches) -> Total:
+def _total(loss: LossFn, adapters: Params, frozen: Params, batches: Batches) -> Total:
     totals = []
     for batch in batches.epoch(0):
-        micro = jax.tree.map(lambda x: x[0], sft.embedded(frozen, batch))
+        micro = jax.tree.map(lambda x: x[0], embedded(frozen, batch))
         totals.append(loss(adapters, frozen, jax.device_put(micro)))
         # One batch ahead of the device, else all of them would pile up there.
         jax.block_until_ready(totals[-2:-1])

@@ -32,8 +32,11 @@ from unsloth_jax.models import family as family_of
 from unsloth_jax.plan import UNBOUNDED, Budget, Job, Plan
 from unsloth_jax.remat import Memory
 from unsloth_jax.train import State, make_step, start
-from workflows import machine, sft
+from workflows import machine, objective
+from workflows.batching import Batches
 from workflows.keywords import say
+from workflows.objective import SFT, Objective
+from workflows.run import uninterrupted
 from workflows.streams import Streamed
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -131,9 +134,7 @@ def rungs(asked: Memory | str, job: Job) -> tuple[Memory, ...]:
     return every if asked == "auto" else every[-1:]
 
 
-def job_of(
-    model: Any, optimizer: optax.GradientTransformation, batches: sft.Batches | Streamed
-) -> Job:
+def job_of(model: Any, optimizer: optax.GradientTransformation, batches: Batches | Streamed) -> Job:
     """A trainer's run as shapes; where rows are not packed, its longest."""
     bare = lambda node: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), node)
     params, p = bare(model.params), model.peft
@@ -151,9 +152,10 @@ def job_of(
 def prepared(
     model: Any,
     optimizer: optax.GradientTransformation,
-    batches: sft.Batches | Streamed,
+    batches: Batches | Streamed,
     total: int,
     asked: int | float | str | None = None,
+    lowered: Objective = SFT,
 ) -> Iterator[Callable]:
     """The step of a run of `total` steps that fits; inside, the model's table lies where it wants.
 
@@ -161,13 +163,13 @@ def prepared(
     for. Raises ValueError before the run allocates anything where no plan fits.
     """
     documents = batches.documents(total)
-    hosted = functools.cache(lambda: sft.hosted(model.params))
+    hosted = functools.cache(lambda: objective.hosted(model.params))
     frozen = lambda memory: hosted() if memory.host_embedding else model.params
     job = job_of(model, optimizer, batches)
 
     @functools.cache
     def step(memory: Memory) -> Callable:
-        loss = sft.loss(model.family, model.config, model.scale, memory, documents)
+        loss = lowered.loss(model.family, model.config, model.scale, memory, documents)
         return make_step(loss, optimizer)
 
     def confirm(memory: Memory) -> Plan:
@@ -195,7 +197,7 @@ def _table_in_place(model: Any, frozen: Params) -> Iterator[None]:
         yield
     finally:
         back = lambda path, leaf: jax.device_put(leaf.table) if isinstance(leaf, Hosted) else leaf
-        with sft.uninterrupted():
+        with uninterrupted():
             model.params = tree.map_paths(back, frozen)
 
 
@@ -322,7 +324,7 @@ def main(line: Sequence[str] | None = None) -> None:
     for memory in plan.ladder(job):
         found = [plan.estimate(job, memory)]
         if a.compile:
-            loss = sft.loss(job.family, job.config, 1.0, memory, documents=1)
+            loss = objective.loss(job.family, job.config, 1.0, memory, documents=1)
             found.append(plan.compiled(make_step(loss, optimizer), job, memory))
         if chosen is None and found[-1].fits(room):
             chosen = plan.title(memory)

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from unsloth_jax.data import Row
 from workflows import responses
 from workflows.keywords import typed
-from workflows.trainer import SFTTrainer
+from workflows.sft_trainer import SFTTrainer
 
 RESPONSES_KINDS = {
     "trainer": SFTTrainer, "instruction_part": str | None, "response_part": str | None,

@@ -14,7 +14,7 @@ Rows = Callable[[int], Iterator[Row]]  # a pass over the data set, by its number
 
 @dataclass(frozen=True)
 class Streamed:
-    """Optimizer-step batches as `sft.Batches` gives them, of rows in the order they come in.
+    """Optimizer-step batches as `batching.Batches` gives them, of rows in the order they come in.
 
     A pass that ends is followed by the next one, whose rows fill up the step that it began.
     """

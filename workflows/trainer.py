@@ -1,52 +1,31 @@
-"""SFTTrainer with the names of TRL and Unsloth."""
+"""What the trainers share: one run from rows to adapters, with the names of transformers."""
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import jax
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from bridge.checkpoint import Checkpoints
 from unsloth_jax import optim
 from unsloth_jax.data import Row
 from unsloth_jax.train import start
-from workflows import diagnose, evaluate, output_folder, plan, progress, rows, sft, streams
+from workflows import diagnose, evaluate, output_folder, plan, progress, streams
+from workflows.batching import Batches
 from workflows.callbacks import Callbacks, State, checked
 from workflows.generate import Stopwatch
-from workflows.keywords import say, settle, typed
+from workflows.keywords import say
 from workflows.model import Model
+from workflows.objective import SFT, Objective
 from workflows.rows import Shown
-from workflows.sft_config import SFTConfig, settled
+from workflows.run import Run, Saving, resumed, short_hash
+from workflows.sft_config import SFTConfig
 from workflows.watch import Watch
 
-TRAINER_IGNORED = {
-    "data_collator": "rows are collated here",
-    "dataset_num_proc": "rows are made in this process",
-}
-TRAINER_LATER = {
-    "compute_metrics": (None,),
-    "preprocess_logits_for_metrics": (None,),
-    "optimizers": (None, (None, None)),
-    "peft_config": (None,),
-    "model_init": (None,),
-    "compute_loss_func": (None,),
-    "optimizer_cls_and_kwargs": (None,),
-}
-TRAINER_USED = (
-    "model", "tokenizer", "processing_class", "train_dataset", "args", "formatting_func",
-    "dataset_text_field", "packing", "max_seq_length", "eval_dataset", "callbacks",
-)  # fmt: skip
-TRAINER_KINDS = {
-    "model": Model, "args": SFTConfig | None, "tokenizer": PreTrainedTokenizerBase | None,
-    "processing_class": PreTrainedTokenizerBase | None, "train_dataset": Iterable | Path | None,
-    "formatting_func": Callable | None, "eval_dataset": Iterable | Path | None,
-}  # fmt: skip
 # Settings with which the next batch or the next update would be another one.
 DECISIVE = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
@@ -54,7 +33,6 @@ DECISIVE = (
     "adam_epsilon", "max_grad_norm", "optim", "packing", "seed",
 )  # fmt: skip
 TENTH = 0.1  # of a run: how often an eval_dataset is evaluated where nothing says, as in Unsloth
-OLD_STYLE = ("dataset_text_field", "packing", "max_seq_length")
 
 
 class TrainOutput(NamedTuple):
@@ -65,60 +43,27 @@ class TrainOutput(NamedTuple):
     metrics: dict[str, Any]
 
 
-class SFTTrainer:
-    """Trains a model's adapters on a data set; `train` changes `model.adapters`.
+class Trainer:
+    """What trainers of adapters share, from a data set's rows to the last step.
 
-    Args:
-        model: a model with adapters.
-        tokenizer, processing_class: by default the model's own.
-        train_dataset: rows with text, messages, prompt and completion, or input_ids; a list, a
-            data set of `datasets`, a file (.jsonl, .json, .csv, .parquet), a folder or a hub name.
-            A streaming data set is read as it is needed, in its order, if max_steps is given.
-        args: an SFTConfig.
-        formatting_func: makes text of examples, as in Unsloth's notebooks.
-        eval_dataset: rows of the same kinds, or several such data sets by name.
-        callbacks: objects with methods named as transformers' TrainerCallback has them.
+    A trainer says how rows are made (`_rows`, `_stream`) and what is lowered (`objective`).
     """
+
+    objective: Objective = SFT
 
     def __init__(
         self,
         model: Model,
-        *,
-        tokenizer: Any = None,
-        train_dataset: Iterable | str | Path | None = None,
-        args: SFTConfig | None = None,
-        processing_class: Any = None,
-        formatting_func: Callable | None = None,
-        eval_dataset: Any = None,
-        callbacks: Sequence[Any] | None = None,
-        **other: Any,
+        args: SFTConfig,
+        tokenizer: Any,
+        train_dataset: Any,
+        eval_dataset: Any,
+        callbacks: Sequence[Any] | None,
     ):
-        old = {k: other.pop(k) for k in OLD_STYLE if k in other}
-        settle("SFTTrainer", other, TRAINER_USED, TRAINER_IGNORED, TRAINER_LATER)
-        given = dict(model=model, args=args, formatting_func=formatting_func)
-        given |= dict(tokenizer=tokenizer, processing_class=processing_class)
-        given |= dict(train_dataset=train_dataset, eval_dataset=eval_dataset)
-        typed("SFTTrainer", given, TRAINER_KINDS)
-        if None not in (tokenizer, processing_class) and tokenizer is not processing_class:
-            raise ValueError("SFTTrainer: give tokenizer or processing_class, got two that differ")
-        if model.adapters is None:
-            raise ValueError("the model has no adapters; call FastLanguageModel.get_peft_model")
-        if not jax.tree.leaves(model.adapters):
-            raise ValueError(
-                f"the model's adapters are empty: target_modules={model.peft.targets} in layers "
-                f"{model.peft.layers} name no weight to train"
-            )
-        if model.peft.dropout:
-            raise ValueError(
-                f"lora_dropout={model.peft.dropout} of the adapter is not supported yet: only 0"
-            )
+        trainable(model)
         if train_dataset is None:
-            raise ValueError("SFTTrainer needs a train_dataset")
-        self.model, self.args = model, settled(SFTConfig() if args is None else args, old)
-        self.tokenizer = next(
-            x for x in (processing_class, tokenizer, model.tokenizer) if x is not None
-        )
-        self._how = self._reading(formatting_func)
+            raise ValueError(f"{type(self).__name__} needs a train_dataset")
+        self.model, self.args, self.tokenizer = model, args, tokenizer
         # Rows, or how a pass over a stream makes them.
         self.rows = self._stream(train_dataset) or self._rows(train_dataset)
         self.eval_rows = self._held_out(eval_dataset)
@@ -126,6 +71,14 @@ class SFTTrainer:
         self.state = State(logging_steps=self.args.logging_steps)
         self.callbacks = checked(callbacks)
         self._calls()("on_init_end")
+
+    def _rows(self, dataset: Any) -> list[Row]:
+        """All rows of a data set."""
+        raise TypeError(f"{type(self).__name__} does not say how rows are made")
+
+    def _stream(self, dataset: Any) -> streams.Rows | None:
+        """How each pass over a streaming data set makes rows; None where all are made at once."""
+        return None
 
     @property
     def log_history(self) -> list[dict[str, Any]]:
@@ -142,30 +95,6 @@ class SFTTrainer:
     def add_callback(self, callback: Any) -> None:
         """Adds a callback, an object or a class. Raises as SFTTrainer's `callbacks`."""
         self.callbacks += checked([callback])
-
-    def _reading(self, formatting_func: Callable | None) -> dict[str, Any]:
-        """How rows are made of examples."""
-        a = self.args
-        return {
-            "max_length": self.length, "dataset_text_field": a.dataset_text_field,
-            "formatting_func": formatting_func, "completion_only_loss": a.completion_only_loss,
-            "assistant_only_loss": a.assistant_only_loss, "truncate": a.truncation,
-        }  # fmt: skip
-
-    def _rows(self, dataset: Any) -> list[Row]:
-        return rows.rows(dataset, self.tokenizer, **self._how)
-
-    def _stream(self, dataset: Any) -> streams.Rows | None:
-        """How each pass over a streaming data set makes rows; None where all are made at once."""
-        if not isinstance(dataset, datasets.IterableDataset) or self.args.max_steps <= 0:
-            return None
-        say("train_dataset is streamed: its rows come in their order (see dataset.shuffle)")
-
-        def passed(number: int) -> Iterator[Row]:
-            dataset.set_epoch(number)
-            return rows.streamed(dataset, self.tokenizer, **self._how)
-
-        return passed
 
     def _held_out(self, given: Any) -> dict[str, list[Row]]:
         """Rows by the data set's name, "" for a single one."""
@@ -228,12 +157,12 @@ class SFTTrainer:
             b1=a.adam_beta1, b2=a.adam_beta2, eps=a.adam_epsilon,
         )  # fmt: skip
         facts = self._facts(total)
-        prepared = plan.prepared(m, optimizer, batches, total, a.memory_budget)
+        prepared = plan.prepared(m, optimizer, batches, total, a.memory_budget, self.objective)
         with m.multiplied_in(a.matmul_dtype), prepared as step:
             state = start(m.adapters, optimizer)
             if source is not None:
-                state = sft.resumed(source, state, facts)
-            before = sft.short_hash(state.trainable)
+                state = resumed(source, state, facts)
+            before = short_hash(state.trainable)
             if a.output_dir is not None or a.save_strategy != "no":
                 output_folder.refuse_to_mix(self._folder(), int(state.step))
             saving = self._saving(batches, facts)
@@ -243,10 +172,10 @@ class SFTTrainer:
             with progress.bar(total, self._metrics_file(), kept) as show:
                 log = lambda row: (self.log_history.append(row), show(row))
                 watch = self._watch(total, log)
-                find = diagnose.first_bad_layer(m.family, m.config, m.scale)
-                run = watch.run = sft.Run(
+                find = diagnose.first_bad_layer(m.family, m.config, m.scale, self.objective)
+                run = watch.run = Run(
                     step, state, m.params, batches, rate, total, watch.logged, a.logging_steps,
-                    saving, find, watch.after, watch.saved,
+                    saving, find, watch.after, watch.saved, self.objective,
                 )  # fmt: skip
                 try:
                     watch.begin()
@@ -256,7 +185,7 @@ class SFTTrainer:
                     if run.saving:
                         run.saving.checkpoints.close()
                 watch.end()
-        progress.adapters(before, sft.short_hash(m.adapters))
+        progress.adapters(before, short_hash(m.adapters))
         return _output(int(run.state.step), run.losses, clock())
 
     def evaluate(
@@ -278,8 +207,8 @@ class SFTTrainer:
         packing = a.packing if a.eval_packing is None else a.eval_packing
         how = size, 1, self.length, packing, None
         named = lambda name: f"{prefix}_{name}" if name else prefix
-        sets = {named(name): sft.Batches(some, *how) for name, some in held_out.items()}
-        return evaluate.evaluator(self.model, sets)
+        sets = {named(name): Batches(some, *how) for name, some in held_out.items()}
+        return evaluate.evaluator(self.model, sets, self.objective)
 
     def _watch(self, total: int, log: Callable) -> Watch:
         """What goes on between the steps of one run."""
@@ -290,12 +219,12 @@ class SFTTrainer:
         measured = self._evaluator(self.eval_rows) if self.eval_rows else None
         return Watch(a, self.model, self._calls(), total, measured, log)
 
-    def _batches(self) -> sft.Batches | streams.Streamed:
+    def _batches(self) -> Batches | streams.Streamed:
         a = self.args
         sizes = a.per_device_train_batch_size, a.gradient_accumulation_steps
         if callable(self.rows):
             return streams.Streamed(self.rows, *sizes, self.length, a.packing, a.max_steps)
-        return sft.Batches(self.rows, *sizes, self.length, a.packing, a.seed)
+        return Batches(self.rows, *sizes, self.length, a.packing, a.seed)
 
     def total_steps(self) -> int:
         """Optimizer steps of a whole run."""
@@ -310,18 +239,18 @@ class SFTTrainer:
     def _metrics_file(self) -> Path | None:
         return None if self.args.output_dir is None else self._folder() / "metrics.jsonl"
 
-    def _saving(self, batches: Any, facts: dict[str, Any]) -> sft.Saving | None:
+    def _saving(self, batches: Any, facts: dict[str, Any]) -> Saving | None:
         if self.args.save_strategy == "no":
             return None
         every = self.args.save_steps if self.args.save_strategy == "steps" else batches.steps(0)
         checkpoints = Checkpoints(self._folder(), self.args.save_total_limit)
-        return sft.Saving(checkpoints, every, facts)
+        return Saving(checkpoints, every, facts)
 
     def _facts(self, total: int) -> dict[str, Any]:
         """Everything that decides which batch and which update comes next."""
         args = {name: getattr(self.args, name) for name in DECISIVE}
         facts = args | {
-            "loss": sft.LOSS,
+            "loss": self.objective.name,
             "steps in all": total,
             "warm-up steps": self.args.warmup(total),
             "length": self.length,
@@ -343,3 +272,18 @@ def _output(done: int, losses: list[float], seconds: float) -> TrainOutput:
     speed = len(losses) / seconds
     metrics = {"train_runtime": seconds, "train_steps_per_second": speed, "train_loss": loss}
     return TrainOutput(done, loss, metrics)
+
+
+def trainable(model: Model) -> None:
+    """Raises ValueError where the model has nothing to train."""
+    if model.adapters is None:
+        raise ValueError("the model has no adapters; call FastLanguageModel.get_peft_model")
+    if not jax.tree.leaves(model.adapters):
+        raise ValueError(
+            f"the model's adapters are empty: target_modules={model.peft.targets} in layers "
+            f"{model.peft.layers} name no weight to train"
+        )
+    if model.peft.dropout:
+        raise ValueError(
+            f"lora_dropout={model.peft.dropout} of the adapter is not supported yet: only 0"
+        )

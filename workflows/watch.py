@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from unsloth_jax.dims import Params
-from workflows import evaluate, sft
+from workflows import evaluate
 from workflows.callbacks import Callbacks
 from workflows.evaluate import Best
 from workflows.keywords import say
 from workflows.model import Model
+from workflows.run import Run
 from workflows.sft_config import SFTConfig
 
 Metrics = dict[str, float]
@@ -25,7 +26,7 @@ class Watch:
     total: int
     evaluated: Callable[[Params], Metrics] | None  # None where there is nothing to evaluate on
     log: Callable[[dict[str, Any]], None]
-    run: sft.Run | None = None
+    run: Run | None = None
     best: Best | None = None
 
     def begin(self) -> None:

@@ -21,22 +21,23 @@ import jax
 import numpy as np
 
 from unsloth_jax import optim, plan, quant, train
-from workflows import demo_data, sft
+from workflows import demo_data, objective
+from workflows.batching import Batches
 from workflows.bench import rows
 from workflows.face import FastLanguageModel
 from workflows.sft_config import SFTConfig
-from workflows.trainer import SFTTrainer
+from workflows.sft_trainer import SFTTrainer
 
 LIMIT, LAST = 0.01, 10
 
 
-def losses(a: argparse.Namespace, model, batches: sft.Batches, matmul_dtype: str) -> list[float]:
+def losses(a: argparse.Namespace, model, batches: Batches, matmul_dtype: str) -> list[float]:
     """The loss of every step."""
     params = quant.matmul_in(model.params, matmul_dtype, jax.default_backend() == "cpu")
     rate = optim.schedule("linear", a.learning_rate, min(5, a.steps), a.steps)
     optimizer = optim.make(a.optimizer, rate, max_grad_norm=1.0)
     memory, documents = plan.named(a.policy), batches.documents(a.steps)
-    loss = sft.loss(model.family, model.config, model.scale, memory, documents)
+    loss = objective.loss(model.family, model.config, model.scale, memory, documents)
     step, state = train.make_step(loss, optimizer), train.start(model.adapters, optimizer)
     seen, start = [], time.perf_counter()
     for _, batch in itertools.islice(batches.forever(), a.steps):
@@ -73,7 +74,7 @@ def main(line: list[str] | None = None) -> None:
     data = demo_data.conversations(demo_data.split(a.seed, count, 1).train)
     size = SFTConfig(packing=True, per_device_train_batch_size=a.batch)
     made = SFTTrainer(model, train_dataset=data, args=size).rows
-    batches = sft.Batches(made, a.batch, 1, a.length, True, a.seed)
+    batches = Batches(made, a.batch, 1, a.length, True, a.seed)
     found = {kind: losses(a, model, batches, kind) for kind in ("bf16", *a.kinds.split(","))}
     last = {kind: float(np.mean(seen[-LAST:])) for kind, seen in found.items()}
     result = {"steps": a.steps, "epochs": a.steps / batches.steps(0), "last": last}

@@ -25,9 +25,11 @@ from unsloth_jax import lora, optim, plan, train
 from unsloth_jax.data import Row
 from unsloth_jax.plan import GIB, Job, Plan
 from unsloth_jax.remat import Memory
-from workflows import machine, sft
+from workflows import machine, objective
 from workflows import plan as planning
+from workflows.batching import Batches
 from workflows.bench import configs, lengths, rows, weights
+from workflows.run import Run
 
 MUST, AIM = 0.10, 0.03
 RULE = optim.make("adamw_8bit", optim.schedule("constant", 2e-4, 0, 1), weight_decay=0.01)
@@ -82,7 +84,7 @@ def job(case: Case) -> Job:
 
 def step(j: Job, memory: Memory) -> Any:
     """The optimizer step of a job."""
-    return train.make_step(sft.loss(j.family, j.config, 1.0, memory, documents=1), RULE)
+    return train.make_step(objective.loss(j.family, j.config, 1.0, memory, documents=1), RULE)
 
 
 def in_gib(p: Plan) -> dict[str, float]:
@@ -127,13 +129,11 @@ def measured(case: Case) -> rows.Row:
     program = step(j, case.memory)
     both = plan.compiled(program, j, case.memory), plan.estimate(j, case.memory)
     params = weights.random(j.params)
-    params = sft.hosted(params) if case.memory.host_embedding else params
+    params = objective.hosted(params) if case.memory.host_embedding else params
     state = train.start(lora.init(jax.random.key(0), j.params, case.rank), RULE)
     ids = lengths.tokens(case.batch, case.length, j.config.vocab, 0).tolist()
-    data = sft.Batches(
-        [Row(row, [1] * len(row)) for row in ids], case.batch, 1, case.length, False, 0
-    )
-    sft.Run(program, state, params, data, lambda step: 0.0, 3)()
+    data = Batches([Row(row, [1] * len(row)) for row in ids], case.batch, 1, case.length, False, 0)
+    Run(program, state, params, data, lambda step: 0.0, 3)()
     peak = machine.device_peak() / GIB or None
     plans = {p.source: p.total / GIB for p in both}
     off = {f"{k}_off": abs(v / peak - 1) if peak else None for k, v in plans.items()}

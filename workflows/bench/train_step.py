@@ -34,7 +34,7 @@ from unsloth_jax.dims import Batch, Params
 from unsloth_jax.leaves import Hosted
 from unsloth_jax.plan import UNBOUNDED, Budget
 from unsloth_jax.remat import Memory
-from workflows import machine, sft
+from workflows import machine, objective
 from workflows.bench import lengths, rows, sides, weights
 from workflows.plan import budget
 
@@ -103,10 +103,10 @@ def compiled(s: Setting, params: Params, case: Case) -> tuple[Any, dict[str, Any
     """(the compiled step, what compiling took and the memory that XLA plans, in GiB)."""
     state = jax.eval_shape(s.state, jax.random.key(0))
     batch, _ = next(batches(case, s.config.vocab))
-    loss = sft.loss(s.family, s.config, 1.0, plan.named(case.policy), documents(case))
+    loss = objective.loss(s.family, s.config, 1.0, plan.named(case.policy), documents(case))
     step = train.make_step(loss, s.rule)
     start = time.perf_counter()
-    batch = sft.embedded(params, batch)
+    batch = objective.embedded(params, batch)
     lowered = step.lower(state, params, jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch)))
     traced = time.perf_counter()
     program = lowered.compile()
@@ -145,14 +145,14 @@ def measured(program: Any, s: Setting, params: Params, case: Case, a: argparse.N
     """Median step time, tokens/s and the process' peak, or that it did not fit."""
     seconds, speeds, losses = [], [], []
     before, stream = machine.device_peak(), batches(case, s.config.vocab)
-    sent = lambda batch, useful: (jax.device_put(sft.embedded(params, batch)), useful)
+    sent = lambda batch, useful: (jax.device_put(objective.embedded(params, batch)), useful)
     try:
         state = s.state(jax.random.key(0))
         batch, useful = jax.block_until_ready(sent(*next(stream)))
         for _ in range(a.warmup + a.steps):
             start = time.perf_counter()
             state, report = program(state, params, batch)
-            # As in `sft.Run`: the next batch is made while the device works.
+            # As in `Run`: the next batch is made while the device works.
             done, (batch, useful) = useful, sent(*next(stream))
             jax.block_until_ready((state, report))
             seconds.append(time.perf_counter() - start)
@@ -176,7 +176,7 @@ def measured(program: Any, s: Setting, params: Params, case: Case, a: argparse.N
 def placed(params: Params, case: Case) -> Params:
     """The parameters with their embedding table where the policy wants it."""
     if plan.named(case.policy).host_embedding:
-        return sft.hosted(params)
+        return objective.hosted(params)
     back = lambda _, leaf: jax.device_put(leaf.table) if isinstance(leaf, Hosted) else leaf
     return tree.map_paths(back, params)
 

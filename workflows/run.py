@@ -1,15 +1,13 @@
-"""Supervised fine-tuning: the loop from token rows to adapters."""
+"""The loop of a training run, and a run that goes on from a checkpoint."""
 
 import hashlib
 import itertools
-import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -17,105 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from bridge.checkpoint import Checkpoints
-from unsloth_jax import data, decoder, lora, losses, plan, remat, train, tree
-from unsloth_jax.data import Row
-from unsloth_jax.dims import Batch, Params, Total
-from unsloth_jax.leaves import Hosted
+from unsloth_jax import train
+from unsloth_jax.dims import Batch, Params
 from workflows import machine
+from workflows.batching import Batches
 from workflows.generate import Stopwatch
+from workflows.objective import SFT, Objective, embedded
 from workflows.streams import Streamed
 
-LOSS = "sft/1"  # names the loss a checkpoint was trained with
 Log = Callable[[dict[str, Any]], None]
-
-
-def loss(
-    model: ModuleType,
-    c: Any,
-    scale: float,
-    memory: remat.Memory = remat.PLAIN,
-    documents: int | None = None,
-) -> train.LossFn:
-    """Cross entropy of the supervised tokens under base plus adapters.
-
-    `memory` and `documents` are those of `decoder.forward`.
-    """
-
-    def fn(adapters: Params, frozen: Params, b: Batch) -> Total:
-        params = lora.attach(frozen, adapters, scale)
-        hidden = decoder.forward(
-            model, c, params, b.tokens, b.positions, b.segments, memory, documents, b.embedded
-        )
-        head = model.head(c, params)
-        logps = losses.token_logprobs(hidden, head, b.targets, memory.chunk, b.weights)
-        return losses.sft(logps, b.weights)
-
-    return fn
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Optimizer-step batches of an epoch's rows: [accumulation, batch, length] arrays.
-
-    Packed rows fill bins of `length` tokens; else each row stands alone, padded to the longest of
-    its step. A last, partial step is filled up with empty rows, which count nothing.
-    """
-
-    rows: Sequence[Row]
-    batch: int
-    accumulation: int
-    length: int
-    packing: bool
-    seed: int | None  # None leaves rows in their order
-
-    def bins(self, epoch: int) -> list[list[Row]]:
-        rows = self.rows
-        if self.seed is not None:
-            rows = data.shuffled(rows, self.seed, epoch)
-        return list(data.packed(rows, self.length)) if self.packing else [[row] for row in rows]
-
-    @property
-    def widest(self) -> int:
-        """The most tokens that a row of a batch has, padding included."""
-        return self.length if self.packing else data.bucket(self.rows, self.length)
-
-    def steps(self, epoch: int) -> int:
-        """Optimizer steps in one epoch."""
-        return math.ceil(len(self.bins(epoch)) / (self.batch * self.accumulation))
-
-    def documents(self, steps: int) -> int:
-        """The most rows that share a bin in the first `steps` optimizer steps."""
-        if not self.packing:
-            return 1
-        most, epoch = 1, 0
-        while steps > 0:
-            most = max(most, *map(len, self.bins(epoch)))
-            steps -= self.steps(epoch)
-            epoch += 1
-        return most
-
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        bins = self.bins(epoch)
-        size = self.batch * self.accumulation
-        for at in range(0, len(bins), size):
-            group = bins[at : at + size]
-            width = self.length
-            if not self.packing:
-                width = data.bucket(itertools.chain.from_iterable(group), self.length)
-            micro = [group[i : i + self.batch] for i in range(0, size, self.batch)]
-            yield data.stacked([data.collate(m, self.batch, width) for m in micro])
-
-    def forever(self, skip: int = 0) -> Iterator[tuple[float, Batch]]:
-        """(epochs done after the step, batch), the first `skip` steps left out."""
-        for epoch in itertools.count():
-            count = self.steps(epoch)
-            if skip >= count:
-                skip -= count
-                continue
-            for n, batch in enumerate(self.epoch(epoch), start=1):
-                if n > skip:
-                    yield epoch + n / count, batch
-            skip = 0
 
 
 @dataclass(frozen=True)
@@ -143,13 +51,15 @@ class Run:
     find: Callable[[Params, Params, Batch], str] | None = None  # where a step is not finite
     after: Callable[[int, float], bool] = lambda step, epoch: False  # True ends the run
     on_save: Callable[[], None] = lambda: None
+    objective: Objective = SFT
     losses: list[float] = field(default_factory=list)  # one a step taken here
     saved: int | None = None  # the step of the last checkpoint
 
     def __call__(self) -> train.State:
         """Takes the steps that are left; raises FloatingPointError where a loss is not finite."""
         done, clock, seen, moved, logged = int(self.state.step), Stopwatch(), 0, False, 0
-        coming = map(self._ready, itertools.islice(self.batches.forever(done), self.total - done))
+        left = itertools.islice(self.batches.forever(done), self.total - done)
+        coming = (self._ready(step, *found) for step, found in enumerate(left, start=done + 1))
         ready = next(coming, None)
         while ready is not None:
             epoch, tokens, batch = ready
@@ -184,11 +94,11 @@ class Run:
             self.saved = done
             self.on_save()
 
-    def _ready(self, coming: tuple[float, Batch]) -> tuple[float, int, Batch]:
+    def _ready(self, step: int, epoch: float, batch: Batch) -> tuple[float, int, Batch]:
         """(epoch, tokens that are no padding, the batch on its way to the device)."""
-        epoch, batch = coming
         tokens = int((batch.segments > 0).sum())
-        return epoch, tokens, jax.device_put(embedded(self.frozen, batch))
+        ready = self.objective.ready(step, batch)
+        return epoch, tokens, jax.device_put(embedded(self.frozen, ready))
 
     def _finite(self, report: train.Report, step: int, batch: Batch) -> None:
         if bool(report.finite):
@@ -240,23 +150,6 @@ def short_hash(trainable: Params) -> str:
     for leaf in jax.tree.leaves(trainable):
         digest.update(np.ascontiguousarray(leaf))
     return digest.hexdigest()[:12]
-
-
-def hosted(params: Params) -> Params:
-    """The tree with its embedding table in host memory, where a head of its own stays behind.
-
-    A tied or quantized table is needed on the device: then the tree as it is.
-    """
-    path, leaf = plan.table(params)
-    if isinstance(leaf, Hosted) or not plan.hostable(params):
-        return params
-    return tree.unflatten(tree.flatten(params) | {path: Hosted(np.asarray(leaf))})
-
-
-def embedded(params: Params, batch: Batch) -> Batch:
-    """The batch with its tokens' embeddings, where their table is in host memory."""
-    _, leaf = plan.table(params)
-    return batch._replace(embedded=leaf.rows(batch.tokens)) if isinstance(leaf, Hosted) else batch
 
 
 @contextmanager

@@ -1,0 +1,107 @@
+"""SFTTrainer with the names of TRL and Unsloth."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from unsloth_jax.data import Row
+from workflows import rows, streams
+from workflows.keywords import say, settle, typed
+from workflows.model import Model
+from workflows.sft_config import SFTConfig, settled
+from workflows.trainer import Trainer
+
+TRAINER_IGNORED = {
+    "data_collator": "rows are collated here",
+    "dataset_num_proc": "rows are made in this process",
+}
+TRAINER_LATER = {
+    "compute_metrics": (None,),
+    "preprocess_logits_for_metrics": (None,),
+    "optimizers": (None, (None, None)),
+    "peft_config": (None,),
+    "model_init": (None,),
+    "compute_loss_func": (None,),
+    "optimizer_cls_and_kwargs": (None,),
+}
+TRAINER_USED = (
+    "model", "tokenizer", "processing_class", "train_dataset", "args", "formatting_func",
+    "dataset_text_field", "packing", "max_seq_length", "eval_dataset", "callbacks",
+)  # fmt: skip
+TRAINER_KINDS = {
+    "model": Model, "args": SFTConfig | None, "tokenizer": PreTrainedTokenizerBase | None,
+    "processing_class": PreTrainedTokenizerBase | None, "train_dataset": Iterable | Path | None,
+    "formatting_func": Callable | None, "eval_dataset": Iterable | Path | None,
+}  # fmt: skip
+OLD_STYLE = ("dataset_text_field", "packing", "max_seq_length")
+
+
+class SFTTrainer(Trainer):
+    """Trains a model's adapters on a data set; `train` changes `model.adapters`.
+
+    Args:
+        model: a model with adapters.
+        tokenizer, processing_class: by default the model's own.
+        train_dataset: rows with text, messages, prompt and completion, or input_ids; a list, a
+            data set of `datasets`, a file (.jsonl, .json, .csv, .parquet), a folder or a hub name.
+            A streaming data set is read as it is needed, in its order, if max_steps is given.
+        args: an SFTConfig.
+        formatting_func: makes text of examples, as in Unsloth's notebooks.
+        eval_dataset: rows of the same kinds, or several such data sets by name.
+        callbacks: objects with methods named as transformers' TrainerCallback has them.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        tokenizer: Any = None,
+        train_dataset: Iterable | str | Path | None = None,
+        args: SFTConfig | None = None,
+        processing_class: Any = None,
+        formatting_func: Callable | None = None,
+        eval_dataset: Any = None,
+        callbacks: Sequence[Any] | None = None,
+        **other: Any,
+    ):
+        old = {k: other.pop(k) for k in OLD_STYLE if k in other}
+        settle("SFTTrainer", other, TRAINER_USED, TRAINER_IGNORED, TRAINER_LATER)
+        given = dict(model=model, args=args, formatting_func=formatting_func)
+        given |= dict(tokenizer=tokenizer, processing_class=processing_class)
+        given |= dict(train_dataset=train_dataset, eval_dataset=eval_dataset)
+        typed("SFTTrainer", given, TRAINER_KINDS)
+        if None not in (tokenizer, processing_class) and tokenizer is not processing_class:
+            raise ValueError("SFTTrainer: give tokenizer or processing_class, got two that differ")
+        args = settled(SFTConfig() if args is None else args, old)
+        self._how = reading(args, formatting_func)
+        tokenizer = next(x for x in (processing_class, tokenizer, model.tokenizer) if x is not None)
+        super().__init__(model, args, tokenizer, train_dataset, eval_dataset, callbacks)
+
+    def _rows(self, dataset: Any) -> list[Row]:
+        return rows.rows(dataset, self.tokenizer, max_length=self.length, **self._how)
+
+    def _stream(self, dataset: Any) -> streams.Rows | None:
+        """How each pass over a streaming data set makes rows; None where all are made at once."""
+        if not isinstance(dataset, datasets.IterableDataset) or self.args.max_steps <= 0:
+            return None
+        say("train_dataset is streamed: its rows come in their order (see dataset.shuffle)")
+
+        def passed(number: int) -> Iterator[Row]:
+            dataset.set_epoch(number)
+            return rows.streamed(dataset, self.tokenizer, max_length=self.length, **self._how)
+
+        return passed
+
+
+def reading(a: SFTConfig, formatting_func: Callable | None) -> dict[str, Any]:
+    """How rows are made of examples."""
+    return {
+        "dataset_text_field": a.dataset_text_field,
+        "formatting_func": formatting_func,
+        "completion_only_loss": a.completion_only_loss,
+        "assistant_only_loss": a.assistant_only_loss,
+        "truncate": a.truncation,
+    }
