@@ -67,7 +67,7 @@ performance: .venv/.dev
 	  --figures $(TABLE)/train_step.json
 	$(BENCH).decode --output $(TABLE)/decode.json
 	$(BENCH).kernels --output $(TABLE)/kernels.json
-	for sides in 4096x4096 4096x14336; do \
+	for sides in 4096x4096 1024x4096 4096x14336; do \
 	  $(BENCH).kernels --sides $$sides --only "NF4 matmul over" --output $(TABLE)/kernels.json; done
 	$(BIN)/python tests/gpu/elementwise_bench.py --output $(TABLE)/elementwise.json
 	$(BENCH).plan_accuracy --measure 5 --figures $(TABLE)/plan.json --measured build/plan.jsonl

@@ -236,6 +236,7 @@ def test_the_table_replaces_what_stood_between_the_markers(tmp_path, capsys):
     figures = [
         rows.figure("a", 3.0, "s", other=2.0, must=1.4, aim=1.8, peak_gib=7.0, pinned_gib=1.0),
         rows.figure("b", 3.0, "s", must=4.0, better="lower"),
+        rows.figure("c", 5.0, "1/s", ours_us=20.0, other_us=50.0, floor_us=10.0),
     ]
     rows.write(tmp_path / "performance" / "x.json", figures)
     performance.main(["--docs", str(tmp_path)])
@@ -243,6 +244,8 @@ def test_the_table_replaces_what_stood_between_the_markers(tmp_path, capsys):
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     (a,) = [line for line in text.splitlines() if line.startswith("| a ")]
     assert "1.5" in a and "yes" in a and "aim too" not in a and "7.00 + 1.00" in a
+    (c,) = [line for line in text.splitlines() if line.startswith("| c ")]
+    assert [float(cell) for cell in c.split("|")[2:-1]] == [20, 50, 10, 2.5]
     performance.main(["--docs", str(tmp_path)])
     assert (tmp_path / "performance.md").read_text() == text
 

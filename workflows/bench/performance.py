@@ -14,6 +14,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 START = "<!-- table: python -m workflows.bench.performance -->"
 END = "<!-- end of table -->"
 COLUMNS = "figure ours other unit ratio must aim limit met memory".split()
+OPERATIONS = ["operation", "ours, us", "other, us", "floor, us", "times as fast"]
 
 
 def figures(folder: Path) -> list[rows.Row]:
@@ -39,15 +40,30 @@ def printed(row: rows.Row) -> rows.Row:
     return row | {"figure": row["name"], "met": said, "memory": " / ".join(memory)}
 
 
+def operation(row: rows.Row) -> rows.Row:
+    """A row of `workflows.bench.kernels` as the table of operations prints it."""
+    ours, other = row["ours_us"], row.get("other_us")
+    faster = None if other is None else other / ours
+    return dict(zip(OPERATIONS, (row["name"], ours, other, row["floor_us"], faster), strict=True))
+
+
 def text(found: Sequence[rows.Row]) -> str:
-    """The table, and under it where and when each figure was measured."""
+    """The tables, and under them where and when each figure was measured."""
     if not found:
         return "Nothing is measured yet."
+    timed = [row for row in found if "ours_us" in row]
+    others = [row for row in found if "ours_us" not in row or row["must"] is not None]
+    tables = [rows.table([printed(row) for row in others], COLUMNS)]
+    if timed:
+        head = (
+            "Operations, beside what XLA makes of the same (for a product with few rows, cuBLAS):"
+        )
+        tables += [head, rows.table([operation(row) for row in timed], OPERATIONS)]
     places: dict[tuple[str, str, str], None] = {}
     for row in found:
         places[row["device"], row["date"], row["command"]] = None
     said = "\n".join(f"- {device}, {date}: `{command}`" for device, date, command in places)
-    return f"{rows.table([printed(row) for row in found], COLUMNS)}\n\nMeasured by\n\n{said}"
+    return "\n\n".join([*tables, "Measured by", said])
 
 
 def put(page: str, table: str) -> str:
