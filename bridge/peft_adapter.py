@@ -214,6 +214,16 @@ def load(folder: str | Path, params: Params) -> tuple[Params, Settings]:
     )
 
 
+def vocabulary(folder: str | Path) -> int | None:
+    """Rows of the embedding that a PEFT folder holds; None where it was not trained."""
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        return None
+    with opened(path) as file:
+        held = f"{PREFIX}{modules_to_save.EMBEDDING}"
+        return file.get_slice(held).get_shape()[0] if held in file.keys() else None
+
+
 def _read(folder: Path, fields, chosen: Mapping[str, Module], params: Params):
     """(the tree of pairs and trained weights, the file's metadata)."""
     where, dora = str(folder / WEIGHTS), fields.get("use_dora", False)

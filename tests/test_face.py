@@ -122,7 +122,7 @@ def test_the_config_has_unsloths_defaults():
     others = (
         "max_length warmup_steps save_steps truncation memory_budget matmul_dtype eval_steps "
         "eval_on_start lr_scheduler_kwargs load_best_model_at_end metric_for_best_model "
-        "greater_is_better"
+        "greater_is_better loraplus_lr_ratio optim_args"
     )
     assert made.keys() - CONFIG.keys() == set(others.split())
     assert vars(SFTConfig(**CONFIG)) == made
@@ -145,23 +145,20 @@ def test_every_reference_keyword_with_its_default_is_taken(folder, tmp_path):
 
 REFUSED = {
     "from_pretrained": dict(
-        load_in_8bit=True, load_in_fp8="block", full_finetuning=True, fast_inference=True,
+        load_in_8bit=True, load_in_fp8="block", fast_inference=True,
         rope_scaling={"type": "linear"}, qat_scheme="int4", num_labels=2, trust_remote_code=True,
-        resize_model_vocab=8, offload_embedding=True, quantization_config={}, text_only=True,
+        float32_mixed_precision=False, offload_embedding=True, quantization_config={}, text_only=True,
         unsloth_tiled_mlp="arctic", gguf_file="x.gguf", config={}, float8_kv_cache=True,
     ),
     "get_peft_model": dict(
-        lora_dropout=0.1, bias="all", modules_to_save=["lm_head"], use_dora=True,
-        loftq_config={"bits": 4}, qat_scheme="int4", target_parameters=["x"],
-        layers_pattern="h", ensure_weight_tying=True, rank_pattern={"q_proj": 2},
+        bias="all", loftq_config={"loftq_bits": 8}, qat_scheme="int4", target_parameters=["x"],
+        layers_pattern="h", rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 2},
     ),
     "SFTConfig": dict(
-        neftune_noise_alpha=5, report_to="wandb", loss_type="dft",
-        push_to_hub=True, label_smoothing_factor=0.1,
-        embedding_learning_rate=1e-5, packing_strategy="wrapped", eos_token="<x>",
+        report_to="wandb", push_to_hub=True, packing_strategy="wrapped",
         group_by_length=True, activation_offloading=True, q_galore_config=1,
     ),
-    "SFTTrainer": dict(compute_metrics=len, peft_config=1),
+    "SFTTrainer": dict(compute_loss_func=len, model_init=len),
     "save_pretrained": dict(push_to_hub=True, state_dict={}, selected_adapters=["x"]),
     "save_pretrained_merged": dict(push_to_hub=True, token="x", tags=["x"], datasets=["x"]),
     "save_pretrained_gguf": dict(
@@ -272,8 +269,14 @@ BAD_ADAPTERS = [
     (dict(random_state=None), TypeError, "random_state"),
     (dict(target_modules=None), TypeError, "target_modules"),
     (dict(target_modules=["nothing"]), ValueError, "nothing.*q_proj"),
-    (dict(target_modules=["q_proj", "embed_tokens"]), ValueError, "embedding.*not supported yet"),
-    (dict(init_lora_weights="pissa"), ValueError, "pissa"),
+    (dict(target_modules=".*(q_proj|embed_tokens)"), ValueError, "embedding.*not supported, name"),
+    (dict(init_lora_weights="corda"), ValueError, "corda.*pissa"),
+    (dict(init_lora_weights="pissa", use_dora=True), ValueError, "use_dora=True with .*pissa"),
+    (dict(lora_dropout=1), ValueError, "lora_dropout must be from 0 to below 1, got 1"),
+    (dict(lora_dropout="no"), TypeError, "lora_dropout"),
+    (dict(modules_to_save="lm_head"), TypeError, "modules_to_save must be a list of names"),
+    (dict(modules_to_save=["head"]), ValueError, "no modules .'head'.; there are .*lm_head"),
+    (dict(modules_to_save=["q_proj"]), ValueError, "q_proj.*have adapters: choose one"),
     (dict(use_gradient_checkpointing="never"), ValueError, "unsloth.*'never'"),
     (dict(layers_to_transform=[0], finetune_last_n_layers=1), ValueError, "not both"),
     (dict(layers_to_transform=[7]), ValueError, "7"),

@@ -23,6 +23,7 @@ from unsloth_jax import (
 )
 from workflows import progress
 from workflows.run import short_hash, uninterrupted
+from workflows.trainer import Trainer
 
 # One compiled program serves all runs with these: a constant rate does not know max_steps.
 SAME = dict(
@@ -236,8 +237,8 @@ def test_responses_only_leaves_the_answers(fresh):
 
 def test_an_adapter_with_dropout_is_not_trained_without_it(fresh):
     fresh.peft = fresh.peft._replace(dropout=0.05)
-    with pytest.raises(ValueError, match="lora_dropout=0.05.*not supported yet"):
-        SFTTrainer(fresh, train_dataset=[LONG])
+    with pytest.raises(ValueError, match="draws no dropout, but .* lora_dropout=0.05"):
+        Trainer(fresh, SFTConfig(**SAME), fresh.tokenizer, [LONG], None, None)
 
 
 def test_a_trainer_needs_adapters_and_data(base):

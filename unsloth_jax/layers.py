@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import attention as kernel
 from unsloth_jax.dims import Params
-from unsloth_jax.leaves import linear, linears
+from unsloth_jax.leaves import draws, folded, linear, linears
 
 # attend(q, k, v, *, scale, window) -> (mixed values [B, T, H*h], what the cache keeps)
 Attend = Callable[..., tuple[Array, Any]]
@@ -41,18 +41,21 @@ def gated_mlp(
     (arXiv:2501.01039). Raises ValueError unless they divide the tokens.
     """
     if tiles > 1:
-        return _tiled(lambda x: gated_mlp(node, x, activation), x, tiles)
+        return _tiled(lambda x, n: gated_mlp(folded(node, n), x, activation), x, tiles, node)
     gate, up = linears((node["gate_proj"], node["up_proj"]), x)
     gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
     return linear(node["down_proj"], ACTIVATIONS[activation](gate) * up)
 
 
-def _tiled(mlp: Callable[[Array], Array], x: Array, tiles: int) -> Array:
+def _tiled(mlp: Callable[[Array, Any], Array], x: Array, tiles: int, node: Params) -> Array:
     tokens = x.shape[0] * x.shape[1]
     if tokens % tiles:
         raise ValueError(f"{tiles} tiles don't divide {x.shape[0]} x {x.shape[1]} tokens")
     parts = x.reshape(tiles, 1, tokens // tiles, x.shape[2])
-    return jax.lax.map(jax.checkpoint(mlp, prevent_cse=False), parts).reshape(x.shape)
+    # Numbers only where masks are drawn by them, so that other programs have no operand more.
+    numbers = jnp.arange(tiles) if draws(node) else None
+    one = jax.checkpoint(lambda part: mlp(*part), prevent_cse=False)
+    return jax.lax.map(one, (parts, numbers)).reshape(x.shape)
 
 
 def self_attention(

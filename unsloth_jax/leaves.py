@@ -224,12 +224,24 @@ def _dropout(x, key, rate):
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
-def folded(node: Params, n: int | Int[Array, ""]) -> Params:
-    """The node with other dropout masks: for part `n` of an input whose parts share their node."""
-    is_apart = lambda leaf: isinstance(leaf, Apart)
-    draws = lambda leaf: is_apart(leaf) and leaf.key is not None
-    new = lambda leaf: leaf.replace(key=jax.random.fold_in(leaf.key, n)) if draws(leaf) else leaf
-    return jax.tree.map(new, node, is_leaf=is_apart)
+def folded(node: Params, n: int | Int[Array, ""] | None) -> Params:
+    """The node with other dropout masks: for part `n` of an input whose parts share their node.
+
+    None leaves it as it is.
+    """
+    if n is None:
+        return node
+    new = lambda leaf: leaf.replace(key=jax.random.fold_in(leaf.key, n)) if _drawn(leaf) else leaf
+    return jax.tree.map(new, node, is_leaf=lambda leaf: isinstance(leaf, Apart))
+
+
+def draws(node: Params) -> bool:
+    """Whether a weight of the node drops what its adapter is given."""
+    return any(map(_drawn, jax.tree.leaves(node, is_leaf=lambda leaf: isinstance(leaf, Apart))))
+
+
+def _drawn(leaf):
+    return isinstance(leaf, Apart) and leaf.key is not None
 
 
 def gain(w: Lora) -> Float[Array, "*stack O"]:

@@ -53,7 +53,9 @@ def _recomputed(x: Array, head: Params, y: Array, chunk: int, smoothing: float |
 
     x = jnp.pad(x, ((0, pad), (0, 0))).reshape(-1, chunk, x.shape[1])
     y = jnp.pad(y, (0, pad)).reshape(-1, chunk)
-    return jax.lax.map(lambda xy: one(head, *xy), (x, y)).reshape(-1)[:rows]
+    numbers = jnp.arange(len(x)) if leaves.draws(head) else None
+    part = lambda n, x, y: one(leaves.folded(head, n), x, y)
+    return jax.lax.map(lambda xs: part(*xs), (numbers, x, y)).reshape(-1)[:rows]
 
 
 def sft(logps: Float[Array, "B T"], weights: Float[Array, "B T"]) -> Total:

@@ -18,7 +18,7 @@ import numpy as np
 from pallas_kernels import attention
 from unsloth_jax import remat, tree
 from unsloth_jax.dims import Batch, Params
-from unsloth_jax.leaves import Hosted, Quantized
+from unsloth_jax.leaves import Hosted, Quantized, Vacant
 from unsloth_jax.remat import KEPT, Memory
 from unsloth_jax.train import State
 
@@ -42,6 +42,7 @@ class Job(NamedTuple):
     length: int
     accumulation: int = 1
     platform: str = "gpu"
+    keyed: bool = False  # whether batches bring a random key
 
     @property
     def tokens(self) -> int:
@@ -152,9 +153,9 @@ def _item(job: Job) -> int:
 
 
 def hostable(params: Params) -> bool:
-    """Whether the embedding table may stay in host memory: a plain one beside a head of its own."""
-    quantized = isinstance(table(params)[1], Quantized)
-    return "lm_head.weight" in tree.flatten(params) and not quantized
+    """Whether the embedding table may stay in host memory: frozen and plain, the head its own."""
+    needed = isinstance(table(params)[1], Quantized | Vacant)
+    return "lm_head.weight" in tree.flatten(params) and not needed
 
 
 def _table_apart(job: Job) -> Job:
@@ -173,7 +174,9 @@ def batches(job: Job, memory: Memory) -> Batch:
     whole, real = (jax.ShapeDtypeStruct(lead, d) for d in (jnp.int32, jnp.float32))
     first = _rows(job)
     rows = jax.ShapeDtypeStruct((*lead, first.shape[1]), first.dtype)
-    return Batch(whole, whole, real, whole, whole, rows if memory.host_embedding else None)
+    embedded = rows if memory.host_embedding else None
+    key = jax.ShapeDtypeStruct((job.accumulation, 2), jnp.uint32) if job.keyed else None
+    return Batch(whole, whole, real, whole, whole, embedded, key)
 
 
 def _fixed(job: Job, memory: Memory) -> dict[str, int]:
@@ -346,8 +349,9 @@ def refusal(job: Job, budget: Budget, tried: Sequence[tuple[Memory, Plan]] = ())
         f"{what} ({gib(p.total)} on the device, {gib(p.host)} on the host)"
         for what, p in _fitting(job, budget, [memory for memory, _ in tried])
     ]
+    trained = f"rank {job.rank}" if job.rank else "all weights trained"
     return (
-        f"{job.batch} x {job.length} tokens with rank {job.rank} don't fit into "
+        f"{job.batch} x {job.length} tokens with {trained} don't fit into "
         f"{gib(budget.device)} on the device and {gib(budget.host)} on the host; the leanest plan "
         f"tried, {title(memory)}, takes {plan}. What would fit: {'; '.join(would) or 'nothing'}"
     )

@@ -29,7 +29,8 @@ def evaluator(
     """fn(adapters) -> metrics of one pass over each set, in order, their names before a "_".
 
     The loss is the sum over all supervised tokens divided once by their number, so that batch
-    size and padding make no difference. Compiled once a width.
+    size and padding make no difference; perplexity only where it is a plain cross entropy.
+    Compiled once a width.
     """
     documents = max(batches.documents(batches.steps(0)) for batches in sets.values())
     loss = jax.jit(objective.loss(model.family, model.config, model.scale, documents=documents))
@@ -39,7 +40,10 @@ def evaluator(
         for prefix, batches in sets.items():
             clock = Stopwatch()
             total = _total(loss, adapters, model.params, batches)
-            found |= _named(prefix, total, len(batches.rows), clock())
+            named = _named(prefix, total, len(batches.rows), clock())
+            if not objective.perplexity:
+                del named[f"{prefix}_perplexity"]
+            found |= named
         return found
 
     return metrics

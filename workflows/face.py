@@ -9,19 +9,18 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bridge import export, gguf_tokenizer, hf, hub, peft_adapter, safetensors_file
 from bridge import tokenizer as text
 from bridge.gguf_source import GGUFSource
-from bridge.peft_adapter import Settings
 from unsloth_jax import lora
+from workflows import adapting, vocabulary
 from workflows.face_keywords import (
     LOAD_IGNORED,
     LOAD_KINDS,
@@ -31,10 +30,10 @@ from workflows.face_keywords import (
     PEFT_IGNORED,
     PEFT_KINDS,
     PEFT_LATER,
+    PEFT_RANGES,
     PEFT_USED,
     WIDTHS,
 )
-from workflows.inputs import SEEDS
 from workflows.keywords import ranged, say, settle, shown, typed, written
 from workflows.model import Model
 from workflows.plan import CHECKPOINTING, check_budget
@@ -131,6 +130,8 @@ class FastLanguageModel:
         load_in_4bit: bool = True,
         *,
         load_in_16bit: bool = False,
+        full_finetuning: bool = False,
+        resize_model_vocab: int | None = None,
         token: str | None = None,
         device_map: Any = "sequential",
         revision: str | None = None,
@@ -144,6 +145,9 @@ class FastLanguageModel:
             max_seq_length: longest prompt plus answer, and longest training row, in tokens.
             dtype: None (float32 on a CPU, bfloat16 on a GPU), a name, or a NumPy or JAX dtype.
             load_in_4bit: packs the layers' matrices as NF4; False (or load_in_16bit) keeps `dtype`.
+            full_finetuning: all weights are trained, in float32 beside those computed with; the
+                model needs no get_peft_model, and is loaded as with load_in_4bit=False.
+            resize_model_vocab: rows that embedding and head get, before anything is trained.
             device_map: "cpu", or "cuda" to insist on a GPU; the others take what JAX finds.
 
         Raises ValueError for what the checkpoint or a keyword asks that is not supported, with
@@ -155,6 +159,7 @@ class FastLanguageModel:
         settle("from_pretrained", other, LOAD_USED, LOAD_IGNORED, LOAD_LATER)
         given = find | dict(model_name=model_name, max_seq_length=max_seq_length)
         given |= dict(load_in_4bit=load_in_4bit, load_in_16bit=load_in_16bit)
+        given |= dict(full_finetuning=full_finetuning, resize_model_vocab=resize_model_vocab)
         typed("from_pretrained", given, LOAD_KINDS)
         written("from_pretrained", given, LOAD_NAMES)
         ranged("from_pretrained", given, {"max_seq_length": (1, None)})
@@ -163,18 +168,27 @@ class FastLanguageModel:
         load = dict(
             max_seq_length=max_seq_length,
             dtype=compute_dtype(dtype),
-            four=load_in_4bit and not load_in_16bit,
+            four=load_in_4bit and not load_in_16bit and not full_finetuning,
         )
         if hub.kind(path) != "adapter":
             model = _load(str(model_name), path, **load)
+            if resize_model_vocab is not None:
+                vocabulary.resize(model, resize_model_vocab)
+            if full_finetuning:
+                adapting.begin_whole(model)
             return model, model.tokenizer
+        if full_finetuning:
+            raise ValueError(
+                f"full_finetuning=True trains a whole model, but {path} holds adapters: load their "
+                "base, or merge them into it first"
+            )
         config = path / peft_adapter.CONFIG
         fields = safetensors_file.read_json(config)
         base = fields.get("base_model_name_or_path")
         if not base:
             raise ValueError(f"{config} names no base_model_name_or_path to load")
         model = _load(base, hub.find(base, **(find | {"revision": fields.get("revision")})), **load)
-        model.adapters, model.peft = peft_adapter.load(path, model.params)
+        adapting.load(model, path)
         own = text.load(path) if any((path / name).exists() for name in text.FILES) else None
         _compare_templates(model, own)
         if own is not None:
@@ -187,13 +201,17 @@ class FastLanguageModel:
         r: int = 16,
         target_modules: Sequence[str] | str = lora.TARGETS,
         lora_alpha: float | int = 16,
+        lora_dropout: float | int = 0.0,
         *,
         layers_to_transform: Sequence[int] | int | None = None,
         finetune_last_n_layers: int | None = None,
         use_gradient_checkpointing: bool | str = "unsloth",
         random_state: int = 3407,
         use_rslora: bool = False,
+        modules_to_save: Sequence[str] | None = None,
         init_lora_weights: bool | str = True,
+        loftq_config: Any = MappingProxyType({}),
+        use_dora: bool = False,
         memory_budget: int | float | str | None = None,
         **other: Any,
     ) -> Model:
@@ -201,7 +219,12 @@ class FastLanguageModel:
 
         Args:
             target_modules: last names of modules, a regular expression over whole paths, or
-                "all-linear".
+                "all-linear"; embed_tokens and lm_head in a list are trained whole.
+            lora_dropout: share of an adapter's input that each training step drops.
+            modules_to_save: modules that are trained whole, in float32.
+            init_lora_weights: True, "gaussian", "pissa", "pissa_niter_4" or "loftq"; the last
+                three change the base that is trained on and need load_in_4bit=False.
+            loftq_config: {"loftq_bits": 4, "loftq_iter": 1} or PEFT's LoftQConfig.
             layers_to_transform: layer numbers that get adapters; the others get none.
             use_gradient_checkpointing: True computes layers again in the backward pass, "unsloth"
                 is the leanest plan, "auto" the fastest that fits; on a CPU both mean True.
@@ -214,32 +237,27 @@ class FastLanguageModel:
         _checkpointing("get_peft_model", model, use_gradient_checkpointing)
         check_budget(memory_budget)
         given = dict(lora_alpha=lora_alpha, use_rslora=use_rslora, random_state=random_state)
-        given |= {"init_lora_weights": init_lora_weights}
+        given |= dict(init_lora_weights=init_lora_weights, use_dora=use_dora)
+        given |= dict(lora_dropout=lora_dropout)
         typed("get_peft_model", given, PEFT_KINDS)
-        ranged("get_peft_model", given, {"random_state": SEEDS["seed"]})
-        r = _rank(r, model.config)
-        _meaningful(lora_alpha, target_modules)
-        targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
-        layers = _layers(layers_to_transform, finetune_last_n_layers, model.config.layers)
-        peft = Settings(
-            r, lora_alpha, use_rslora, targets, layers, init_lora_weights, revision=_commit(model)
-        )
-        if model.adapters is not None and _meaning(model.peft) != _meaning(peft):
+        ranged("get_peft_model", given, PEFT_RANGES)
+        iterations = adapting.loftq(loftq_config)
+        if model.adapters is not None and model.peft is None:
+            say("all weights of the model are trained: get_peft_model changes nothing")
+            return model
+        peft = adapting.settings(
+            model, r, target_modules, lora_alpha, layers_to_transform, finetune_last_n_layers,
+            modules_to_save, rslora=use_rslora, start=init_lora_weights, dropout=lora_dropout,
+            dora=use_dora,
+        )  # fmt: skip
+        if model.adapters is not None and not adapting.same(model.peft, peft):
             raise TypeError(f"the model already has adapters with {model.peft}, asked for {peft}")
         model.memory = CHECKPOINTING[use_gradient_checkpointing]
         model.memory_budget = memory_budget
         if model.adapters is not None:
             say("the model already has adapters with these settings; they are kept")
             return model
-        key = jax.random.key(random_state)
-        if any(
-            path.endswith("embed_tokens") for path in lora.modules(model.params, targets, layers)
-        ):
-            raise ValueError(
-                f"target_modules={targets!r} names the embedding, which is not supported yet"
-            )
-        model.adapters = lora.init(key, model.params, r, targets, layers, init_lora_weights)
-        model.peft = peft
+        adapting.begin(model, peft, random_state, iterations)
         return model
 
     @staticmethod
@@ -268,55 +286,6 @@ def _checkpointing(where: str, model: Any, asked: Any) -> None:
             f"{where}: use_gradient_checkpointing must be one of {list(CHECKPOINTING)}, got "
             f"{shown(asked)}"
         )
-
-
-def _rank(r: Any, config: Any) -> int:
-    """`r` as an int; a pair wider than the widest matrix holds nothing that a narrower can't."""
-    if not isinstance(r, Integral) or isinstance(r, bool) or r < 1:
-        raise TypeError(f"r must be a positive integer, got {shown(r)}")
-    if r > (widest := max(config.width, config.mlp_width)):
-        raise ValueError(f"r must be at most {widest}, the model's widest matrix, got {r}")
-    return int(r)
-
-
-def _meaningful(alpha: float | int, targets: Any) -> None:
-    if alpha <= 0:
-        raise ValueError(f"lora_alpha must be over 0, got {alpha!r}")
-    if not isinstance(targets, str | list | tuple | set | frozenset):
-        raise TypeError(f"target_modules must be names or a regex, got {targets!r}")
-    if isinstance(targets, str):
-        try:
-            re.compile(targets)
-        except re.error as error:
-            raise ValueError(
-                f"target_modules {targets!r} is no regular expression: {error}"
-            ) from None
-    elif not all(isinstance(t, str) for t in targets):
-        raise TypeError(f"target_modules must be names or a regex, got {targets!r}")
-
-
-def _meaning(s: Settings) -> tuple:
-    """What two settings must share to be the same; names in a list have no order."""
-    targets = s.targets if isinstance(s.targets, str) else frozenset(s.targets)
-    return s.rank, s.alpha, s.rslora, targets, s.layers, s.start
-
-
-def _layers(
-    chosen: Sequence[int] | int | None, last: int | None, count: int
-) -> tuple[int, ...] | None:
-    if chosen is not None and last is not None:
-        raise ValueError("give layers_to_transform or finetune_last_n_layers, not both")
-    if last is not None:
-        typed("get_peft_model", {"finetune_last_n_layers": last}, {"finetune_last_n_layers": int})
-        return tuple(range(count - max(1, min(last, count)), count))
-    return None if chosen is None else tuple(sorted(np.atleast_1d(chosen).tolist()))
-
-
-def _commit(model: Model) -> str | None:
-    """The commit that the hub's cache holds the base under; None for a folder of the user's."""
-    held = getattr(model.source, "folder", None)
-    cached = held is not None and held.parent.name == "snapshots" and held != Path(model.name)
-    return held.name if cached else None
 
 
 def _compare_templates(model: Model, own: Any) -> None:

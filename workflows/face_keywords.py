@@ -1,29 +1,30 @@
 """The keywords of from_pretrained and get_peft_model: those used, without effect, for later."""
 
+from workflows.inputs import SEEDS
+
 WIDTHS = ("load_in_4bit", "load_in_8bit", "load_in_16bit", "load_in_fp8")
 LOAD_KINDS = {
     "model_name": str, "max_seq_length": int, "load_in_4bit": bool, "load_in_16bit": bool,
     "token": str | bool | None, "revision": str | None, "cache_dir": str | None,
-    "local_files_only": bool,
+    "local_files_only": bool, "full_finetuning": bool, "resize_model_vocab": int | None,
 }  # fmt: skip
 LOAD_NAMES = ("model_name", "revision", "cache_dir")
 LOAD_USED = (
     "model_name", "max_seq_length", "dtype", "load_in_4bit", "load_in_16bit", "token", "device_map",
-    "revision", "cache_dir", "local_files_only",
+    "revision", "cache_dir", "local_files_only", "full_finetuning",
+    "resize_model_vocab",
 )  # fmt: skip
 PEFT_USED = (
     "r", "target_modules", "lora_alpha", "layers_to_transform", "finetune_last_n_layers",
     "use_gradient_checkpointing", "random_state", "use_rslora", "init_lora_weights",
-    "memory_budget",
+    "memory_budget", "lora_dropout", "modules_to_save", "loftq_config", "use_dora",
 )  # fmt: skip
 LOAD_LATER = {
     "load_in_8bit": (False, None),
     "load_in_fp8": (False, None),
-    "full_finetuning": (False, None),
     "rope_scaling": (None,),
-    "resize_model_vocab": (None,),
     "offload_embedding": (False, None),
-    "float32_mixed_precision": (None, False),
+    "float32_mixed_precision": (None, True),
     "fast_inference": (False, None),
     "float8_kv_cache": (False, None),
     "qat_scheme": (None,),
@@ -51,15 +52,10 @@ LOAD_IGNORED = {
     "attn_implementation": "attention is chosen by device and shape",
 }
 PEFT_LATER = {
-    "lora_dropout": (0, None),
     "bias": ("none", None),
     "layers_pattern": (None,),
-    "modules_to_save": (None, []),
-    "loftq_config": ({}, None),
     "qat_scheme": (None,),
     "target_parameters": (None, []),
-    "ensure_weight_tying": (False, None),
-    "use_dora": (False, None),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
 }
@@ -67,7 +63,10 @@ PEFT_IGNORED = {
     "max_seq_length": "the length given to from_pretrained stands",
     "temporary_location": "nothing is spilled to disk",
     "task_type": "the model is a causal language model",
+    "ensure_weight_tying": "tied embedding and head always stay one matrix",
 }
 PEFT_KINDS = {
     "lora_alpha": float, "use_rslora": bool, "random_state": int, "init_lora_weights": bool | str,
+    "use_dora": bool, "lora_dropout": float,
 }  # fmt: skip
+PEFT_RANGES = {"random_state": SEEDS["seed"], "lora_dropout": (0, 1, "below")}

@@ -20,7 +20,7 @@ from bridge.source import Source
 from unsloth_jax import decoder, lora, quant, tree
 from unsloth_jax.dims import Params
 from unsloth_jax.remat import PLAIN, Memory
-from workflows import generate, saving
+from workflows import generate, saving, vocabulary
 from workflows.generate import Answer
 from workflows.inputs import (
     GENERATE_IGNORED,
@@ -55,6 +55,7 @@ class Model:
     quantized: bool
     adapters: Params | None = None
     peft: Settings | None = None
+    initial: Params | None = None  # the pairs that a start took out of `params`
     memory: Memory | str = PLAIN  # or "auto", "unsloth": settled when the batch is known
     memory_budget: int | float | str | None = None  # what training may take of the device
 
@@ -192,15 +193,31 @@ class Model:
     ) -> dict[str, Any]:
         """Writes the adapters as a PEFT folder and returns its manifest.
 
+        A model whose weights are all trained is written as `save_pretrained_merged` writes it.
         Raises ValueError without adapters, FileExistsError for a folder that holds something.
         """
         used = ("save_directory", "overwrite")
         ignored = saving.SAVE_IGNORED | SHARDS
         settle("save_pretrained", other, used, ignored, saving.SAVE_LATER)
         saving.check("save_pretrained", save_directory, None, overwrite)
+        if self.adapters and self.peft is None:
+            return saving.merged(self, save_directory, None, "5GB", merge.ORIGINAL, overwrite)
         return saving.adapter(self, save_directory, None, overwrite)
 
     save_lora = save_pretrained
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> None:
+        """Gives embedding and head this many rows; new ones lie at the mean of the others.
+
+        Without `mean_resizing` they are drawn from N(0, 0.02^2). Raises ValueError with adapters.
+        """
+        count = -(-new_num_tokens // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+        vocabulary.resize(self, count, "mean" if mean_resizing else "normal")
 
     @property
     def device(self) -> str:
@@ -209,8 +226,10 @@ class Model:
 
     def print_trainable_parameters(self) -> None:
         """Prints how many parameters train, in PEFT's words; 4-bit ones count as what they hold."""
+        own = lora.parts(self.adapters or {})[1]
         trained = sum(x.size for x in jax.tree.leaves(self.adapters or {}))
-        whole = trained + sum(math.prod(x.shape) for x in tree.flatten(self.params).values())
+        frozen = (x for path, x in tree.flatten(self.params).items() if path not in own)
+        whole = trained + sum(math.prod(x.shape) for x in frozen)
         share = 100 * trained / whole
         print(f"trainable params: {trained:,} || all params: {whole:,} || trainable%: {share:.4f}")
 

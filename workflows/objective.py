@@ -4,35 +4,15 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from unsloth_jax import decoder, lora, losses, plan, remat, train, tree
 from unsloth_jax.dims import Batch, Params, Total
 from unsloth_jax.leaves import Hosted
 
-
-def loss(
-    model: ModuleType,
-    c: Any,
-    scale: float,
-    memory: remat.Memory = remat.PLAIN,
-    documents: int | None = None,
-) -> train.LossFn:
-    """Cross entropy of the supervised tokens under base plus adapters.
-
-    `memory` and `documents` are those of `decoder.forward`.
-    """
-
-    def fn(adapters: Params, frozen: Params, b: Batch) -> Total:
-        params = lora.attach(frozen, adapters, scale)
-        hidden = decoder.forward(
-            model, c, params, b.tokens, b.positions, b.segments, memory, documents, b.embedded
-        )
-        head = model.head(c, params)
-        logps = losses.token_logprobs(hidden, head, b.targets, memory.chunk, b.weights)
-        return losses.sft(logps, b.weights)
-
-    return fn
+LOSSES = {"nll": losses.sft, "dft": losses.dft}
+ADAPTERS, EMBEDDINGS = 0, 1  # what draws from a batch's key, each from a key of its own
 
 
 class Objective(NamedTuple):
@@ -45,15 +25,113 @@ class Objective(NamedTuple):
     name: str
     loss: Callable[..., train.LossFn]
     ready: Callable[[int, Batch], Batch] = lambda step, batch: batch
+    dropout: float = 0.0  # of the adapters' inputs, drawn from the batch's key
+    draws: bool = False  # whether batches get a key
+    perplexity: bool = True  # whether the loss is a plain cross entropy, in evaluation too
+
+
+class Options(NamedTuple):
+    """What may differ in the loss of supervised fine-tuning."""
+
+    kind: str = "nll"
+    smoothing: float = 0.0  # share of the mean over the vocabulary
+    neftune: float = 0.0  # alpha of the noise on embeddings, 0 for none
+    dropout: float = 0.0  # of adapters' inputs
+
+    @property
+    def draws(self) -> bool:
+        return bool(self.neftune or self.dropout)
+
+
+NONE = Options()
+
+
+def loss(
+    model: ModuleType,
+    c: Any,
+    scale: float,
+    memory: remat.Memory = remat.PLAIN,
+    documents: int | None = None,
+    options: Options = NONE,
+) -> train.LossFn:
+    """The loss of the supervised tokens under base plus adapters.
+
+    `memory` and `documents` are those of `decoder.forward`. A batch without a key draws nothing.
+    """
+    total = LOSSES[options.kind]
+
+    def fn(adapters: Params, frozen: Params, b: Batch) -> Total:
+        params = attached(frozen, adapters, scale, b, options.dropout)
+        hidden = decoder.forward(
+            model, c, params, b.tokens, b.positions, b.segments, memory, documents,
+            _noised(model, c, params, b, options.neftune),
+        )  # fmt: skip
+        head = model.head(c, params)
+        chunked = (memory.chunk, b.weights, options.smoothing)
+        return total(losses.token_logprobs(hidden, head, b.targets, *chunked), b.weights)
+
+    return fn
+
+
+def attached(
+    frozen: Params, adapters: Params, scale: float, b: Batch, dropout: float = 0.0
+) -> Params:
+    """Base plus adapters, whose inputs are dropped by draws of the batch's key, if it has one."""
+    if b.key is None or not dropout:
+        return lora.attach(frozen, adapters, scale)
+    return lora.attach(frozen, adapters, scale, dropout, _key(b, ADAPTERS))
+
+
+def _key(b: Batch, use: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.wrap_key_data(b.key, impl="threefry2x32"), use)
+
+
+def _noised(model: ModuleType, c: Any, params: Params, b: Batch, alpha: float) -> Any:
+    """Embeddings with NEFTune's noise; as the batch has them where nothing is drawn."""
+    if b.key is None or not alpha:
+        return b.embedded
+    rows = model.embed(c, params, b.tokens) if b.embedded is None else b.embedded
+    lengths = decoder.document_lengths(b.segments)
+    return losses.neftune(_key(b, EMBEDDINGS), rows, alpha, lengths)
 
 
 SFT = Objective("sft/1", loss)
 
 
+def sft(options: Options, seed: int) -> Objective:
+    """Supervised fine-tuning with these options; the steps' draws follow from `seed`.
+
+    Raises ValueError for an unknown kind of loss, and for dft with smoothing.
+    """
+    if options.kind not in LOSSES:
+        raise ValueError(f"loss_type={options.kind!r} is not supported; supported: {[*LOSSES]}")
+    if options.kind == "dft" and options.smoothing:
+        raise ValueError(
+            f"loss_type='dft' weighs tokens by their own probability, which label_smoothing_factor"
+            f"={options.smoothing} has not: choose one"
+        )
+    named = {k: v for k, v in options._asdict().items() if v and v != "nll"}
+    name = ", ".join([SFT.name, *(f"{k} {v}" for k, v in named.items())])
+
+    def built(*args: Any, **more: Any) -> train.LossFn:
+        return loss(*args, **more, options=options)
+
+    plain = options.kind == "nll" and not options.smoothing
+    if not options.draws:
+        return Objective(name, built, perplexity=plain)
+    ready = lambda step, batch: batch._replace(key=keys(seed, step, len(batch.tokens)))
+    return Objective(name, built, ready, options.dropout, True, plain)
+
+
+def keys(seed: int, step: int, count: int) -> np.ndarray:
+    """Key data uint32 [count, 2] of a step's micro-batches; the same in a run that goes on."""
+    return np.random.SeedSequence((seed, step)).generate_state(2 * count).reshape(count, 2)
+
+
 def hosted(params: Params) -> Params:
     """The tree with its embedding table in host memory, where a head of its own stays behind.
 
-    A tied or quantized table is needed on the device: then the tree as it is.
+    A tied, quantized or trained table is needed on the device: then the tree as it is.
     """
     path, leaf = plan.table(params)
     if isinstance(leaf, Hosted) or not plan.hostable(params):

@@ -32,7 +32,7 @@ from unsloth_jax.models import family as family_of
 from unsloth_jax.plan import UNBOUNDED, Budget, Job, Plan
 from unsloth_jax.remat import Memory
 from unsloth_jax.train import State, make_step, start
-from workflows import machine, objective
+from workflows import adapting, machine, objective
 from workflows.batching import Batches
 from workflows.keywords import say
 from workflows.objective import SFT, Objective
@@ -134,17 +134,25 @@ def rungs(asked: Memory | str, job: Job) -> tuple[Memory, ...]:
     return every if asked == "auto" else every[-1:]
 
 
-def job_of(model: Any, optimizer: optax.GradientTransformation, batches: Batches | Streamed) -> Job:
+def job_of(
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    batches: Batches | Streamed,
+    keyed: bool = False,
+) -> Job:
     """A trainer's run as shapes; where rows are not packed, its longest."""
     bare = lambda node: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), node)
-    params, p = bare(model.params), model.peft
-    other = states(params, optimizer, p.targets, p.layers)
-    now = jax.eval_shape(lambda adapters: start(adapters, optimizer), bare(model.adapters))
+    own, rank = bare(model.adapters), model.peft.rank if model.peft else 0
+
+    @functools.cache
+    def of(asked: int) -> State:
+        shaped = own if asked == rank else adapting.of_rank(own, asked)
+        return jax.eval_shape(lambda adapters: start(adapters, optimizer), shaped)
+
     return Job(
-        model.family, model.config, params,
-        lambda rank: now if rank == p.rank else other(rank),
-        p.rank, batches.batch, batches.widest, batches.accumulation,
-        "gpu" if jax.default_backend() == "gpu" else "cpu",
+        model.family, model.config, bare(model.params), of, rank,
+        batches.batch, batches.widest, batches.accumulation,
+        "gpu" if jax.default_backend() == "gpu" else "cpu", keyed,
     )  # fmt: skip
 
 
@@ -165,7 +173,7 @@ def prepared(
     documents = batches.documents(total)
     hosted = functools.cache(lambda: objective.hosted(model.params))
     frozen = lambda memory: hosted() if memory.host_embedding else model.params
-    job = job_of(model, optimizer, batches)
+    job = job_of(model, optimizer, batches, lowered.draws)
 
     @functools.cache
     def step(memory: Memory) -> Callable:

@@ -15,7 +15,7 @@ from bridge import tokenizer as text
 from bridge.gguf_blocks import FORMATS
 from bridge.gguf_source import GGUFSource
 from bridge.source import Source
-from workflows import agreement, divergence
+from workflows import agreement, divergence, vocabulary
 from workflows.divergence import Trained
 from workflows.keywords import say, shown, typed, written
 
@@ -79,12 +79,14 @@ def adapter(model: "Model", target: str | Path, tokenizer: Any, overwrite: bool)
     """The adapters as a PEFT folder; returns its manifest. Raises ValueError without adapters."""
     if not model.adapters:
         raise ValueError("the model has no adapters: call FastLanguageModel.get_peft_model first")
+    if model.peft is None:
+        raise ValueError("all weights of the model are trained: there are no adapters to write")
     template = export.text_hash(_given(model, tokenizer).chat_template)
     config = export.text_hash(json.dumps(model.source.config, sort_keys=True))
     metadata = {"config_sha256": config} | ({"chat_template_sha256": template} if template else {})
     settings = model.peft._replace(base=model.name, metadata=metadata)
     with export.complete(Path(target), overwrite) as folder:
-        peft_adapter.save(folder, model.adapters, settings)
+        peft_adapter.save(folder, model.adapters, settings, model.initial)
         copy_tokenizer(model, folder, tokenizer)
         return export.write_manifest(folder, {"kind": "adapter", **_facts(model, tokenizer)})
 
@@ -181,6 +183,7 @@ def formats(methods: Any) -> list[str]:
 def hf_config(model: "Model", dtype: str) -> dict[str, Any]:
     """config.json of the merged model: the checkpoint's, unquantized, in another dtype."""
     config = {k: v for k, v in model.source.config.items() if k != "quantization_config"}
+    config = vocabulary.config_of(config, model.config.vocab)
     return config | {"torch_dtype" if "torch_dtype" in config else "dtype": dtype}
 
 
@@ -222,15 +225,16 @@ def _facts(model: "Model", tokenizer: Any) -> dict[str, Any]:
 def _merged(model: "Model", dtype: str | None, base: str) -> merge.Merged:
     m = model
     return merge.merged(
-        m.family, m.config, m.params, m.adapters, m.scale, m.source, dtype, base
+        m.family, m.config, m.params, m.adapters, m.scale, m.source, dtype, base, m.initial
     )  # fmt: skip
 
 
 def _distances(m: "Model", found: merge.Merged) -> dict[str, Any]:
     """How far the 4-bit weights of training lie from those the delta was added to."""
-    if not (m.quantized and m.adapters and found.base != merge.DEQUANTIZED):
+    four = m.quantized or m.initial is not None
+    if not (four and m.adapters and found.base != merge.DEQUANTIZED):
         return {}
-    ratios = merge.distances(m.family, m.config, m.params, m.adapters, m.scale, m.source)
+    ratios = merge.distances(m.family, m.config, m.params, m.adapters, m.scale, m.source, m.initial)
     if not ratios:
         return {}
     values = np.asarray(list(ratios.values()))

@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 from unsloth_jax import optim
 from unsloth_jax.optim import Schedule
-from workflows import plan
+from workflows import objective, plan
 from workflows.keywords import ranged, say, settle, typed, written
 
 CONFIG_IGNORED = {
@@ -41,18 +41,11 @@ CONFIG_IGNORED = {
 }
 CONFIG_LATER = {
     "report_to": ("none", None, [], ["none"]),
-    "neftune_noise_alpha": (None, 0),
-    "label_smoothing_factor": (0, None),
     "group_by_length": (False, None),
-    "embedding_learning_rate": (None,),
-    "loss_type": ("nll",),
     "push_to_hub": (False, None),
     "activation_offloading": (False, None),
     "auto_find_batch_size": (False, None),
-    "chat_template_path": (None,),
     "dataset_kwargs": (None, {}),
-    "eos_token": (None,),
-    "pad_token": (None,),
     "packing_strategy": ("bfd", None),
     "pad_to_multiple_of": (None,),
     "model_init_kwargs": (None, {}),
@@ -64,7 +57,7 @@ STRATEGIES = ("no", "steps", "epoch")
 MATMULS = (None, "bf16", "fp8_backward")
 CHOICES = {
     "save_strategy": STRATEGIES, "eval_strategy": STRATEGIES, "optim": optim.OPTIMIZERS,
-    "matmul_dtype": MATMULS,
+    "matmul_dtype": MATMULS, "loss_type": tuple(objective.LOSSES),
 }  # fmt: skip
 RANGES = {
     "per_device_train_batch_size": (1, None), "gradient_accumulation_steps": (1, None),
@@ -73,11 +66,16 @@ RANGES = {
     "per_device_eval_batch_size": (1, None), "eval_steps": (1e-9, None),
     "warmup_steps": (0, None), "warmup_ratio": (0, 1), "weight_decay": (0, None),
     "max_grad_norm": (0, None), "adam_beta1": (0, 1, "below"), "adam_beta2": (0, 1, "below"),
+    "neftune_noise_alpha": (0, None), "label_smoothing_factor": (0, 1, "below"),
+    "embedding_learning_rate": (0, None), "loraplus_lr_ratio": (1e-9, None),
     "adam_epsilon": (1e-30, None), "seed": (0, None), "max_steps": (None, 2**31 - 1),
 }  # fmt: skip
 
 
-NAMES = ("output_dir", "dataset_text_field", "metric_for_best_model")
+NAMES = (
+    "output_dir", "dataset_text_field", "metric_for_best_model", "eos_token", "pad_token",
+    "chat_template_path",
+)  # fmt: skip
 
 
 @dataclass(init=False)
@@ -89,6 +87,14 @@ class SFTConfig:
         max_seq_length, max_length: tokens a row may have; None takes the model's.
         lr_scheduler_type, lr_scheduler_kwargs: a schedule of transformers and its settings.
         warmup_steps, warmup_ratio: steps, or the share of all steps, of linear warm-up.
+        embedding_learning_rate: of embed_tokens and lm_head where they are trained whole.
+        loraplus_lr_ratio: the rate of adapters' b over that of a (LoRA+).
+        optim_args: more of an optimizer's settings: "momentum=0.9,nesterov=True", or a mapping.
+        loss_type: "nll", or "dft", which weighs each token by its probability.
+        label_smoothing_factor: share of the mean over the vocabulary in each token's loss.
+        neftune_noise_alpha: size of the noise on embeddings (NEFTune), in training only.
+        eos_token, pad_token: tokens of the tokenizer that take these parts in its copy.
+        chat_template_path: a Jinja file with the chat template.
         packing: several examples share a row, each in a segment of its own.
         completion_only_loss, assistant_only_loss: which tokens count, as in TRL.
         truncation: cut rows that are too long instead of raising.
@@ -145,6 +151,15 @@ class SFTConfig:
     greater_is_better: bool | None = None
     memory_budget: int | float | str | None = None
     matmul_dtype: str | None = None
+    embedding_learning_rate: float | None = None
+    loraplus_lr_ratio: float | None = None
+    optim_args: str | Mapping | None = None
+    loss_type: str = "nll"
+    label_smoothing_factor: float = 0.0
+    neftune_noise_alpha: float | None = None
+    eos_token: str | None = None
+    pad_token: str | None = None
+    chat_template_path: str | None = None
 
     def __init__(self, **given: Any):
         known = {f.name: f.default for f in fields(type(self))}
@@ -179,8 +194,19 @@ class SFTConfig:
             if (got := getattr(self, name)) not in values:
                 raise ValueError(f"SFTConfig: {name} {got!r} is not supported; {list(values)} are")
         self.schedule(0, 1)
+        if self.embedding_learning_rate is not None and not self.learning_rate:
+            raise ValueError(
+                "SFTConfig: embedding_learning_rate follows the schedule of learning_rate, which "
+                "is 0"
+            )
+        objective.sft(self.losses(), self.seed)
         if not 1e-7 <= self.learning_rate <= 1:
             say(f"learning_rate={self.learning_rate} is unusual; LoRA learns between 1e-5 and 1e-2")
+
+    def losses(self, dropout: float | int = 0.0) -> objective.Options:
+        """What the loss of a run is, with adapters of this dropout."""
+        shares = self.label_smoothing_factor, self.neftune_noise_alpha or 0, dropout
+        return objective.Options(self.loss_type, *map(float, shares))
 
     def schedule(self, warmup: int, total: int) -> Schedule:
         """The learning rate of each step, as transformers gives it.

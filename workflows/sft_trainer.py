@@ -8,33 +8,35 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from unsloth_jax.data import Row
-from workflows import rows, streams
+from workflows import objective, rows, streams, updates
 from workflows.keywords import say, settle, typed
 from workflows.model import Model
+from workflows.objective import Objective
+from workflows.peft_config import adapt
 from workflows.sft_config import SFTConfig, settled
+from workflows.speaking import speaking
 from workflows.trainer import Trainer
+from workflows.user_metrics import Measured
 
 TRAINER_IGNORED = {
     "data_collator": "rows are collated here",
     "dataset_num_proc": "rows are made in this process",
 }
 TRAINER_LATER = {
-    "compute_metrics": (None,),
-    "preprocess_logits_for_metrics": (None,),
-    "optimizers": (None, (None, None)),
-    "peft_config": (None,),
     "model_init": (None,),
     "compute_loss_func": (None,),
     "optimizer_cls_and_kwargs": (None,),
 }
 TRAINER_USED = (
     "model", "tokenizer", "processing_class", "train_dataset", "args", "formatting_func",
-    "dataset_text_field", "packing", "max_seq_length", "eval_dataset", "callbacks",
+    "dataset_text_field", "packing", "max_seq_length", "eval_dataset", "callbacks", "peft_config",
+    "compute_metrics", "preprocess_logits_for_metrics", "optimizers",
 )  # fmt: skip
 TRAINER_KINDS = {
     "model": Model, "args": SFTConfig | None, "tokenizer": PreTrainedTokenizerBase | None,
     "processing_class": PreTrainedTokenizerBase | None, "train_dataset": Iterable | Path | None,
-    "formatting_func": Callable | None, "eval_dataset": Iterable | Path | None,
+    "formatting_func": Callable | None, "compute_metrics": Callable | None,
+    "preprocess_logits_for_metrics": Callable | None, "eval_dataset": Iterable | Path | None,
 }  # fmt: skip
 OLD_STYLE = ("dataset_text_field", "packing", "max_seq_length")
 
@@ -52,6 +54,10 @@ class SFTTrainer(Trainer):
         formatting_func: makes text of examples, as in Unsloth's notebooks.
         eval_dataset: rows of the same kinds, or several such data sets by name.
         callbacks: objects with methods named as transformers' TrainerCallback has them.
+        peft_config: PEFT's LoraConfig or a dictionary of its fields, for a model without adapters.
+        compute_metrics, preprocess_logits_for_metrics: see workflows.user_metrics.
+        optimizers: (an optax transformation, a function of the step that gives the rate to log);
+            None in a place leaves what the config says.
     """
 
     def __init__(
@@ -65,6 +71,10 @@ class SFTTrainer(Trainer):
         formatting_func: Callable | None = None,
         eval_dataset: Any = None,
         callbacks: Sequence[Any] | None = None,
+        peft_config: Any = None,
+        compute_metrics: Callable | None = None,
+        preprocess_logits_for_metrics: Callable | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
         **other: Any,
     ):
         old = {k: other.pop(k) for k in OLD_STYLE if k in other}
@@ -72,13 +82,27 @@ class SFTTrainer(Trainer):
         given = dict(model=model, args=args, formatting_func=formatting_func)
         given |= dict(tokenizer=tokenizer, processing_class=processing_class)
         given |= dict(train_dataset=train_dataset, eval_dataset=eval_dataset)
+        given |= dict(compute_metrics=compute_metrics)
+        given |= dict(preprocess_logits_for_metrics=preprocess_logits_for_metrics)
         typed("SFTTrainer", given, TRAINER_KINDS)
         if None not in (tokenizer, processing_class) and tokenizer is not processing_class:
             raise ValueError("SFTTrainer: give tokenizer or processing_class, got two that differ")
         args = settled(SFTConfig() if args is None else args, old)
         self._how = reading(args, formatting_func)
         tokenizer = next(x for x in (processing_class, tokenizer, model.tokenizer) if x is not None)
+        tokenizer = speaking(tokenizer, args)
+        self.optimizers = updates.handed(optimizers)
+        self.user = Measured(compute_metrics, preprocess_logits_for_metrics)
+        if peft_config is not None:
+            adapt(model, peft_config, args.seed)
+        self.model, self.args = model, args
         super().__init__(model, args, tokenizer, train_dataset, eval_dataset, callbacks)
+
+    @property
+    def objective(self) -> Objective:
+        """The loss that the config and the adapters ask for."""
+        dropout = self.model.peft.dropout if self.model.peft else 0.0
+        return objective.sft(self.args.losses(dropout), self.args.seed)
 
     def _rows(self, dataset: Any) -> list[Row]:
         return rows.rows(dataset, self.tokenizer, max_length=self.length, **self._how)

@@ -11,10 +11,18 @@ import jax
 import numpy as np
 
 from bridge.checkpoint import Checkpoints
-from unsloth_jax import optim
 from unsloth_jax.data import Row
 from unsloth_jax.train import start
-from workflows import diagnose, evaluate, output_folder, plan, progress, streams
+from workflows import (
+    diagnose,
+    evaluate,
+    output_folder,
+    plan,
+    progress,
+    streams,
+    updates,
+    user_metrics,
+)
 from workflows.batching import Batches
 from workflows.callbacks import Callbacks, State, checked
 from workflows.generate import Stopwatch
@@ -24,13 +32,15 @@ from workflows.objective import SFT, Objective
 from workflows.rows import Shown
 from workflows.run import Run, Saving, resumed, short_hash
 from workflows.sft_config import SFTConfig
+from workflows.user_metrics import Measured
 from workflows.watch import Watch
 
 # Settings with which the next batch or the next update would be another one.
 DECISIVE = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
     "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "max_grad_norm", "optim", "packing", "seed",
+    "adam_epsilon", "max_grad_norm", "optim", "optim_args", "embedding_learning_rate",
+    "loraplus_lr_ratio", "packing", "seed",
 )  # fmt: skip
 TENTH = 0.1  # of a run: how often an eval_dataset is evaluated where nothing says, as in Unsloth
 
@@ -50,6 +60,8 @@ class Trainer:
     """
 
     objective: Objective = SFT
+    optimizers: tuple[Any, Any] = (None, None)  # see updates.handed
+    user: Measured = Measured()  # metrics of the user's own
 
     def __init__(
         self,
@@ -60,7 +72,7 @@ class Trainer:
         eval_dataset: Any,
         callbacks: Sequence[Any] | None,
     ):
-        trainable(model)
+        self._trainable(model, args)
         if train_dataset is None:
             raise ValueError(f"{type(self).__name__} needs a train_dataset")
         self.model, self.args, self.tokenizer = model, args, tokenizer
@@ -71,6 +83,18 @@ class Trainer:
         self.state = State(logging_steps=self.args.logging_steps)
         self.callbacks = checked(callbacks)
         self._calls()("on_init_end")
+
+    def _trainable(self, model: Model, args: SFTConfig) -> None:
+        """Raises ValueError where nothing would be trained, or not as the adapters ask."""
+        trainable(model)
+        dropout = model.peft.dropout if model.peft else 0
+        if dropout != self.objective.dropout:
+            raise ValueError(
+                f"{type(self).__name__} draws no dropout, but the adapters have lora_dropout="
+                f"{dropout}: make them with lora_dropout=0"
+            )
+        if self.optimizers[0] is None:
+            updates.rates(args, model.adapters)
 
     def _rows(self, dataset: Any) -> list[Row]:
         """All rows of a data set."""
@@ -150,12 +174,8 @@ class Trainer:
         # What is saved and what answers takes the template that was trained with.
         m.tokenizer = self.tokenizer
         batches, total = self._batches(), self.total_steps()
-        rate = a.schedule(a.warmup(total), total)
+        optimizer, rate = updates.optimizer(a, total, m.adapters, self.optimizers)
         clock = Stopwatch()
-        optimizer = optim.make(
-            a.optim, rate, weight_decay=a.weight_decay, max_grad_norm=a.max_grad_norm or 0.0,
-            b1=a.adam_beta1, b2=a.adam_beta2, eps=a.adam_epsilon,
-        )  # fmt: skip
         facts = self._facts(total)
         prepared = plan.prepared(m, optimizer, batches, total, a.memory_budget, self.objective)
         with m.multiplied_in(a.matmul_dtype), prepared as step:
@@ -208,7 +228,8 @@ class Trainer:
         how = size, 1, self.length, packing, None
         named = lambda name: f"{prefix}_{name}" if name else prefix
         sets = {named(name): Batches(some, *how) for name, some in held_out.items()}
-        return evaluate.evaluator(self.model, sets, self.objective)
+        found = evaluate.evaluator(self.model, sets, self.objective)
+        return user_metrics.beside(found, self.model, sets, self.user)
 
     def _watch(self, total: int, log: Callable) -> Watch:
         """What goes on between the steps of one run."""
@@ -257,6 +278,8 @@ class Trainer:
             "data": "streamed" if callable(self.rows) else _digest(self.rows),
             "base model": [Path(self.model.name).name, str(self.model.dtype), self.model.quantized],
             "adapter scale": self.model.scale,
+            "initial pairs": short_hash(self.model.initial) if self.model.initial else None,
+            "optimizers": [x is not None for x in self.optimizers],
             "fp8": self.args.matmul_dtype if self.args.matmul_dtype != "bf16" else None,
         }
         return json.loads(json.dumps(facts))
@@ -279,11 +302,6 @@ def trainable(model: Model) -> None:
     if model.adapters is None:
         raise ValueError("the model has no adapters; call FastLanguageModel.get_peft_model")
     if not jax.tree.leaves(model.adapters):
-        raise ValueError(
-            f"the model's adapters are empty: target_modules={model.peft.targets} in layers "
-            f"{model.peft.layers} name no weight to train"
-        )
-    if model.peft.dropout:
-        raise ValueError(
-            f"lora_dropout={model.peft.dropout} of the adapter is not supported yet: only 0"
-        )
+        p = model.peft
+        named = f": target_modules={p.targets} in layers {p.layers}" if p else ""
+        raise ValueError(f"the model's adapters are empty{named}, no weight to train")
