@@ -147,7 +147,8 @@ REFUSED = {
     "from_pretrained": dict(
         load_in_8bit=True, load_in_fp8="block", fast_inference=True,
         rope_scaling={"type": "linear"}, qat_scheme="int4", num_labels=2, trust_remote_code=True,
-        float32_mixed_precision=False, offload_embedding=True, quantization_config={}, text_only=True,
+        float32_mixed_precision=False, offload_embedding=True, quantization_config={},
+        text_only=True,
         unsloth_tiled_mlp="arctic", gguf_file="x.gguf", config={}, float8_kv_cache=True,
     ),
     "get_peft_model": dict(

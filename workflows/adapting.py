@@ -148,7 +148,7 @@ def loftq(given: Any) -> int:
     for name, value in fields.items():
         if value not in LOFTQ.get(name, ()):
             raise ValueError(
-                f"get_peft_model: loftq_config={name}={value!r} is not supported yet; supported: {LOFTQ}"
+                f"get_peft_model: loftq_config={fields} is not supported yet; supported: {LOFTQ}"
             )
     return fields.get("loftq_iter", 1)
 

@@ -169,6 +169,8 @@ class SFTConfig:
             setattr(self, name, given.get(name, default))
         if "warmup_steps" in given and "warmup_ratio" not in given:
             self.warmup_ratio = 0.0
+        if self.loss_type == "chunked_nll":  # TRL's older name
+            self.loss_type = "nll"
         self._check()
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"
