@@ -7,6 +7,7 @@ The core is pure. The names of the face are loaded from `workflows` on first use
 _HOMES = {
     "FastLanguageModel": "workflows.face",
     "is_bfloat16_supported": "workflows.face",
+    "add_new_tokens": "workflows.vocabulary",
     "SFTConfig": "workflows.sft_config",
     "SFTTrainer": "workflows.sft_trainer",
     "train_on_responses_only": "workflows.responses_only",

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bridge import peft_adapter
+from bridge import modules_to_save, peft_adapter
 from bridge.peft_adapter import Settings
 from unsloth_jax import lora, tree
 from unsloth_jax.leaves import Vacant
@@ -84,10 +84,16 @@ def begin(model: Model, peft: Settings, seed: int, iterations: int = 1) -> None:
         scale=lora.scaling(peft.alpha, peft.rank, peft.rslora), dora=peft.dora,
         iterations=iterations,
     )  # fmt: skip
-    whole = trained.init(begun.params, peft.saved) if peft.saved else {}
+    whole = trained.init(begun.params, _owners(begun.params, peft.saved)) if peft.saved else {}
     lora.parts(own := _both(begun.adapters, whole))
     model.params, model.adapters = trained.vacated(begun.params, own), own
     model.initial, model.peft = begun.initial, peft
+
+
+def _owners(params: Any, saved: Sequence[str]) -> tuple[str, ...]:
+    """Paths of the modules that PEFT would train for these names: all that end like one of them."""
+    places = modules_to_save.named(params, saved, "get_peft_model")
+    return tuple(dict.fromkeys(place.path.rpartition(".")[0] for place in places.values()))
 
 
 def begin_whole(model: Model) -> None:
