@@ -137,6 +137,7 @@ def test_full_fine_tuning_is_torchs_adamw(folder, tmp_path, figure):
     run = trainer(model, learning_rate=rate, weight_decay=decay, max_steps=10)
     forever = run._batches().forever()
     losses, state = in_torch(folder, [next(forever)[1] for _ in range(10)], rate, decay)
+    before = tiny_chat.reference(folder).state_dict()
     run.train()
     ours = [row["loss"] for row in run.log_history]
     assert losses[-1] < 0.7 * losses[0]
@@ -145,7 +146,9 @@ def test_full_fine_tuning_is_torchs_adamw(folder, tmp_path, figure):
     for path, leaf in tree.flatten(lora.attach(model.params, model.adapters, 1.0)).items():
         wanted = state[path.replace("*", "0")].numpy()
         found = np.asarray(leaf[0] if "*" in path else leaf)
-        assert np.abs(found - wanted).max() < 0.05 * rate * 10, path
+        # Where a gradient is mere rounding, Adam goes a whole step its way: so norms are compared.
+        way = np.linalg.norm(wanted - before[path.replace("*", "0")].numpy())
+        assert np.linalg.norm(found - wanted) < 0.02 * way, path
     trained = logits(model)
     model.save_pretrained(tmp_path / "whole")
     again, _ = tiny_chat.load(tmp_path / "whole")
