@@ -8,10 +8,10 @@ from typing import Any, get_type_hints
 
 from unsloth_jax import optim
 from unsloth_jax.optim import Schedule
-from workflows import objective, plan
+from workflows import foreign_keywords, objective, plan
 from workflows.keywords import ranged, say, settle, typed, written
 
-CONFIG_IGNORED = {
+CONFIG_IGNORED = foreign_keywords.IGNORED | {
     "fp16": "the model's dtype decides",
     "bf16": "the model's dtype decides",
     "gradient_checkpointing": "get_peft_model decides",
@@ -39,7 +39,7 @@ CONFIG_IGNORED = {
     "unsloth_num_chunks": "the loss chooses its own chunks",
     "unsloth_logit_chunk_multiplier": "the loss chooses its own chunks",
 }
-CONFIG_LATER = {
+CONFIG_LATER = foreign_keywords.LATER | {
     "report_to": ("none", None, [], ["none"]),
     "group_by_length": (False, None),
     "push_to_hub": (False, None),
@@ -47,7 +47,7 @@ CONFIG_LATER = {
     "auto_find_batch_size": (False, None),
     "dataset_kwargs": (None, {}),
     "packing_strategy": ("bfd", None),
-    "pad_to_multiple_of": (None,),
+    "pad_to_multiple_of": (None, "auto"),
     "model_init_kwargs": (None, {}),
     "q_galore_config": (None,),
     "vllm_sampling_params": (None,),
@@ -201,7 +201,8 @@ class SFTConfig:
                 "SFTConfig: embedding_learning_rate follows the schedule of learning_rate, which "
                 "is 0"
             )
-        objective.sft(self.losses(), self.seed)
+        if self.loss_type in objective.LOSSES:
+            objective.sft(self.losses(), self.seed)
         if not 1e-7 <= self.learning_rate <= 1:
             say(f"learning_rate={self.learning_rate} is unusual; LoRA learns between 1e-5 and 1e-2")
 

@@ -26,6 +26,7 @@ TRAINER_LATER = {
     "model_init": (None,),
     "compute_loss_func": (None,),
     "optimizer_cls_and_kwargs": (None,),
+    "quantization_config": (None,),
 }
 TRAINER_USED = (
     "model", "tokenizer", "processing_class", "train_dataset", "args", "formatting_func",
