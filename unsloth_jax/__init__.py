@@ -8,6 +8,7 @@ _HOMES = {
     "FastLanguageModel": "workflows.face",
     "is_bfloat16_supported": "workflows.face",
     "add_new_tokens": "workflows.vocabulary",
+    "compile_cache": "workflows.compile_cache",
     "SFTConfig": "workflows.sft_config",
     "SFTTrainer": "workflows.sft_trainer",
     "train_on_responses_only": "workflows.responses_only",

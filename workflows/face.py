@@ -36,7 +36,7 @@ from workflows.face_keywords import (
 )
 from workflows.keywords import ranged, say, settle, shown, typed, written
 from workflows.model import Model
-from workflows.plan import CHECKPOINTING, check_budget
+from workflows.plan import CHECKPOINTING, check_budget, check_room
 
 DTYPES = ("float32", "bfloat16", "float16")
 DIFF_LINES = 12
@@ -322,6 +322,7 @@ def _load(name: str, path: Path, *, max_seq_length: int, dtype: Any, four: bool)
         source, folder = safetensors_file.SafetensorsSource(path), path
     hf.described(source)  # its complaints before the tokenizer's
     tokenizer = text.load(folder)
+    check_room(name, source.config, dtype, four)
     family, c, params = hf.load(source, dtype, "nf4" if four else None)
     longest = source.config.get("max_position_embeddings", max_seq_length)
     if max_seq_length > longest:

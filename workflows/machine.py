@@ -1,11 +1,35 @@
 """What this machine's memory holds, in bytes."""
 
+import os
+import shutil
+import subprocess
+
 import jax
 
 
 def device_limit() -> int | None:
     """What JAX may take of the first device; None where the backend doesn't say (a CPU's)."""
     return _statistics().get("bytes_limit")
+
+
+def device_free() -> int | None:
+    """What JAX can still take of the first device; None where the backend doesn't say.
+
+    It is the rest of JAX's own share, or less where other processes hold part of that.
+    """
+    if (limit := device_limit()) is None:
+        return None
+    return left(limit, device_in_use(), _statistics().get("pool_bytes"), _gpu_free())
+
+
+def left(limit: int, held: int, claimed: int | None, unclaimed: int | None) -> int:
+    """Bytes for JAX, which may take `limit`, has `claimed` from the driver and holds `held` of it.
+
+    `unclaimed` is what no process has; where either isn't known nobody else is taken to be there.
+    """
+    if claimed is None or unclaimed is None:
+        return limit - held
+    return min(limit, claimed + unclaimed) - held
 
 
 def device_in_use() -> int:
@@ -26,6 +50,19 @@ def peak() -> int:
 def host_free() -> int:
     """Host memory that is available (/proc/meminfo)."""
     return _line("/proc/meminfo", "MemAvailable")
+
+
+def _gpu_free() -> int | None:
+    """Bytes of the first visible GPU that no process holds, None where nvidia-smi doesn't say."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    which = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+    command = ["nvidia-smi", f"--id={which}", "--query-gpu=memory.free"]
+    done = subprocess.run(
+        [*command, "--format=csv,noheader,nounits"], capture_output=True, text=True
+    )
+    told = done.stdout.strip()
+    return int(told) * 2**20 if done.returncode == 0 and told.isdecimal() else None
 
 
 def _statistics() -> dict[str, int]:

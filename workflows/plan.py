@@ -82,8 +82,8 @@ def budget(asked: int | float | str | None, held: int = 0) -> Budget | None:
     By default what the device reports free, and `held`: bytes there that the plan counts too. None
     where it reports nothing and nothing was asked for.
     """
-    whole = machine.device_limit()
-    free = UNBOUNDED if whole is None else whole - machine.device_in_use() + held
+    whole, left = machine.device_limit(), machine.device_free()
+    free = UNBOUNDED if left is None else left + held
     if asked is not None:
         return Budget(min(size(asked, whole), free), machine.host_free())
     return None if whole is None else Budget(free, machine.host_free())
@@ -106,6 +106,20 @@ def shapes(fields: dict[str, Any], dtype: Any, quantized: bool) -> tuple[ModuleT
         return quant.quantize(params, "nf4", hf.is_linear) if quantized else params
 
     return family, c, jax.eval_shape(made)
+
+
+def check_room(name: str, fields: dict[str, Any], dtype: Any, quantized: bool) -> None:
+    """Raises MemoryError where a model's weights alone are more than the device has left."""
+    free = machine.device_free()
+    if free is None:
+        return
+    need = plan.size(shapes(fields, dtype, quantized)[2])
+    if need > free:
+        raise MemoryError(
+            f"the weights of {name} take {plan.gib(need)}, JAX can take {plan.gib(free)} of this "
+            "device: `python -m workflows.doctor` says who holds the rest and which settings "
+            "limit it" + ("" if quantized else "; load_in_4bit=True takes about a quarter")
+        )
 
 
 def states(
