@@ -21,8 +21,8 @@ def compile_cache(
 
     Beyond `max_size` (bytes, or a text such as "10GB") the programs that were used longest ago go.
     XLA's choices of algorithms are kept beside them, so that later processes repeat them;
-    `deterministic` also adds DETERMINISTIC to the environment's XLA_FLAGS: the same program then
-    gives the same bits in every run on one kind of GPU, somewhat slower.
+    `deterministic` also adds DETERMINISTIC to the environment's XLA_FLAGS: XLA then leaves out
+    algorithms whose results vary from run to run, which may be slower.
 
     Raises RuntimeError once JAX has started its backend: the flags would have no effect, and
     programs compiled before would be missing.
