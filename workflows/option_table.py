@@ -77,7 +77,7 @@ def _shown(value: Any) -> str:
 
 
 def filled(text: str) -> str:
-    """The page's text with its tables replaced. Raises ValueError where it has no place for them."""
+    """The page's text with its tables replaced; raises ValueError where it has no place."""
     whole = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
     if not whole.search(text):
         raise ValueError(f"the page has no part from {BEGIN} to {END}")
