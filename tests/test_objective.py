@@ -103,7 +103,9 @@ def test_evaluations_are_those_of_trls_trainer(base, folder, tmp_path, how, figu
         model=tiny_chat.reference(folder), args=args, train_dataset=data, eval_dataset=data,
         processing_class=base.tokenizer,
     ).evaluate()["eval_loss"]  # fmt: skip
-    ours = trainer(base, **how).evaluate(ROWS)["eval_loss"]
+    found = trainer(base, **how).evaluate(ROWS)
+    ours = found["eval_loss"]
+    assert ("eval_perplexity" in found) == (how == {"loss_type": "nll"})
     figure(f"{how}: evaluation beside TRL's, relative", abs(ours / theirs - 1), 1e-5)
 
 
