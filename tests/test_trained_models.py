@@ -197,6 +197,9 @@ def test_a_tied_head_is_trained_with_its_embedding_or_not_at_all(tied):
     FastLanguageModel.get_peft_model(model, r=4, target_modules=["q_proj", "embed_tokens"])
     assert model.peft.saved == ("embed_tokens", "lm_head")
     assert [*lora.parts(model.adapters)[1]] == ["model.embed_tokens.weight"]
+    model.adapters = None
+    with pytest.raises(ValueError, match="the base lacks or holds changes of adapters.*again"):
+        FastLanguageModel.get_peft_model(model, r=4)
     with pytest.raises(ValueError, match="trains one of embedding and head, which are one matrix"):
         FastLanguageModel.get_peft_model(tiny_chat.load(tied)[0], modules_to_save=["lm_head"])
 

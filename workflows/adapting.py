@@ -67,6 +67,10 @@ def begin(model: Model, peft: Settings, seed: int, iterations: int = 1) -> None:
 
     Weights that are trained whole leave `model.params`, where only their places stay.
     """
+    if changed(model):
+        raise ValueError(
+            "the base lacks or holds changes of adapters that the model no longer has: load it again"
+        )
     embeddings = [p for p in lora.modules(model.params, peft.targets, peft.layers)
                   if p.endswith(trained.EMBEDDING)]  # fmt: skip
     if embeddings:
