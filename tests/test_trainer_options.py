@@ -9,7 +9,9 @@ import tiny_chat
 import torch
 
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer, lora, tree
-from workflows import moving, peft_config, updates
+from unsloth_jax import plan as memory_plan
+from unsloth_jax.remat import Memory
+from workflows import adapting, moving, peft_config, plan, updates
 
 SAME = dict(
     per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=1e-3,
@@ -178,9 +180,25 @@ def test_fields_of_a_peft_config_that_are_not_supported_are_named(base):
         SFTTrainer(fresh(base), train_dataset=ROWS, peft_config={"r": 7})
 
 
-def test_a_plan_for_other_ranks_has_their_shapes(base):
-    from workflows import adapting
+def test_a_plan_knows_the_keys_of_batches_and_of_whole_training(base, folder):
+    quiet, noisy = trainer(fresh(base)), trainer(base, neftune_noise_alpha=5)
+    for run in (quiet, noisy):
+        job = plan.job_of(base, optax.sgd(1.0), run._batches(), run.objective.draws)
+        planned = memory_plan.batches(job, Memory("full"))
+        ready = run.objective.ready(1, next(run._batches().epoch(0)))
+        assert (planned.key is None) == (run is quiet)
+        kinds = (jax.tree.map(lambda x: (x.shape, str(x.dtype)), b) for b in (planned, ready))
+        assert next(kinds) == next(kinds)
+    whole, _ = tiny_chat.load(folder, full_finetuning=True)
+    job = plan.job_of(whole, optax.adam(1.0), trainer(whole)._batches())
+    found = memory_plan.estimate(job, Memory("full"))
+    count = sum(x.size for x in jax.tree.leaves(whole.adapters))
+    assert (found.parameters, found.adapters) == (0, 4 * count)
+    assert "all weights trained don't fit" in memory_plan.refusal(job, memory_plan.Budget(1, 1))
+    assert not memory_plan.hostable(whole.params)
 
+
+def test_a_plan_for_other_ranks_has_their_shapes(base):
     model = fresh(base, use_dora=True, layers_to_transform=[0])
     shapes = adapting.of_rank(model.adapters, 9)
     wanted = fresh(base, use_dora=True, layers_to_transform=[0], r=9).adapters

@@ -69,7 +69,7 @@ def begin(model: Model, peft: Settings, seed: int, iterations: int = 1) -> None:
     """
     if changed(model):
         raise ValueError(
-            "the base lacks or holds changes of adapters that the model no longer has: load it again"
+            "the base lacks or holds changes of adapters that the model has no more: load it again"
         )
     embeddings = [p for p in lora.modules(model.params, peft.targets, peft.layers)
                   if p.endswith(trained.EMBEDDING)]  # fmt: skip
