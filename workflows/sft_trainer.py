@@ -9,10 +9,12 @@ from transformers import PreTrainedTokenizerBase
 
 from unsloth_jax.data import Row
 from workflows import objective, rows, streams, updates
+from workflows.batching import Batches
 from workflows.keywords import say, settle, typed
 from workflows.model import Model
 from workflows.objective import Objective
 from workflows.peft_config import adapt
+from workflows.preview import preview
 from workflows.sft_config import SFTConfig, settled
 from workflows.speaking import speaking
 from workflows.trainer import Trainer
@@ -119,6 +121,22 @@ class SFTTrainer(Trainer):
             return rows.streamed(dataset, self.tokenizer, max_length=self.length, **self._how)
 
         return passed
+
+    def preview(self, row: int | Row | Sequence[Row] = 0) -> None:
+        """Prints a row of the first epoch by its number, packed if rows are, or the row given.
+
+        Raises IndexError for a number that no row has, ValueError where rows are streamed.
+        """
+        preview(self._line(row) if isinstance(row, int) else row, self.tokenizer)
+
+    def _line(self, number: int) -> list[Row]:
+        batches = self._batches()
+        if not isinstance(batches, Batches):
+            raise ValueError("rows are streamed and not known before they come; give preview a Row")
+        lines = batches.bins(0)
+        if not 0 <= number < len(lines):
+            raise IndexError(f"row {number}: there are {len(lines)}, numbered from 0")
+        return lines[number]
 
 
 def reading(a: SFTConfig, formatting_func: Callable | None) -> dict[str, Any]:
