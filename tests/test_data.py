@@ -1,10 +1,16 @@
 """Packing and batching of token rows: nothing cut, lost, reordered or counted twice."""
 
+import itertools
+import time
+
+import datasets
 import numpy as np
 import pytest
+import trl
 
 from unsloth_jax import data
 from unsloth_jax.data import Row
+from workflows.bench import lengths
 
 
 def rows_of(lengths, seed=0) -> list[Row]:
@@ -44,7 +50,86 @@ def test_packing_leaves_little_room_and_works_as_a_stream():
     assert next(data.packed(endless, 128))
 
 
+@pytest.mark.parametrize("length", [64, 100, 1000])
+def test_best_fit_packs_every_row_once_whole_and_none_overflows(length):
+    rows = rows_of(LENGTHS)
+    bins = data.best_fit(rows, length)
+    assert sorted(row for b in bins for row in b) == rows
+    assert all(sum(len(row.tokens) for row in b) <= length for b in bins)
+    assert all(b == sorted(b) for b in bins)
+
+
+def test_best_fit_puts_the_longest_first_where_the_least_room_is_left():
+    a, b, c, d, e, f = rows_of([3, 6, 4, 7, 2, 10])
+    # 7 leaves 3 and 6 leaves 4: 4 goes to the 6, 3 to the 7, 2 where no room is left.
+    assert data.best_fit([a, b, c, d, e, f], 10) == [[b, c], [a, d], [e], [f]]
+
+
+def real_like(count: int) -> list[Row]:
+    """Rows as long as Alpaca's; their tokens are made up."""
+    sizes = itertools.islice(lengths.documents(1024), count)
+    return [Row([n] * size, [1] * size) for n, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("length", [1024, 2048])
+def test_best_fit_is_as_dense_as_trls(length, figure):
+    rows = real_like(1000)
+    table = datasets.Dataset.from_list([{"input_ids": row.tokens} for row in rows])
+    theirs = trl.pack_dataset(table, length, "bfd")["seq_lengths"]
+    ours = [[len(row.tokens) for row in b] for b in data.best_fit(rows, length)]
+    assert sorted(map(sorted, ours)) == sorted(map(sorted, theirs))
+    empty = 1 - sum(map(sum, ours)) / (len(ours) * length)
+    figure(f"empty part of packed rows of {length} tokens, Alpaca's lengths", empty, 0.01)
+
+
+def test_best_fit_has_bins_of_the_same_lengths_in_any_order_of_rows():
+    rows = rows_of(LENGTHS)
+    sizes = lambda bins: sorted(sorted(len(row.tokens) for row in b) for b in bins)
+    one, other = (data.best_fit(data.shuffled(rows, 0, epoch), 128) for epoch in (0, 1))
+    assert sizes(one) == sizes(other) and one != other
+    assert data.best_fit(data.shuffled(rows, 0, 0), 128) == one
+
+
+def test_bins_of_many_rows_come_no_sooner_than_others():
+    rows = data.shuffled(real_like(2000), 0, 0)
+    counts = [len(b) for b in data.best_fit(rows, 1024)]
+    half = len(counts) // 2
+    assert abs(np.mean(counts[:half]) - np.mean(counts[half:])) < 0.15 * np.mean(counts)
+
+
+def test_many_rows_are_packed_in_seconds():
+    rows, began = real_like(20_000), time.monotonic()
+    assert len(data.best_fit(rows, 2048)) > 1000 and time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("count", [200, 203, 3])
+def test_grouped_rows_share_steps_with_rows_of_like_length(count):
+    rows, size = rows_of(LENGTHS * 2)[:count], 4
+    order = data.grouped(rows, size, seed=1, epoch=0)
+    assert sorted(order) == rows
+    sizes = [len(row.tokens) for row in order]
+    assert sizes[0] == max(sizes)
+    padding = lambda sizes: (
+        sum(max(sizes[at : at + size]) * len(sizes[at : at + size]) for at in range(0, count, size))
+        / sum(sizes)
+    )
+    drawn = [len(row.tokens) for row in data.shuffled(rows, 1, 0)]
+    assert count == 3 or padding(sizes) < 1.05 < 1.3 < padding(drawn)
+
+
+def test_grouped_rows_have_one_order_an_epoch_and_no_slope():
+    rows = rows_of(LENGTHS * 4)
+    one, next_, other = (data.grouped(rows, 4, *key) for key in [(1, 0), (1, 1), (2, 0)])
+    assert data.grouped(rows, 4, 1, 0) == one
+    assert one != next_ != other != one
+    firsts = [len(row.tokens) for row in one[4::4]]
+    half = len(firsts) // 2
+    assert abs(np.mean(firsts[:half]) - np.mean(firsts[half:])) < 0.25 * np.mean(firsts)
+
+
 def test_a_row_that_is_too_long_is_named_and_not_cut():
+    with pytest.raises(ValueError, match="row 2 has 11 tokens, the limit is 10"):
+        data.best_fit(rows_of([3, 10, 11, 2]), 10)
     with pytest.raises(ValueError, match="row 2 has 11 tokens, the limit is 10"):
         list(data.packed(rows_of([3, 10, 11, 2]), 10))
     with pytest.raises(ValueError, match="a row has 11 tokens, the limit is 10"):
@@ -98,6 +183,11 @@ def test_bins_that_do_not_fit_a_batch_are_refused(bins, message):
 )
 def test_a_bucket_is_a_multiple_of_64_within_the_limit(longest, limit, expected):
     assert data.bucket(rows_of([1, longest, 1]), limit) == expected
+
+
+@pytest.mark.parametrize(("longest", "multiple", "expected"), [(65, 8, 72), (99, 64, 128)])
+def test_a_multiple_given_is_kept_above_the_limit_too(longest, multiple, expected):
+    assert data.bucket(rows_of([1, longest]), 100, multiple) == expected
 
 
 def test_an_epoch_has_one_order_and_the_next_another():

@@ -122,7 +122,7 @@ def test_the_config_has_unsloths_defaults():
     others = (
         "max_length warmup_steps save_steps truncation memory_budget matmul_dtype eval_steps "
         "eval_on_start lr_scheduler_kwargs load_best_model_at_end metric_for_best_model "
-        "greater_is_better loraplus_lr_ratio optim_args"
+        "greater_is_better loraplus_lr_ratio optim_args train_sampling_strategy group_by_length"
     )
     assert made.keys() - CONFIG.keys() == set(others.split())
     assert vars(SFTConfig(**CONFIG)) == made
@@ -156,8 +156,7 @@ REFUSED = {
         layers_pattern="h", rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 2},
     ),
     "SFTConfig": dict(
-        report_to="wandb", push_to_hub=True, packing_strategy="wrapped",
-        group_by_length=True, activation_offloading=True, q_galore_config=1,
+        report_to="wandb", push_to_hub=True, activation_offloading=True, q_galore_config=1,
     ),
     "SFTTrainer": dict(compute_loss_func=len, model_init=len),
     "save_pretrained": dict(push_to_hub=True, state_dict={}, selected_adapters=["x"]),

@@ -75,6 +75,4 @@ LATER = {
     "router_aux_loss_coef": (None, 0),
     "truncation_mode": ("keep_start",),
     "shuffle_dataset": (False, True),
-    "train_sampling_strategy": ("random",),
-    "length_column_name": ("length",),
 }

@@ -77,13 +77,14 @@ def streamed(
     assistant_only_loss: bool = False,
     last_response_only: bool = False,
     truncate: bool = False,
+    split: bool = False,
 ) -> Iterator[Row]:
     """One Row for each example, in order; mask[0] is 0, since nothing predicts the first token.
 
     `dataset` may be a file, a folder or a hub name, as `sources.opened` takes it.
 
     Raises ValueError, with the row's index, for columns of no known schema, a row with nothing to
-    learn, and one longer than `max_length` unless `truncate`.
+    learn, and one longer than `max_length` unless `truncate`; `split` makes several Rows of it.
     """
     loss = Loss(completion_only_loss, assistant_only_loss, last_response_only, dataset_text_field)
     dataset = sources.opened(dataset)
@@ -94,19 +95,37 @@ def streamed(
         texts = formatted(dataset, formatting_func)
         dataset = ({dataset_text_field: text} for text in texts)
     for index, example in enumerate(dataset):
-        yield _row(index, example, tokenizer, loss, max_length, truncate)
+        tokens, mask = _read(index, example, tokenizer, loss)
+        if split and max_length is not None:
+            yield from _split(index, tokens, mask, max_length)
+        else:
+            yield _limited(index, tokens, mask, max_length, truncate)
 
 
-def _row(index, example, tokenizer, loss, max_length, truncate) -> Row:
+def _read(index, example, tokenizer, loss) -> Tokens:
     try:
         if not isinstance(example, Mapping):
             raise TypeError(f"expected a row of named columns, got {type(example).__name__}")
         read = SCHEMAS[schema(example, loss.text_field)]
-        tokens, mask = read(example, tokenizer, loss)
+        return read(example, tokenizer, loss)
     except (ValueError, TypeError) as error:
         raise type(error)(f"row {index}: {error}") from error
     except TemplateError as error:
         raise ValueError(f"row {index}: the chat template refuses it: {error}") from error
+
+
+def _split(index, tokens, mask, length) -> Iterator[Row]:
+    """The row in pieces of `length` tokens, those left out in which nothing is learnt."""
+    starts = range(0, len(tokens), length)
+    cut = lambda part, at: part[at : at + length]
+    pieces = [Row(cut(tokens, at), [0, *cut(mask, at)[1:]]) for at in starts]
+    learnt = [piece for piece in pieces if any(piece.mask)]
+    if not learnt:
+        raise ValueError(f"row {index}: no supervised token among {len(tokens)}")
+    yield from learnt
+
+
+def _limited(index, tokens, mask, max_length, truncate) -> Row:
     cut = max_length is not None and len(tokens) > max_length
     if cut and not truncate:
         raise ValueError(

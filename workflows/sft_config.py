@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 from unsloth_jax import optim
 from unsloth_jax.optim import Schedule
-from workflows import foreign_keywords, objective, plan
+from workflows import batching, foreign_keywords, objective, plan
 from workflows.keywords import ranged, say, settle, typed, written
 
 CONFIG_IGNORED = foreign_keywords.IGNORED | {
@@ -36,18 +36,16 @@ CONFIG_IGNORED = foreign_keywords.IGNORED | {
     "fp16_full_eval": "the model's dtype decides",
     "bf16_full_eval": "the model's dtype decides",
     "gradient_checkpointing_kwargs": "get_peft_model decides",
+    "length_column_name": "lengths are counted here",
     "unsloth_num_chunks": "the loss chooses its own chunks",
     "unsloth_logit_chunk_multiplier": "the loss chooses its own chunks",
 }
 CONFIG_LATER = foreign_keywords.LATER | {
     "report_to": ("none", None, [], ["none"]),
-    "group_by_length": (False, None),
     "push_to_hub": (False, None),
     "activation_offloading": (False, None),
     "auto_find_batch_size": (False, None),
     "dataset_kwargs": (None, {}),
-    "packing_strategy": ("bfd", None),
-    "pad_to_multiple_of": (None, "auto"),
     "model_init_kwargs": (None, {}),
     "q_galore_config": (None,),
     "vllm_sampling_params": (None,),
@@ -58,6 +56,7 @@ MATMULS = (None, "bf16", "fp8_backward")
 CHOICES = {
     "save_strategy": STRATEGIES, "eval_strategy": STRATEGIES, "optim": optim.OPTIMIZERS,
     "matmul_dtype": MATMULS, "loss_type": tuple(objective.LOSSES),
+    "train_sampling_strategy": batching.SAMPLING, "packing_strategy": batching.PACKING,
 }  # fmt: skip
 RANGES = {
     "per_device_train_batch_size": (1, None), "gradient_accumulation_steps": (1, None),
@@ -96,6 +95,11 @@ class SFTConfig:
         eos_token, pad_token: tokens of the tokenizer that take these parts in its copy.
         chat_template_path: a Jinja file with the chat template.
         packing: several examples share a row, each in a segment of its own.
+        packing_strategy: "bfd" (best fit decreasing); "bfd_split" also cuts rows that are too long
+            into several instead of raising. Streamed rows are packed by first fit, as they come.
+        train_sampling_strategy: "random", "sequential", or "group_by_length": rows of like length
+            share a step, so that little is padding; also group_by_length=True.
+        pad_to_multiple_of: the width of batches; None and "auto" take 64, at most max_length.
         completion_only_loss, assistant_only_loss: which tokens count, as in TRL.
         truncation: cut rows that are too long instead of raising.
         memory_budget: see get_peft_model, whose value it replaces.
@@ -160,6 +164,10 @@ class SFTConfig:
     eos_token: str | None = None
     pad_token: str | None = None
     chat_template_path: str | None = None
+    packing_strategy: str = "bfd"
+    train_sampling_strategy: str = "random"
+    group_by_length: bool = False
+    pad_to_multiple_of: int | str | None = None
 
     def __init__(self, **given: Any):
         known = {f.name: f.default for f in fields(type(self))}
@@ -187,6 +195,7 @@ class SFTConfig:
                 f"{self.max_length} name the same limit; expected one of them"
             )
         plan.check_budget(self.memory_budget)
+        batching.check(self)
         if self.max_steps <= 0 and not (self.num_train_epochs or 0) > 0:
             raise ValueError(
                 "SFTConfig: give max_steps or num_train_epochs over 0, got "

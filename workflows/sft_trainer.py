@@ -147,4 +147,5 @@ def reading(a: SFTConfig, formatting_func: Callable | None) -> dict[str, Any]:
         "completion_only_loss": a.completion_only_loss,
         "assistant_only_loss": a.assistant_only_loss,
         "truncate": a.truncation,
+        "split": a.packing and a.packing_strategy == "bfd_split",
     }

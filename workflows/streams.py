@@ -25,11 +25,12 @@ class Streamed:
     length: int
     packing: bool
     total: int  # steps of the run, which count as one epoch, as in transformers
+    multiple: int | None = None  # of the width of a batch
 
     @property
     def widest(self) -> int:
-        """The most tokens that a row of a batch may have."""
-        return self.length
+        """The most tokens that a row of a batch may have, padding included."""
+        return data.rounded(self.length, self.multiple or 1)
 
     def documents(self, steps: int) -> int:
         """The most rows that share a bin."""
@@ -49,9 +50,10 @@ class Streamed:
             group = list(itertools.islice(bins, size))
             if step < skip:
                 continue
-            width = self.length
+            width = self.widest
             if not self.packing:
-                width = data.bucket(itertools.chain.from_iterable(group), self.length)
+                rows = itertools.chain.from_iterable(group)
+                width = data.bucket(rows, self.length, self.multiple)
             micro = [group[i : i + self.batch] for i in range(0, size, self.batch)]
             batches = [data.collate(m, self.batch, width) for m in micro]
             yield (step + 1) / self.total, data.stacked(batches)

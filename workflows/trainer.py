@@ -14,6 +14,7 @@ from bridge.checkpoint import Checkpoints
 from unsloth_jax.data import Row
 from unsloth_jax.train import start
 from workflows import (
+    batching,
     diagnose,
     evaluate,
     output_folder,
@@ -40,7 +41,8 @@ DECISIVE = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
     "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay", "adam_beta1", "adam_beta2",
     "adam_epsilon", "max_grad_norm", "optim", "optim_args", "embedding_learning_rate",
-    "loraplus_lr_ratio", "packing", "seed",
+    "loraplus_lr_ratio", "packing", "seed", "packing_strategy", "train_sampling_strategy",
+    "group_by_length", "pad_to_multiple_of",
 )  # fmt: skip
 TENTH = 0.1  # of a run: how often an eval_dataset is evaluated where nothing says, as in Unsloth
 
@@ -244,8 +246,10 @@ class Trainer:
         a = self.args
         sizes = a.per_device_train_batch_size, a.gradient_accumulation_steps
         if callable(self.rows):
-            return streams.Streamed(self.rows, *sizes, self.length, a.packing, a.max_steps)
-        return Batches(self.rows, *sizes, self.length, a.packing, a.seed)
+            multiple = batching.width_multiple(a)
+            how = *sizes, self.length, a.packing, a.max_steps, multiple
+            return streams.Streamed(self.rows, *how)
+        return Batches(self.rows, *sizes, self.length, a.packing, **batching.order(a))
 
     def total_steps(self) -> int:
         """Optimizer steps of a whole run."""
