@@ -266,7 +266,7 @@ def test_markers_never_add_to_a_mask():
     tokens = [1, 2, 9, 3, 7, 8, 1, 2, 9, 3, 7]
     assert mask_responses(tokens, [1] * 11, found) == [0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1]
     assert mask_responses(tokens, [1] * 5 + [0] * 6, found) == [0, 0, 0, 0, 1] + [0] * 6
-    ended = found._replace(tail=[7], stop=8)
+    ended = found._replace(tails=[[7]], stop=8)
     assert mask_responses(tokens, [1] * 11, ended) == [0] * 5 + [1] + [0] * 5
 
 

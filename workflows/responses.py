@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from os.path import commonprefix
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -17,12 +18,13 @@ REMEDY = "use assistant_only_loss=True with messages, or give instruction_part a
 class Markers(NamedTuple):
     """Token ids that open a user's turn and the assistant's.
 
-    `tail` may follow the opening of an answer and belongs to it; `stop` ends an answer where known.
+    One of `tails` may follow the opening of an answer and belongs to it, whole or its beginning;
+    `stop` ends an answer where known.
     """
 
     instruction: list[int]
     response: list[int]
-    tail: list[int] = []
+    tails: Sequence[list[int]] = ()
     stop: int | None = None
 
 
@@ -55,7 +57,8 @@ def responses_only(
         ask, say = tokenizer.decode(found.instruction), tokenizer.decode(found.response)
         raise ValueError(
             f"row {bare[0]}: no supervised token after masking ({len(bare)} of {len(masked)} rows "
-            f"are so); the response marker is {say!r}, the instruction marker {ask!r}"
+            f"are so); the response marker is {say!r}, the instruction marker {ask!r}; without "
+            "markers the chat template's own are found, and force_match=False lets line ends differ"
         )
     return masked
 
@@ -107,13 +110,10 @@ def _require_turns(rows: Sequence[Row], markers: Markers) -> None:
 
 
 def _start(tokens: Sequence[int], at: int, markers: Markers) -> int:
-    """Where an answer begins: after the marker, and after as much of its tail as is there."""
+    """Where an answer begins: after the marker, and after as much of a tail as is there."""
     start = at + len(markers.response)
-    for token in markers.tail:
-        if start == len(tokens) or tokens[start] != token:
-            break
-        start += 1
-    return start
+    shared = lambda tail: len(commonprefix([tail, list(tokens[start : start + len(tail)])]))
+    return start + max(map(shared, markers.tails), default=0)
 
 
 def _end(tokens: Sequence[int], start: int, asks: Sequence[int], stop: int | None) -> int:
@@ -149,8 +149,7 @@ def markers(
         found = Markers(ask, say)
     else:
         core = _shared(tokenizer, texts[1])
-        after = next(iter(_places(say, core)), 0) + len(core)
-        found = Markers(_shared(tokenizer, texts[0]), core, say[after:], stop)
+        found = Markers(_shared(tokenizer, texts[0]), core, _tails(tokenizer, texts[1], core), stop)
     if not all(found[:2]) or found.instruction == found.response:
         raise ValueError(f"markers {texts[0]!r} and {texts[1]!r} have no distinct token ids")
     return found
@@ -167,6 +166,17 @@ def _shared(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     sizes = range(len(whole), 0, -1)
     runs = (whole[i : i + n] for n in sizes for i in range(len(whole) - n + 1))
     return next((run for run in runs if all(_places(other, run) for other in around)), [])
+
+
+def _tails(tokenizer: PreTrainedTokenizerBase, text: str, core: list[int]) -> list[list[int]]:
+    """The ids of the marker after its core, as they are before different texts."""
+    found = []
+    for after in ("", "x", "7", "\n"):
+        tokens, ends = encode(tokenizer, text + after, special=False)
+        start = next(iter(_places(tokens, core)), 0) + len(core)
+        tail = [t for t, end in zip(tokens, ends, strict=True) if end <= len(text)][start:]
+        found += [] if tail in found else [tail]
+    return found
 
 
 def _probe() -> list[dict[str, str]]:
