@@ -7,8 +7,8 @@ import numpy as np
 FILE = Path(__file__).parent / "data" / "trl_sft.json"
 STEPS, BATCH, RATE, CLIP = 30, 2, 5e-4, 1.0
 RANK, ALPHA = 4, 8
-WIDTH, PACKED = 64, 96
-PRODUCTS = 8
+WIDTH, PACKED, ROWS = 64, 128, 12
+PRODUCTS = 3
 # Name -> whether rows are packed, whether answers alone are learnt.
 WAYS = {
     "all tokens": (False, False),

@@ -11,7 +11,8 @@ from bridge import tokenizer as bt
 from bridge.chat_templates import get_chat_template, standardize_sharegpt
 from unsloth_jax.data import Row
 from workflows.responses import Markers, detect_markers, markers, mask_responses, responses_only
-from workflows.rows import Report, report, rows, schema
+from workflows.rows import Report, report, rows
+from workflows.schemas import schema
 
 
 @pytest.fixture(scope="module")

