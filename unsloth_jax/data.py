@@ -3,7 +3,7 @@
 from bisect import bisect_left, insort
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,7 @@ class Row(NamedTuple):
     mask: list[int]
 
 
-def shuffled(rows: Sequence[Row], seed: int, epoch: int) -> list[Row]:
+def shuffled(rows: Sequence[Any], seed: int, epoch: int) -> list[Any]:
     """The rows in the order of one epoch; the same for the same seed and epoch."""
     return [rows[i] for i in np.random.default_rng((seed, epoch)).permutation(len(rows))]
 

@@ -18,6 +18,7 @@ class Batch(NamedTuple):
 
     `embedded` holds the tokens' rows where the embedding table stays in host memory; `key` is a
     random key's data (`jax.random.key_data`) where training draws noise, None in evaluation.
+    `beside` holds what a loss reads of whole answers or of the whole step, by name.
     """
 
     tokens: Int[Array, "*M B T"]
@@ -27,6 +28,7 @@ class Batch(NamedTuple):
     segments: Int[Array, "*M B T"]
     embedded: Float[Array, "*M B T D"] | None = None
     key: UInt32[Array, "*M 2"] | None = None
+    beside: dict[str, Array] | None = None
 
 
 class Total(NamedTuple):
@@ -38,3 +40,15 @@ class Total(NamedTuple):
     def mean(self) -> Float[Array, ""]:
         """value / count, and 0 where nothing was counted."""
         return self.value / jnp.where(self.count == 0, 1.0, self.count)
+
+
+class Measured(NamedTuple):
+    """A loss and what else is reported of its batch, sums by name."""
+
+    total: Total
+    metrics: dict[str, Total]
+
+
+def measured(found: Total | Measured) -> Measured:
+    """A loss function's result with its metrics, of which a bare `Total` has none."""
+    return found if isinstance(found, Measured) else Measured(found, {})

@@ -43,6 +43,7 @@ class Job(NamedTuple):
     accumulation: int = 1
     platform: str = "gpu"
     keyed: bool = False  # whether batches bring a random key
+    beside: dict[str, Any] | None = None  # shapes of a batch's `beside`
 
     @property
     def tokens(self) -> int:
@@ -176,7 +177,7 @@ def batches(job: Job, memory: Memory) -> Batch:
     rows = jax.ShapeDtypeStruct((*lead, first.shape[1]), first.dtype)
     embedded = rows if memory.host_embedding else None
     key = jax.ShapeDtypeStruct((job.accumulation, 2), jnp.uint32) if job.keyed else None
-    return Batch(whole, whole, real, whole, whole, embedded, key)
+    return Batch(whole, whole, real, whole, whole, embedded, key, job.beside)
 
 
 def _fixed(job: Job, memory: Memory) -> dict[str, int]:

@@ -150,7 +150,7 @@ def dpo(
     "sigmoid" with `label_smoothing` is conservative DPO. Raises ValueError for an unknown type or
     for smoothing that the type does not have.
     """
-    _check("DPO", loss_type, DPO, label_smoothing)
+    check("DPO", loss_type, DPO, label_smoothing)
     chosen, rejected = _kept(chosen, weights), _kept(rejected, weights)
     ratios = [side.logps - side.reference for side in (chosen, rejected)]
     margins = Margins(*ratios, chosen.tokens, rejected.tokens)
@@ -207,7 +207,7 @@ def cpo(
     `nll` is `losses.sft` of the chosen answers, `tokens_a_pair` as in `orpo`. Raises ValueError
     as `dpo` does.
     """
-    _check("CPO", loss_type, CPO, label_smoothing)
+    check("CPO", loss_type, CPO, label_smoothing)
     averaged = loss_type in ("ipo", "simpo")
     sides = _kept(chosen, weights), _kept(rejected, weights)
     logps = [_mean_logps(s, weights) if averaged else s.logps for s in sides]
@@ -242,7 +242,7 @@ def kto(
     `kl` is `kto_statistics`' mean over the whole global batch; it has no gradient, and below 0 it
     counts as 0. "apo_zero_unpaired" (arXiv:2408.06266) is without. ValueError for another type.
     """
-    _check("KTO", loss_type, KTO, 0.0)
+    check("KTO", loss_type, KTO, 0.0)
     kept = _kept(answers, weights)
     ratio = kept.logps - kept.reference
     kl = jax.lax.stop_gradient(jnp.maximum(kl, 0.0)) if loss_type == "kto" else jnp.zeros(())
@@ -269,7 +269,8 @@ def kto_statistics(mismatched: Answers, weights: Rows) -> dict[str, Total]:
     return {"kl": _still(_total(kept.logps - kept.reference, weights))}
 
 
-def _check(family: str, name: str, known, smoothing: Number) -> None:
+def check(family: str, name: str, known, smoothing: Number) -> None:
+    """Raises ValueError for an unknown loss type, or smoothing that the type does not have."""
     if name not in known:
         near = difflib.get_close_matches(name, known, 3)
         hint = f"nearest: {', '.join(near)}; " if near else ""

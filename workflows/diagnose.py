@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unsloth_jax import decoder, lora, tree
-from unsloth_jax.dims import Batch, Params
+from unsloth_jax.dims import Batch, Params, measured
 from unsloth_jax.leaves import stacks
 from workflows.objective import SFT, Objective
 
@@ -25,8 +25,8 @@ def first_bad_layer(family: ModuleType, c: Any, scale: float, objective: Objecti
         rows = b.tokens, b.positions, b.segments, b.embedded
         return decoder.finite_layers(family, c, params, *rows)
 
-    loss = objective.loss(family, c, scale)
-    value = lambda adapters, frozen, b: loss(adapters, frozen, b).value
+    loss = objective.alone(family, c, scale)
+    value = lambda adapters, frozen, b: measured(loss(adapters, frozen, b)).total.value
     backward = jax.jit(jax.value_and_grad(value))
 
     def find(adapters: Params, frozen: Params, batches: Batch) -> str:

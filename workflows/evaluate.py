@@ -1,13 +1,14 @@
 """The loss on held-out rows, and what follows from it: best adapters, the end of a run."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from unsloth_jax.dims import Params, Total
+from unsloth_jax.dims import Measured, Params, Total, measured
 from unsloth_jax.train import LossFn
 from workflows.batching import Batches
 from workflows.generate import Stopwatch
@@ -33,14 +34,14 @@ def evaluator(
     Compiled once a width.
     """
     documents = max(batches.documents(batches.steps(0)) for batches in sets.values())
-    loss = jax.jit(objective.loss(model.family, model.config, model.scale, documents=documents))
+    loss = jax.jit(objective.alone(model.family, model.config, model.scale, documents=documents))
 
     def metrics(adapters: Params) -> dict[str, float]:
         found = {}
         for prefix, batches in sets.items():
             clock = Stopwatch()
-            total = _total(loss, adapters, model.params, batches)
-            named = _named(prefix, total, len(batches.rows), clock())
+            totals = _totals(loss, adapters, model.params, batches, objective)
+            named = _named(prefix, totals, len(batches.rows), clock(), objective.counts)
             if not objective.perplexity:
                 del named[f"{prefix}_perplexity"]
             found |= named
@@ -49,25 +50,41 @@ def evaluator(
     return metrics
 
 
-def _total(loss: LossFn, adapters: Params, frozen: Params, batches: Batches) -> Total:
+def _totals(
+    loss: LossFn, adapters: Params, frozen: Params, batches: Batches, objective: Objective
+) -> list[Measured]:
     totals = []
     for batch in batches.epoch(0):
-        micro = jax.tree.map(lambda x: x[0], embedded(frozen, batch))
-        totals.append(loss(adapters, frozen, jax.device_put(micro)))
+        ready = embedded(frozen, objective.compared(batch))
+        micro = jax.tree.map(lambda x: x[0], ready)
+        totals.append(measured(loss(adapters, frozen, jax.device_put(micro))))
         # One batch ahead of the device, else all of them would pile up there.
         jax.block_until_ready(totals[-2:-1])
-    return Total(*(sum(map(float, part)) for part in zip(*totals, strict=True)))
+    return jax.device_get(totals)
 
 
-def _named(prefix: str, total: Total, rows: int, seconds: float) -> dict[str, float]:
-    loss = total.value / total.count
-    return {
-        f"{prefix}_loss": loss,
-        f"{prefix}_perplexity": math.exp(loss) if loss < 700 else math.inf,
-        f"{prefix}_supervised_tokens": int(total.count),
-        f"{prefix}_runtime": round(seconds, 3),
-        f"{prefix}_samples_per_second": round(rows / seconds, 3),
-    }
+def _named(
+    prefix: str, totals: list[Measured], rows: int, seconds: float, counts: str
+) -> dict[str, float]:
+    value, count = (sum(map(float, part)) for part in zip(*(m.total for m in totals), strict=True))
+    loss = value / count
+    found = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+    found |= {counts: int(count)} | means([m.metrics for m in totals])
+    found |= {"runtime": round(seconds, 3), "samples_per_second": round(rows / seconds, 3)}
+    return {f"{prefix}_{name}": value for name, value in found.items()}
+
+
+def means(metrics: Sequence[Mapping[str, Total]]) -> dict[str, float]:
+    """Each metric's mean over batches, those of which nothing was counted left out.
+
+    Where answers stand alone, margins are the difference of the means, as in TRL's KTO.
+    """
+    sums = {name: np.sum([m[name] for m in metrics], 0) for name in (metrics or [{}])[0]}
+    found = {name: float(value / count) for name, (value, count) in sums.items() if count}
+    sides = [found.get(f"rewards/{side}") for side in ("chosen", "rejected")]
+    if "rewards/margins" not in found and None not in sides:
+        found["rewards/margins"] = sides[0] - sides[1]
+    return found
 
 
 def due(strategy: str, every: int, step: int, epoch: float) -> bool:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from unsloth_jax import decoder, lora, losses, plan, remat, train, tree
 from unsloth_jax.dims import Batch, Params, Total
@@ -19,7 +20,10 @@ class Objective(NamedTuple):
     """How a run's loss is built, and the batches of its steps made ready.
 
     `name` stands in checkpoints. `loss` takes what `objective.loss` takes. `ready(step, batch)`
-    fills in what the loss reads beside the rows, on the host, a step ahead of the device.
+    fills in what the loss reads beside the rows, on the host, a step ahead of the device;
+    `compared(batch)` does so for an evaluation. `statistics` makes, of the arguments of `loss`,
+    what a whole step tells each micro-batch (see `train.make_step`). `beside(accumulation, rows)`
+    are the shapes of what `ready` fills in. `counts` names what the loss is divided by.
     """
 
     name: str
@@ -28,6 +32,21 @@ class Objective(NamedTuple):
     dropout: float = 0.0  # of the adapters' inputs, drawn from the batch's key
     draws: bool = False  # whether batches get a key
     perplexity: bool = True  # whether the loss is a plain cross entropy, in evaluation too
+
+    compared: Callable[[Batch], Batch] = lambda batch: batch
+    statistics: Callable[..., train.StatisticsFn] | None = None
+    beside: Callable[[int, int], dict[str, Any] | None] = lambda accumulation, rows: None
+    counts: str = "supervised_tokens"
+
+    def step(self, optimizer: optax.GradientTransformation, *how: Any) -> Callable:
+        """A run's step; `how` are the arguments of `loss`."""
+        found = None if self.statistics is None else self.statistics(*how)
+        return train.make_step(self.loss(*how), optimizer, found)
+
+    def alone(self, *how: Any, **more: Any) -> train.LossFn:
+        """The loss of one micro-batch by itself; the arguments are those of `loss`."""
+        found = None if self.statistics is None else self.statistics(*how, **more)
+        return train.whole(self.loss(*how, **more), found)
 
 
 class Options(NamedTuple):
@@ -141,5 +160,7 @@ def hosted(params: Params) -> Params:
 
 def embedded(params: Params, batch: Batch) -> Batch:
     """The batch with its tokens' embeddings, where their table is in host memory."""
+    if batch.embedded is not None:
+        return batch
     _, leaf = plan.table(params)
     return batch._replace(embedded=leaf.rows(batch.tokens)) if isinstance(leaf, Hosted) else batch

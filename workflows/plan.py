@@ -187,12 +187,12 @@ def prepared(
     documents = batches.documents(total)
     hosted = functools.cache(lambda: objective.hosted(model.params))
     frozen = lambda memory: hosted() if memory.host_embedding else model.params
-    job = job_of(model, optimizer, batches, lowered.draws)
+    beside = lowered.beside(batches.accumulation, batches.batch)
+    job = job_of(model, optimizer, batches, lowered.draws)._replace(beside=beside)
 
     @functools.cache
     def step(memory: Memory) -> Callable:
-        loss = lowered.loss(model.family, model.config, model.scale, memory, documents)
-        return make_step(loss, optimizer)
+        return lowered.step(optimizer, model.family, model.config, model.scale, memory, documents)
 
     def confirm(memory: Memory) -> Plan:
         try:

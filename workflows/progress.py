@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from workflows.keywords import say
 
 LINES = 20  # printed in all where there is no terminal
-COUNTS = ("_supervised_tokens", "_runtime", "_samples_per_second")
+COUNTS = ("_supervised_tokens", "_pairs", "_answers", "_runtime", "_samples_per_second")
 
 
 def bar(total: int, file: Path | None, done: int = 0):

@@ -16,9 +16,10 @@ import numpy as np
 
 from bridge.checkpoint import Checkpoints
 from unsloth_jax import train
-from unsloth_jax.dims import Batch, Params
+from unsloth_jax.dims import Batch, Params, Total
 from workflows import machine, moving
 from workflows.batching import Batches
+from workflows.evaluate import means
 from workflows.generate import Stopwatch
 from workflows.objective import SFT, Objective, embedded
 from workflows.streams import Streamed
@@ -53,6 +54,7 @@ class Run:
     on_save: Callable[[], None] = lambda: None
     objective: Objective = SFT
     losses: list[float] = field(default_factory=list)  # one a step taken here
+    metrics: list[dict[str, Total]] = field(default_factory=list)  # of the steps since a log
     saved: int | None = None  # the step of the last checkpoint
 
     def __call__(self) -> train.State:
@@ -71,12 +73,15 @@ class Run:
             done, seen = done + 1, seen + tokens
             self._finite(report, done, batch)
             self.losses.append(float(report.loss))
+            self.metrics.append(jax.device_get(report.metrics))
             if marks is not None:
                 moving.check(marks, self.state.trainable)
                 moved = True
             if done % self.log_every == 0 or done == self.total:
                 mean = float(np.mean(self.losses[logged:]))
-                self.log(_row(done, epoch, rate, mean, report, seen, clock()))
+                row = _row(done, epoch, rate, mean, report, seen, clock(), self.objective.counts)
+                self.log(row | means(self.metrics))
+                self.metrics.clear()
                 clock, seen, logged = Stopwatch(), 0, len(self.losses)
             watched = Stopwatch()
             stop = self.after(done, epoch)
@@ -169,14 +174,14 @@ def uninterrupted() -> Iterator[None]:
             before(*caught[0])
 
 
-def _row(done, epoch, rate, loss, report, seen, seconds) -> dict[str, Any]:
+def _row(done, epoch, rate, loss, report, seen, seconds, counts) -> dict[str, Any]:
     return {
         "step": done,
         "epoch": round(epoch, 4),
         "loss": loss,
         "learning_rate": rate,
         "grad_norm": float(report.grad_norm),
-        "supervised_tokens": int(report.tokens),
+        counts: int(report.tokens),
         "tokens_per_s": round(seen / seconds, 1),
         "seconds": round(seconds, 3),
         "memory_gib": round(machine.peak() / 2**30, 3),

@@ -2,9 +2,9 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 from unsloth_jax import optim
 from unsloth_jax.optim import Schedule
@@ -169,12 +169,20 @@ class SFTConfig:
     group_by_length: bool = False
     pad_to_multiple_of: int | str | None = None
 
+    # What a config of another trainer changes: names it has not, names without effect, values.
+    absent: ClassVar[tuple[str, ...]] = ()
+    ignored: ClassVar[Mapping[str, str]] = CONFIG_IGNORED
+    later: ClassVar[Mapping[str, tuple]] = CONFIG_LATER
+    choices: ClassVar[Mapping[str, Iterable]] = CHOICES
+    ranges: ClassVar[Mapping[str, tuple]] = RANGES
+
     def __init__(self, **given: Any):
-        known = {f.name: f.default for f in fields(type(self))}
+        every = {f.name: f.default for f in fields(type(self))}
+        known = {name: default for name, default in every.items() if name not in self.absent}
         other = {k: v for k, v in given.items() if k not in known}
-        settle("SFTConfig", other, known, CONFIG_IGNORED, CONFIG_LATER)
-        for name, default in known.items():
-            setattr(self, name, given.get(name, default))
+        settle(type(self).__name__, other, known, self.ignored, self.later)
+        for name, default in every.items():
+            setattr(self, name, given.get(name, default) if name in known else default)
         if "warmup_steps" in given and "warmup_ratio" not in given:
             self.warmup_ratio = 0.0
         if self.loss_type == "chunked_nll":  # TRL's older name
@@ -186,34 +194,38 @@ class SFTConfig:
             self.greater_is_better = not self.metric_for_best_model.endswith("loss")
 
     def _check(self) -> None:
-        typed("SFTConfig", vars(self), KINDS)
-        written("SFTConfig", vars(self), NAMES)
-        ranged("SFTConfig", vars(self), RANGES)
+        where = type(self).__name__
+        kinds = get_type_hints(type(self))
+        typed(where, vars(self), {name: kinds[name] for name in vars(self)})
+        written(where, vars(self), NAMES)
+        ranged(where, vars(self), self.ranges)
         if None not in (both := {self.max_seq_length, self.max_length}) and len(both) > 1:
             raise ValueError(
-                f"SFTConfig: max_seq_length={self.max_seq_length} and max_length="
+                f"{where}: max_seq_length={self.max_seq_length} and max_length="
                 f"{self.max_length} name the same limit; expected one of them"
             )
         plan.check_budget(self.memory_budget)
         batching.check(self)
         if self.max_steps <= 0 and not (self.num_train_epochs or 0) > 0:
             raise ValueError(
-                "SFTConfig: give max_steps or num_train_epochs over 0, got "
+                f"{where}: give max_steps or num_train_epochs over 0, got "
                 f"{self.max_steps}, {self.num_train_epochs}"
             )
-        for name, values in CHOICES.items():
+        for name, values in self.choices.items():
             if (got := getattr(self, name)) not in values:
-                raise ValueError(f"SFTConfig: {name} {got!r} is not supported; {list(values)} are")
+                raise ValueError(f"{where}: {name} {got!r} is not supported; {list(values)} are")
         self.schedule(0, 1)
         if self.embedding_learning_rate is not None and not self.learning_rate:
             raise ValueError(
-                "SFTConfig: embedding_learning_rate follows the schedule of learning_rate, which "
+                f"{where}: embedding_learning_rate follows the schedule of learning_rate, which "
                 "is 0"
             )
-        if self.loss_type in objective.LOSSES:
-            objective.sft(self.losses(), self.seed)
+        self._check_loss()
         if not 1e-7 <= self.learning_rate <= 1:
             say(f"learning_rate={self.learning_rate} is unusual; LoRA learns between 1e-5 and 1e-2")
+
+    def _check_loss(self) -> None:
+        objective.sft(self.losses(), self.seed)
 
     def losses(self, dropout: float | int = 0.0) -> objective.Options:
         """What the loss of a run is, with adapters of this dropout."""

@@ -122,7 +122,7 @@ class Trainer:
         """Adds a callback, an object or a class. Raises as SFTTrainer's `callbacks`."""
         self.callbacks += checked([callback])
 
-    def _held_out(self, given: Any) -> dict[str, list[Row]]:
+    def _held_out(self, given: Any) -> dict[str, list[Any]]:
         """Rows by the data set's name, "" for a single one."""
         if given is None:
             return {}
@@ -136,7 +136,7 @@ class Trainer:
         a, there = self.args, bool(self.eval_rows)
         if not there and (a.eval_strategy != "no" or a.load_best_model_at_end):
             raise ValueError(
-                f"SFTConfig: eval_strategy={a.eval_strategy!r}, load_best_model_at_end="
+                f"{type(a).__name__}: eval_strategy={a.eval_strategy!r}, load_best_model_at_end="
                 f"{a.load_best_model_at_end} need an eval_dataset"
             )
         if there and a.eval_strategy == "no":
@@ -222,14 +222,14 @@ class Trainer:
             raise ValueError("evaluate: the trainer has no eval_dataset and none was given")
         return self._evaluator(held_out, metric_key_prefix)(self.model.adapters)
 
-    def _evaluator(self, held_out: dict[str, list[Row]], prefix: str = "eval") -> Callable:
+    def _evaluator(self, held_out: dict[str, list[Any]], prefix: str = "eval") -> Callable:
         """fn(adapters) -> metrics of all data sets."""
         a = self.args
         size = min(a.per_device_eval_batch_size, a.per_device_train_batch_size)
         packing = a.packing if a.eval_packing is None else a.eval_packing
-        how = size, 1, self.length, packing, None
         named = lambda name: f"{prefix}_{name}" if name else prefix
-        sets = {named(name): Batches(some, *how) for name, some in held_out.items()}
+        made = lambda some: self._made(some, size, 1, packing, None)
+        sets = {named(name): made(some) for name, some in held_out.items()}
         found = evaluate.evaluator(self.model, sets, self.objective)
         return user_metrics.beside(found, self.model, sets, self.user)
 
@@ -249,7 +249,17 @@ class Trainer:
             multiple = batching.width_multiple(a)
             how = *sizes, self.length, a.packing, a.max_steps, multiple
             return streams.Streamed(self.rows, *how)
-        return Batches(self.rows, *sizes, self.length, a.packing, **batching.order(a))
+        return self._made(self.rows, *sizes, a.packing, a.seed)
+
+    def _made(
+        self, rows: Sequence[Any], batch: int, accumulation: int, packing: bool, seed: int | None
+    ) -> Batches:
+        """The batches of some rows; `seed` None leaves them in their order."""
+        order = {"seed": None} if seed is None else batching.order(self.args)
+        return Batches(rows, batch, accumulation, self.length, packing, **order)
+
+    def _digest(self) -> str:
+        return digest(self.rows)
 
     def total_steps(self) -> int:
         """Optimizer steps of a whole run."""
@@ -279,7 +289,7 @@ class Trainer:
             "steps in all": total,
             "warm-up steps": self.args.warmup(total),
             "length": self.length,
-            "data": "streamed" if callable(self.rows) else _digest(self.rows),
+            "data": "streamed" if callable(self.rows) else self._digest(),
             "base model": [Path(self.model.name).name, str(self.model.dtype), self.model.quantized],
             "adapter scale": self.model.scale,
             "initial pairs": short_hash(self.model.initial) if self.model.initial else None,
@@ -289,8 +299,9 @@ class Trainer:
         return json.loads(json.dumps(facts))
 
 
-def _digest(rows: Sequence[Row]) -> str:
-    data = json.dumps([[row.tokens, row.mask] for row in rows])
+def digest(rows: Sequence[Any]) -> str:
+    """What tells data sets apart in checkpoints."""
+    data = json.dumps(rows)
     return f"{len(rows)} rows, sha256 {hashlib.sha256(data.encode()).hexdigest()}"
 
 
