@@ -64,4 +64,4 @@ def model(folder: Path) -> Model:
 def fresh(base: Model, seed: int = 3407) -> Model:
     """The model with new adapters, which change nothing yet."""
     base.adapters = None
-    return FastLanguageModel.get_peft_model(base, r=4, random_state=seed)
+    return FastLanguageModel.get_peft_model(base, r=4, lora_alpha=8, random_state=seed)

@@ -25,6 +25,7 @@ from unsloth_jax.train import start
 ROOT = Path(__file__).parents[1]
 RECORDED = json.loads((ROOT / "tests" / "data" / "preference_trainers.json").read_text())
 FAST = ("dpo", "orpo", "kto")
+WHOLE = dict(per_device_train_batch_size=4)  # one program for all who take it
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +94,9 @@ def test_after_sft_margins_and_kl_begin_at_zero_and_the_reference_stays(fresh):
     args = SFTConfig(**how, per_device_train_batch_size=4, max_length=64, max_steps=3)
     SFTTrainer(fresh, train_dataset=tiny_chat.MESSAGES, args=args).train()
     after = fresh.adapters
-    size = dict(per_device_train_batch_size=4, warmup_steps=0)
-    for kind, rows in (("DPO", TEXTS), ("KTO", JUDGED)):
+    for kind, rows, settings in (("DPO", TEXTS, WHOLE), RUNS["kto"]):
         fresh.adapters = after
-        run = trainer(kind, fresh, rows, max_steps=3, **size)
+        run = trainer(kind, fresh, rows, **settings)
         first, *_, last = steps(run)
         assert run.reference.start is after
         zero = [v for k, v in first.items() if k == "kl" or k.startswith("rewards/")]
@@ -109,10 +109,10 @@ def test_after_sft_margins_and_kl_begin_at_zero_and_the_reference_stays(fresh):
 
 
 def test_training_raises_the_share_of_pairs_that_are_the_right_way_round(fresh):
-    run = trainer("DPO", fresh, TEXTS, per_device_train_batch_size=4)
-    before = run.evaluate(TALKS)
+    run = trainer("DPO", fresh, TEXTS, **WHOLE)
+    before = run.evaluate(TEXTS)
     run.train()
-    after = run.evaluate(TALKS)
+    after = run.evaluate(TEXTS)
     assert before["eval_rewards/accuracies"] == 0 and before["eval_loss"] == pytest.approx(0.693147)
     assert after["eval_rewards/accuracies"] > 0.8 and after["eval_loss"] < 0.6
     assert after["eval_pairs"] == 8 and "eval_perplexity" not in after
@@ -143,12 +143,12 @@ def test_micro_batches_change_nothing_with_a_last_partial_step(kind, rows, setti
     assert [row["answers" if kind == "KTO" else "pairs"] for row in seen[0]] == [4, 3, 4]
 
 
+@pytest.mark.slow
 def test_reference_log_probabilities_found_beforehand_are_those_of_the_step(folder):
     seen = []
     for known in (False, True):
         run = trainer(
-            "DPO", preference_runs.model(folder), TEXTS, per_device_train_batch_size=4,
-            max_steps=3, precompute_ref_log_probs=known,
+            "DPO", preference_runs.model(folder), TEXTS, precompute_ref_log_probs=known, **WHOLE
         )  # fmt: skip
         assert (run.rows[0].reference is not None) == known
         seen.append([row["loss"] for row in steps(run)])
@@ -156,12 +156,12 @@ def test_reference_log_probabilities_found_beforehand_are_those_of_the_step(fold
 
 
 def test_without_a_reference_rewards_are_the_log_probabilities(fresh):
-    size = dict(per_device_train_batch_size=4, max_steps=1, beta=0.2)
-    (row,) = steps(trainer("DPO", fresh, TEXTS, reference_free=True, **size))
-    assert row["rewards/chosen"] == pytest.approx(0.2 * row["logps/chosen"], rel=1e-5)
+    row, *_ = steps(trainer("DPO", fresh, TEXTS, reference_free=True, **WHOLE))
+    assert row["rewards/chosen"] == pytest.approx(0.1 * row["logps/chosen"], rel=1e-5)
     assert row["logps/chosen"] < -10
 
 
+@pytest.mark.slow
 def test_rpo_alpha_is_a_weight_of_the_chosen_answers_cross_entropy(fresh):
     size = dict(per_device_train_batch_size=4, max_steps=1)
     (row,) = steps(trainer("DPO", fresh, TEXTS, rpo_alpha=0.5, **size))
@@ -172,11 +172,10 @@ def test_sparse_logs_hold_the_metrics_of_all_steps_between(base):
     seen = []
     for every in (1, 2):
         run = trainer(
-            "KTO", preference_runs.fresh(base), JUDGED, per_device_train_batch_size=4, max_steps=2,
-            logging_steps=every,
-        )  # fmt: skip
+            "KTO", preference_runs.fresh(base), JUDGED, **RUNS["kto"][2] | dict(logging_steps=every)
+        )
         seen.append(steps(run))
-    (one, two), (both,) = seen
+    (one, two, *_), (both, *_) = seen
     # Of the first four answers two are as wanted, of the other four three.
     good = [sum(row["label"] for row in part) for part in (JUDGED[:4], JUDGED[4:])]
     wanted = np.average([one["logps/chosen"], two["logps/chosen"]], weights=good)
