@@ -22,7 +22,8 @@ from unsloth_jax import (
     train_on_responses_only,
 )
 from workflows import progress
-from workflows.run import short_hash, uninterrupted
+from workflows.interrupts import uninterrupted
+from workflows.run import short_hash
 from workflows.trainer import Trainer
 
 # One compiled program serves all runs with these: a constant rate does not know max_steps.

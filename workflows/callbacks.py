@@ -79,6 +79,26 @@ class Callbacks:
                 raise ValueError(f"a callback set {name}, which a run here can't do; {remedy}")
         return self.control
 
+    def exported(self) -> dict[str, list[dict[str, Any]]]:
+        """Attributes that callbacks want kept in a checkpoint, by class and in order.
+
+        They are those that transformers' `state` method names (ExportableState).
+        """
+        kept: dict[str, list] = {}
+        for member in self.members:
+            if callable(getattr(member, "state", None)):
+                name = type(member).__name__
+                kept.setdefault(name, []).append(member.state().get("attributes", {}))
+        return kept
+
+    def take_up(self, kept: dict[str, list[dict[str, Any]]]) -> None:
+        """Gives callbacks the attributes that `exported` found."""
+        left = {name: list(of) for name, of in kept.items()}
+        for member in self.members:
+            of = left.get(type(member).__name__)
+            for name, value in (of.pop(0) if of else {}).items():
+                setattr(member, name, value)
+
 
 def checked(given: Sequence[Any] | None) -> list[Any]:
     """Callback objects of objects and classes, as transformers takes them.

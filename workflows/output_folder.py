@@ -32,9 +32,7 @@ def refuse_to_mix(folder: Path, done: int) -> None:
     """
     if not folder.is_dir():
         return
-    checkpoints = Checkpoints(folder)
-    latest = checkpoints.latest() or 0
-    checkpoints.close()
+    latest = Checkpoints(folder).latest() or 0
     if latest > done:
         raise FileExistsError(
             f"{folder} holds checkpoint {latest} of an earlier run: continue it with "

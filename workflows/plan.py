@@ -34,9 +34,9 @@ from unsloth_jax.remat import Memory
 from unsloth_jax.train import State, make_step, start
 from workflows import adapting, machine, objective
 from workflows.batching import Batches
+from workflows.interrupts import uninterrupted
 from workflows.keywords import say
 from workflows.objective import SFT, Objective
-from workflows.run import uninterrupted
 from workflows.streams import Streamed
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

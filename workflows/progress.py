@@ -3,14 +3,16 @@
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bridge.checkpoint import FULL
 from workflows.keywords import say
 
 LINES = 20  # printed in all where there is no terminal
@@ -91,9 +93,34 @@ def _appended(file: Path | None, done: int) -> Iterator[Callable[[dict[str, Any]
     kept = _kept(file, done) if done and file.exists() else []
     if not done and file.exists() and file.stat().st_size:
         _move_aside(file)
-    with open(file, "w", encoding="utf-8") as out:
-        out.writelines(line + "\n" for line in kept)
-        yield lambda row: (out.write(json.dumps(row) + "\n"), out.flush())
+    with open(file, "wb", buffering=0) as out:
+        write = _Lines(out)
+        write(kept)
+        yield lambda row: write([json.dumps(row)])
+        write([])
+
+
+class _Lines:
+    """Appends whole lines to a file; what finds no room on the disk waits for the next time."""
+
+    def __init__(self, out: FileIO):
+        self._out, self._waiting = out, ""
+
+    def __call__(self, lines: Sequence[str]) -> None:
+        self._waiting += "".join(line + "\n" for line in lines)
+        data, end = self._waiting.encode(), self._out.tell()
+        try:
+            written = self._out.write(data)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            written = 0
+            say(f"no room for the log: {error}. Its lines wait, training goes on")
+        if written == len(data):
+            self._waiting = ""
+        else:
+            self._out.truncate(end)
+            self._out.seek(end)
 
 
 def _kept(file: Path, done: int) -> list[str]:

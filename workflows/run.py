@@ -2,10 +2,7 @@
 
 import hashlib
 import itertools
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bridge.checkpoint import Checkpoints
+from bridge.checkpoint import FULL, Checkpoints, Restored
+from bridge.export import versions
 from unsloth_jax import train
 from unsloth_jax.dims import Batch, Params, Total
 from workflows import machine, moving
 from workflows.batching import Batches
 from workflows.evaluate import means
 from workflows.generate import Stopwatch
+from workflows.interrupts import Interrupts, uninterrupted
+from workflows.keywords import say
 from workflows.objective import SFT, Objective, embedded
 from workflows.streams import Streamed
 
@@ -29,16 +29,25 @@ Log = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Saving:
-    """When checkpoints are written, and where."""
+    """When checkpoints are written, where, and what is in them beside the state.
+
+    `facts` must be those of the run that goes on from one; `notes` is what else is known then:
+    JSON, and the best adapters or None.
+    """
 
     checkpoints: Checkpoints
     every: int
     facts: dict[str, Any]
+    notes: Callable[[], tuple[dict[str, Any], Params | None]] = lambda: ({}, None)
 
 
 @dataclass
 class Run:
-    """One training run: its state is finite and whole after every step, whatever ends it."""
+    """One training run: its state is finite and whole after every step, whatever ends it.
+
+    As a context it answers Ctrl-C and SIGTERM, writes a checkpoint where they end the run, and
+    leaves when the last one is on the disk; a second signal leaves at once.
+    """
 
     step: Callable
     state: train.State
@@ -55,16 +64,39 @@ class Run:
     objective: Objective = SFT
     losses: list[float] = field(default_factory=list)  # one a step taken here
     metrics: list[dict[str, Total]] = field(default_factory=list)  # of the steps since a log
-    saved: int | None = None  # the step of the last checkpoint
+    unlogged: list[float] = field(default_factory=list)  # losses since the last logged row
+    epoch: float = 0.0
+    interrupts: Interrupts = field(default_factory=Interrupts)
+
+    def __post_init__(self) -> None:
+        self.saved = int(self.state.step)  # the step that needs no checkpoint any more
+
+    def __enter__(self) -> "Run":
+        self.interrupts.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            asked = self.interrupts.asked is not None and kind is not None
+            if self.saving and not self.interrupts.twice:
+                if asked and issubclass(kind, KeyboardInterrupt | SystemExit):
+                    self.save()
+                self._written(failing=kind is not None)
+            if asked:
+                self._say_where()
+        finally:
+            self.interrupts.__exit__()
+        if kind is None:
+            self.interrupts.check()
 
     def __call__(self) -> train.State:
         """Takes the steps that are left; raises FloatingPointError where a loss is not finite."""
-        done, clock, seen, moved, logged = int(self.state.step), Stopwatch(), 0, False, 0
+        done, clock, seen, moved = int(self.state.step), Stopwatch(), 0, False
         left = itertools.islice(self.batches.forever(done), self.total - done)
         coming = (self._ready(step, *found) for step, found in enumerate(left, start=done + 1))
         ready = next(coming, None)
         while ready is not None:
-            epoch, tokens, batch = ready
+            self.epoch, tokens, batch = ready
             rate = float(self.rate(jnp.asarray(done)))
             marks = moving.marks(self.state.trainable) if rate > 0 and not moved else None
             report = self._step(batch)
@@ -73,18 +105,23 @@ class Run:
             done, seen = done + 1, seen + tokens
             self._finite(report, done, batch)
             self.losses.append(float(report.loss))
+            self.unlogged.append(self.losses[-1])
             self.metrics.append(jax.device_get(report.metrics))
             if marks is not None:
                 moving.check(marks, self.state.trainable)
                 moved = True
             if done % self.log_every == 0 or done == self.total:
-                mean = float(np.mean(self.losses[logged:]))
-                row = _row(done, epoch, rate, mean, report, seen, clock(), self.objective.counts)
+                mean = float(np.mean(self.unlogged))
+                counts = self.objective.counts
+                row = _row(done, self.epoch, rate, mean, report, seen, clock(), counts)
                 self.log(row | means(self.metrics))
+                clock, seen = Stopwatch(), 0
+                self.unlogged.clear()
                 self.metrics.clear()
-                clock, seen, logged = Stopwatch(), 0, len(self.losses)
             watched = Stopwatch()
-            stop = self.after(done, epoch)
+            with self.interrupts.open():
+                stop = self.after(done, self.epoch)
+            self._noticed()
             clock.pause(watched())
             if self.saving and (stop or done % self.saving.every == 0 or done == self.total):
                 self.save()
@@ -93,12 +130,49 @@ class Run:
         return self.state
 
     def save(self) -> None:
-        """Writes a checkpoint of the state as it is, unless this step has one."""
+        """Starts a checkpoint of the state as it is, unless this step has one.
+
+        Waits for the one before; raises what that failed with, a full disk aside.
+        """
         done = int(self.state.step)
-        if done != self.saved:
-            self.saving.checkpoints.save(done, self.state, self.saving.facts)
-            self.saved = done
-            self.on_save()
+        if done == self.saved:
+            return
+        self._noticed(wait=True)
+        notes, best = self.saving.notes()
+        notes |= {"epoch": self.epoch, "unlogged": self.unlogged, "versions": versions()}
+        where = self.saving.checkpoints
+        where.save(done, self.state, self.saving.facts, notes=notes, best=best)
+        self.saved = done
+        self.on_save()
+
+    def _noticed(self, wait: bool = False) -> None:
+        """Says that a checkpoint found no room, which leaves the one before; raises any other."""
+        if self.saving is None:
+            return
+        where = self.saving.checkpoints
+        try:
+            where.wait() if wait else where.poll()
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            say(f"{error}. Training goes on; the last whole checkpoint is {where.latest()}")
+
+    def _written(self, failing: bool) -> None:
+        """Waits for the last checkpoint; what it failed with is said beside another error."""
+        try:
+            self.saving.checkpoints.wait()
+        except (OSError, RuntimeError) as error:
+            self.saved = None
+            if not failing:
+                raise
+            say(str(error))
+
+    def _say_where(self) -> None:
+        """One line on what is left of a run that a signal has ended."""
+        done, kept = int(self.state.step), "no checkpoint was written"
+        if self.saving and not self.interrupts.twice and self.saved == done:
+            kept = f"its newest checkpoint is in {self.saving.checkpoints.folder}"
+        say(f"stopped after step {done}: the model has its adapters, {kept}")
 
     def _ready(self, step: int, epoch: float, batch: Batch) -> tuple[float, int, Batch]:
         """(epoch, tokens that are no padding, the batch on its way to the device)."""
@@ -122,8 +196,8 @@ class Run:
         return report
 
 
-def resumed(folder: Path, fresh: train.State, facts: dict[str, Any]) -> train.State:
-    """The state of a folder's newest checkpoint, or of the checkpoint that is `folder` itself.
+def resumed(folder: Path, fresh: train.State, facts: dict[str, Any]) -> Restored:
+    """A folder's newest checkpoint, or the checkpoint that is `folder` itself.
 
     Raises ValueError where there is none, or where it belongs to a run with other `facts`.
     """
@@ -138,8 +212,7 @@ def resumed(folder: Path, fresh: train.State, facts: dict[str, Any]) -> train.St
     if not folder.is_dir():
         raise ValueError(f"no folder {folder} to resume from")
     checkpoints = Checkpoints(folder)
-    found = checkpoints.restore(fresh, step)
-    checkpoints.close()
+    found = checkpoints.restore(fresh, step, fresh.trainable)
     was = found.facts.get
     differing = {k: (was(k), v) for k, v in facts.items() if was(k) != v}
     if differing:
@@ -147,7 +220,11 @@ def resumed(folder: Path, fresh: train.State, facts: dict[str, Any]) -> train.St
             f"the checkpoint in {folder} belongs to another run, which differs in (its value, "
             f"this run's): {differing}"
         )
-    return found.state
+    ours, theirs = versions(), found.notes.get("versions", {})
+    changed = {name: (v, ours.get(name)) for name, v in theirs.items() if ours.get(name) != v}
+    if changed:
+        say(f"the checkpoint was written by other versions, now another sum may differ: {changed}")
+    return found
 
 
 def short_hash(trainable: Params) -> str:
@@ -156,22 +233,6 @@ def short_hash(trainable: Params) -> str:
     for leaf in jax.tree.leaves(trainable):
         digest.update(np.ascontiguousarray(leaf))
     return digest.hexdigest()[:12]
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C back until the block ends: a step donates the old state to the new one."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    caught: list[tuple] = []
-    before = signal.signal(signal.SIGINT, lambda *args: caught.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if caught and callable(before):
-            before(*caught[0])
 
 
 def _row(done, epoch, rate, loss, report, seen, seconds, counts) -> dict[str, Any]:

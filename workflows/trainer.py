@@ -167,11 +167,6 @@ class Trainer:
         output_dir holds checkpoints, FloatingPointError for a loss that is not finite.
         """
         source = output_folder.continued(self._folder(), resume_from_checkpoint)
-        if source is not None and self.args.load_best_model_at_end:
-            raise ValueError(
-                "train: load_best_model_at_end with resume_from_checkpoint is not supported yet: "
-                "checkpoints don't hold the best adapters of the steps before"
-            )
         a, m = self.args, self.model
         # What is saved and what answers takes the template that was trained with.
         m.tokenizer = self.tokenizer
@@ -181,31 +176,33 @@ class Trainer:
         facts = self._facts(total)
         prepared = plan.prepared(m, optimizer, batches, total, a.memory_budget, self.objective)
         with m.multiplied_in(a.matmul_dtype), prepared as step:
-            state = start(m.adapters, optimizer)
+            state, found = start(m.adapters, optimizer), None
             if source is not None:
-                state = resumed(source, state, facts)
+                found = resumed(source, state, facts)
+                state = found.state
             before = short_hash(state.trainable)
             if a.output_dir is not None or a.save_strategy != "no":
                 output_folder.refuse_to_mix(self._folder(), int(state.step))
-            saving = self._saving(batches, facts)
             self.log_history.clear()
             own = source is not None and self._folder().absolute() in (source, source.parent)
             kept = int(state.step) if own else 0
             with progress.bar(total, self._metrics_file(), kept) as show:
                 log = lambda row: (self.log_history.append(row), show(row))
                 watch = self._watch(total, log)
+                saving = self._saving(batches, facts, watch.notes)
                 find = diagnose.first_bad_layer(m.family, m.config, m.scale, self.objective)
                 run = watch.run = Run(
                     step, state, m.params, batches, rate, total, watch.logged, a.logging_steps,
                     saving, find, watch.after, watch.saved, self.objective,
                 )  # fmt: skip
+                if found is not None:
+                    watch.go_on(found.notes, found.best)
                 try:
-                    watch.begin()
-                    run()
+                    with run:
+                        watch.begin()
+                        run()
                 finally:
                     m.adapters = run.state.trainable
-                    if run.saving:
-                        run.saving.checkpoints.close()
                 watch.end()
         progress.adapters(before, short_hash(m.adapters))
         return _output(int(run.state.step), run.losses, clock())
@@ -274,12 +271,12 @@ class Trainer:
     def _metrics_file(self) -> Path | None:
         return None if self.args.output_dir is None else self._folder() / "metrics.jsonl"
 
-    def _saving(self, batches: Any, facts: dict[str, Any]) -> Saving | None:
+    def _saving(self, batches: Any, facts: dict[str, Any], notes: Callable) -> Saving | None:
         if self.args.save_strategy == "no":
             return None
         every = self.args.save_steps if self.args.save_strategy == "steps" else batches.steps(0)
         checkpoints = Checkpoints(self._folder(), self.args.save_total_limit)
-        return Saving(checkpoints, every, facts)
+        return Saving(checkpoints, every, facts, notes)
 
     def _facts(self, total: int) -> dict[str, Any]:
         """Everything that decides which batch and which update comes next."""

@@ -28,12 +28,16 @@ class Watch:
     log: Callable[[dict[str, Any]], None]
     run: Run | None = None
     best: Best | None = None
+    measured: int | None = None  # the step of the last evaluation
 
     def begin(self) -> None:
         """Before the first step; where training goes on, before the next."""
-        self._stand(int(self.run.state.step), self.calls.state.epoch)
+        step, epoch = int(self.run.state.step), self.calls.state.epoch
+        self._stand(step, epoch)
         self.calls("on_train_begin")
-        if self.args.eval_on_start and self.evaluated:
+        at_start = step == 0 and self.args.eval_on_start and self.evaluated
+        # A signal may have come before the evaluation of the step that was saved.
+        if at_start or (step > 0 and self.measured != step and self._due(step, epoch)):
             self.measure()
         self.calls("on_epoch_begin")
         self.calls("on_step_begin")
@@ -72,6 +76,7 @@ class Watch:
         """Evaluates the adapters as they are and keeps them if they are the best."""
         state, adapters = self.calls.state, self.run.state.trainable
         found = self.evaluated(adapters)
+        self.measured = state.global_step
         self.log({"step": state.global_step, "epoch": round(state.epoch, 4), **found})
         name = self.args.metric_for_best_model
         self.calls("on_evaluate", metrics=found)
@@ -81,6 +86,22 @@ class Watch:
             self.best = evaluate.better(self.best, metric, step, adapters, greater)
             state.best_metric, state.best_global_step = self.best.metric, self.best.step
         return found
+
+    def notes(self) -> tuple[dict[str, Any], Params | None]:
+        """What a checkpoint keeps of all this: JSON, and the best adapters."""
+        best = self.best and {"metric": self.best.metric, "step": self.best.step}
+        kept = {"measured": self.measured, "best": best, "callbacks": self.calls.exported()}
+        return kept, self.best and self.best.adapters
+
+    def go_on(self, notes: dict[str, Any], best: Params | None) -> None:
+        """Takes up what a checkpoint has kept by `notes`."""
+        state = self.calls.state
+        state.epoch = self.run.epoch = notes.get("epoch", 0.0)
+        self.run.unlogged, self.measured = notes.get("unlogged", []), notes.get("measured")
+        if notes.get("best"):
+            self.best = Best(**notes["best"], adapters=best)
+            state.best_metric, state.best_global_step = self.best.metric, self.best.step
+        self.calls.take_up(notes.get("callbacks", {}))
 
     def end(self) -> None:
         """After the last step; the model takes the best adapters where that was asked for."""
