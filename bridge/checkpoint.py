@@ -141,16 +141,17 @@ class Checkpoints:
     def _write(self, path: Path, items: dict[str, Any]) -> None:
         """One checkpoint, whole or not at all; then those that are too many go."""
         partial = path.with_name(f"{path.name}.partial")
-        try:
-            _room(path, items)
-            with _orbax() as writing, _unlogged():
-                writing.save(partial, args=ocp.args.Composite(**items))
-            _flush(partial)
-            partial.rename(path)
-            _flushed(self.folder)
-        finally:
-            if not path.is_dir():
-                _removed(self.folder, f"{partial.name}*")
+        with _unlogged():
+            try:
+                _room(path, items)
+                with _orbax() as writing:
+                    writing.save(partial, args=ocp.args.Composite(**items))
+                _flush(partial)
+                partial.rename(path)
+                _flushed(self.folder)
+            finally:
+                if not path.is_dir():
+                    _removed(self.folder, f"{partial.name}*")
         for step in self.steps()[: -self._keep] if self._keep else []:
             # What is half removed must not bear the name of a whole one.
             gone = self._path(step).rename(self.folder / f"checkpoint_{step}.partial")

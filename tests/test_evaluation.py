@@ -11,6 +11,7 @@ import transformers
 
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer, train_on_responses_only
 from workflows import evaluate
+from workflows.run import short_hash
 
 SAME = dict(
     per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=2e-2,
@@ -305,7 +306,55 @@ def test_a_share_of_all_steps_is_rounded_up(given, total, every):
     assert due == [*range(every, 8, every)]
 
 
-def test_the_best_adapters_of_a_resumed_run_are_not_promised(fresh, tmp_path):
-    run = trainer(fresh, max_steps=2, load_best_model_at_end=True, output_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="load_best_model_at_end with resume_from_checkpoint"):
-        run.train(resume_from_checkpoint=True)
+class Broken:
+    """Ends a run as a crash would, after a step that was saved."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **more):
+        if state.global_step == self.step:
+            raise OSError("crash")
+
+
+def test_best_adapters_and_patience_of_a_resumed_run_are_those_of_a_whole_one(fresh, tmp_path):
+    start, found = fresh.adapters, []
+    much = dict(
+        max_steps=12, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss", greater_is_better=True, save_strategy="steps",
+        save_steps=2,
+    )  # fmt: skip
+    for name, crash in (("whole", None), ("broken", 3)):
+        fresh.adapters = start
+        patience = lambda: transformers.EarlyStoppingCallback(early_stopping_patience=4)
+        output = str(tmp_path / name)
+        if crash is not None:
+            broken = trainer(
+                fresh, HELD_OUT, [patience(), Broken(crash)], output_dir=output, **much
+            )
+            with pytest.raises(OSError, match="crash"):
+                broken.train()
+        run = trainer(fresh, HELD_OUT, [patience()], output_dir=output, **much)
+        done = run.train(resume_from_checkpoint=crash is not None)
+        s = run.state
+        found.append(
+            (done.global_step, s.best_metric, s.best_global_step, short_hash(fresh.adapters))
+        )
+    assert found[0] == found[1]
+    assert found[0][0] <= 2 and found[0][2] < 12  # best and counted before the crash
+
+
+def test_the_mean_loss_of_a_row_spans_a_crash(fresh, tmp_path):
+    start, rows = fresh.adapters, []
+    much = dict(max_steps=6, logging_steps=3, save_strategy="steps", save_steps=2)
+    for crash in (None, 3, 5):
+        fresh.adapters = start
+        output = str(tmp_path / str(crash))
+        if crash is not None:
+            with pytest.raises(OSError, match="crash"):
+                trainer(fresh, None, [Broken(crash)], output_dir=output, **much).train()
+        run = trainer(fresh, None, output_dir=output, **much)
+        run.train(resume_from_checkpoint=crash is not None)
+        lines = [json.loads(line) for line in open(tmp_path / str(crash) / "metrics.jsonl")]
+        rows.append([(row["step"], row["loss"]) for row in lines])
+    assert rows[0] == rows[1] == rows[2] and len(rows[0]) == 2
