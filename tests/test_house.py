@@ -20,7 +20,8 @@ ALLOWED = {
     ),
     "workflows": (
         ("pallas_kernels", "unsloth_jax", "bridge"),
-        "jax numpy optax transformers jinja2 datasets rich matplotlib xllamacpp",
+        "jax jaxtyping numpy optax transformers jinja2 datasets rich matplotlib xllamacpp "
+        "mlflow tensorboard trackio wandb tyro yaml",
     ),
 }
 # The core from the bottom up: a module imports earlier ones only.
