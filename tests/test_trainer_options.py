@@ -8,6 +8,7 @@ import pytest
 import tiny_chat
 import torch
 
+from bridge import tokenizer as text
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer, lora, tree
 from unsloth_jax import plan as memory_plan
 from unsloth_jax.remat import Memory
@@ -178,6 +179,25 @@ def test_fields_of_a_peft_config_that_are_not_supported_are_named(base):
         peft_config.keywords(5)
     with pytest.raises(TypeError, match="already has adapters with"):
         SFTTrainer(fresh(base), train_dataset=ROWS, peft_config={"r": 7})
+
+
+def test_tokens_and_a_template_of_the_config_go_into_a_copy_of_the_tokenizer(base, tmp_path):
+    given, spoken = fresh(base).tokenizer, "{% for m in messages %}{{ m.content }}|{% endfor %}"
+    before = text.state(given)
+    (tmp_path / "own.jinja").write_text(spoken)
+    run = trainer(base, eos_token="<|im_start|>", pad_token="<|im_start|>",
+                  chat_template_path=str(tmp_path / "own.jinja"))  # fmt: skip
+    own = run.tokenizer
+    assert (own.eos_token, own.pad_token, own.chat_template) == (
+        "<|im_start|>", "<|im_start|>", spoken,
+    )  # fmt: skip
+    assert own is not given and text.state(given) == before
+    assert "?|The capital" in own.decode(run.rows[0].tokens)
+    assert trainer(base).tokenizer is given
+    with pytest.raises(ValueError, match="eos_token='<x>' is no token of the tokenizer"):
+        trainer(base, eos_token="<x>")
+    with pytest.raises(ValueError, match="chat_template_path=.* must be a .jinja file"):
+        trainer(base, chat_template_path=str(tmp_path))
 
 
 def test_a_plan_knows_the_keys_of_batches_and_of_whole_training(base, folder):
