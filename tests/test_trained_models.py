@@ -204,7 +204,7 @@ def test_a_tied_head_is_trained_with_its_embedding_or_not_at_all(tied):
         FastLanguageModel.get_peft_model(tiny_chat.load(tied)[0], modules_to_save=["lm_head"])
 
 
-def test_what_cannot_be_adapted_or_resized_is_refused(folder):
+def test_what_cannot_be_adapted_or_resized_is_refused(folder, tmp_path):
     model, tokenizer = tiny_chat.load(folder, load_in_4bit=True)
     with pytest.raises(ValueError, match="is NF4: load with load_in_4bit=False"):
         FastLanguageModel.get_peft_model(model, init_lora_weights="loftq")
@@ -219,3 +219,8 @@ def test_what_cannot_be_adapted_or_resized_is_refused(folder):
     model.resize_token_embeddings(500, pad_to_multiple_of=64)
     assert model.config.vocab == 512
     assert tiny_chat.load(folder, resize_model_vocab=490)[0].config.vocab == 490
+    plain, _ = tiny_chat.load(folder)
+    FastLanguageModel.get_peft_model(plain, r=4).save_pretrained(tmp_path / "a")
+    for given in (dict(full_finetuning=True), dict(resize_model_vocab=490)):
+        with pytest.raises(ValueError, match="need a whole model, but .* holds adapters"):
+            tiny_chat.load(tmp_path / "a", **given)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from bridge import export, gguf_tokenizer, hf, hub, peft_adapter, safetensors_file
 from bridge import tokenizer as text
 from bridge.gguf_source import GGUFSource
+from bridge.peft_adapter import Settings
 from unsloth_jax import lora
 from workflows import adapting, vocabulary
 from workflows.face_keywords import (
@@ -153,9 +154,8 @@ class FastLanguageModel:
         Raises ValueError for what the checkpoint or a keyword asks that is not supported, with
         what is; RuntimeError where no GPU is there and one was asked for.
         """
-        find = dict(
-            revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-        )
+        find = dict(revision=revision, token=token, cache_dir=cache_dir)
+        find["local_files_only"] = local_files_only
         settle("from_pretrained", other, LOAD_USED, LOAD_IGNORED, LOAD_LATER)
         given = find | dict(model_name=model_name, max_seq_length=max_seq_length)
         given |= dict(load_in_4bit=load_in_4bit, load_in_16bit=load_in_16bit)
@@ -165,34 +165,22 @@ class FastLanguageModel:
         ranged("from_pretrained", given, {"max_seq_length": (1, None)})
         require_device(device_map)
         path = hub.find(model_name, **find)
-        load = dict(
-            max_seq_length=max_seq_length,
-            dtype=compute_dtype(dtype),
-            four=load_in_4bit and not load_in_16bit and not full_finetuning,
-        )
-        if hub.kind(path) != "adapter":
-            model = _load(str(model_name), path, **load)
-            if resize_model_vocab is not None:
-                vocabulary.resize(model, resize_model_vocab)
-            if full_finetuning:
-                adapting.begin_whole(model)
+        four = load_in_4bit and not load_in_16bit and not full_finetuning
+        load = dict(max_seq_length=max_seq_length, dtype=compute_dtype(dtype), four=four)
+        if hub.kind(path) == "adapter":
+            if full_finetuning or resize_model_vocab is not None:
+                raise ValueError(
+                    f"full_finetuning and resize_model_vocab need a whole model, but {path} holds "
+                    "adapters: load their base, or merge them into it first"
+                )
+            model = _load_adapter(path, find, load)
             return model, model.tokenizer
+        model = _load(str(model_name), path, **load)
+        if resize_model_vocab is not None:
+            vocabulary.resize(model, resize_model_vocab)
         if full_finetuning:
-            raise ValueError(
-                f"full_finetuning=True trains a whole model, but {path} holds adapters: load their "
-                "base, or merge them into it first"
-            )
-        config = path / peft_adapter.CONFIG
-        fields = safetensors_file.read_json(config)
-        base = fields.get("base_model_name_or_path")
-        if not base:
-            raise ValueError(f"{config} names no base_model_name_or_path to load")
-        model = _load(base, hub.find(base, **(find | {"revision": fields.get("revision")})), **load)
-        adapting.load(model, path)
-        own = text.load(path) if any((path / name).exists() for name in text.FILES) else None
-        _compare_templates(model, own)
-        if own is not None:
-            model.tokenizer, model.tokenizer_folder = own, path
+            adapting.begin_whole(model)
+            model.memory = CHECKPOINTING["unsloth"]
         return model, model.tokenizer
 
     @staticmethod
@@ -222,9 +210,8 @@ class FastLanguageModel:
                 "all-linear"; embed_tokens and lm_head in a list are trained whole.
             lora_dropout: share of an adapter's input that each training step drops.
             modules_to_save: modules that are trained whole, in float32.
-            init_lora_weights: True, "gaussian", "pissa", "pissa_niter_4" or "loftq"; the last
-                three change the base that is trained on and need load_in_4bit=False.
-            loftq_config: {"loftq_bits": 4, "loftq_iter": 1} or PEFT's LoftQConfig.
+            init_lora_weights: True, "gaussian", or "pissa", "pissa_niter_4", "loftq", which change
+                the base and need load_in_4bit=False.
             layers_to_transform: layer numbers that get adapters; the others get none.
             use_gradient_checkpointing: True computes layers again in the backward pass, "unsloth"
                 is the leanest plan, "auto" the fastest that fits; on a CPU both mean True.
@@ -236,9 +223,10 @@ class FastLanguageModel:
         settle("get_peft_model", other, PEFT_USED, PEFT_IGNORED, PEFT_LATER)
         _checkpointing("get_peft_model", model, use_gradient_checkpointing)
         check_budget(memory_budget)
-        given = dict(lora_alpha=lora_alpha, use_rslora=use_rslora, random_state=random_state)
-        given |= dict(init_lora_weights=init_lora_weights, use_dora=use_dora)
-        given |= dict(lora_dropout=lora_dropout)
+        given = dict(
+            lora_alpha=lora_alpha, use_rslora=use_rslora, random_state=random_state,
+            init_lora_weights=init_lora_weights, use_dora=use_dora, lora_dropout=lora_dropout,
+        )  # fmt: skip
         typed("get_peft_model", given, PEFT_KINDS)
         ranged("get_peft_model", given, PEFT_RANGES)
         iterations = adapting.loftq(loftq_config)
@@ -250,14 +238,9 @@ class FastLanguageModel:
             modules_to_save, rslora=use_rslora, start=init_lora_weights, dropout=lora_dropout,
             dora=use_dora,
         )  # fmt: skip
-        if model.adapters is not None and not adapting.same(model.peft, peft):
-            raise TypeError(f"the model already has adapters with {model.peft}, asked for {peft}")
+        _adapt(model, peft, random_state, iterations)
         model.memory = CHECKPOINTING[use_gradient_checkpointing]
         model.memory_budget = memory_budget
-        if model.adapters is not None:
-            say("the model already has adapters with these settings; they are kept")
-            return model
-        adapting.begin(model, peft, random_state, iterations)
         return model
 
     @staticmethod
@@ -276,6 +259,16 @@ class FastLanguageModel:
         if use_gradient_checkpointing is not True or model.memory == CHECKPOINTING[False]:
             model.memory = CHECKPOINTING[use_gradient_checkpointing]
         return model
+
+
+def _adapt(model: Model, peft: Settings, seed: int, iterations: int) -> None:
+    """Adapters, unless there are some; raises TypeError where these have other settings."""
+    if model.adapters is None:
+        adapting.begin(model, peft, seed, iterations)
+        return
+    if not adapting.same(model.peft, peft):
+        raise TypeError(f"the model already has adapters with {model.peft}, asked for {peft}")
+    say("the model already has adapters with these settings; they are kept")
 
 
 def _checkpointing(where: str, model: Any, asked: Any) -> None:
@@ -308,6 +301,22 @@ def _compare_templates(model: Model, own: Any) -> None:
     shown = [line[:200] for line in changes[:DIFF_LINES]]
     left = [f"({len(changes) - len(shown)} more lines)"] * (len(changes) > len(shown))
     say("\n".join([f"{said}; the adapter's is used:", *shown, *left]))
+
+
+def _load_adapter(path: Path, find: dict[str, Any], load: dict[str, Any]) -> Model:
+    """An adapter folder with the base that it names."""
+    config = path / peft_adapter.CONFIG
+    fields = safetensors_file.read_json(config)
+    base = fields.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{config} names no base_model_name_or_path to load")
+    model = _load(base, hub.find(base, **(find | {"revision": fields.get("revision")})), **load)
+    adapting.load(model, path)
+    own = text.load(path) if any((path / name).exists() for name in text.FILES) else None
+    _compare_templates(model, own)
+    if own is not None:
+        model.tokenizer, model.tokenizer_folder = own, path
+    return model
 
 
 def _load(name: str, path: Path, *, max_seq_length: int, dtype: Any, four: bool) -> Model:
