@@ -65,11 +65,14 @@ performance: .venv/.dev
 	$(LEAN) offload+host+tiles2 --shapes 8x2048,1x16384
 	$(LEAN) offload+host+tiles64 --shapes 1x200064 --rank 32 --warmup 0 --steps 1 \
 	  --figures $(TABLE)/train_step.json
+	$(STEP) --policies none+unroll --shapes 2x2048,4x2048 --packed= --matmul-dtype fp8_backward
 	$(BENCH).decode --output $(TABLE)/decode.json
+	$(BENCH).decode --weights nf4 --batches 1 --output $(TABLE)/decode.json
 	$(BENCH).kernels --output $(TABLE)/kernels.json
 	for sides in 4096x4096 1024x4096 4096x14336; do \
 	  $(BENCH).kernels --sides $$sides --only "NF4 matmul over" --output $(TABLE)/kernels.json; done
 	$(BIN)/python tests/gpu/elementwise_bench.py --output $(TABLE)/elementwise.json
+	$(BENCH).plan_accuracy --compile --output $(TABLE)/plan_compiled.json
 	$(BENCH).plan_accuracy --measure 5 --figures $(TABLE)/plan.json --measured build/plan.jsonl
 	$(BENCH).compile_time --output $(TABLE)/compile_time.json
 	$(BENCH).performance

@@ -1,5 +1,7 @@
 """Attention of packed rows: against torch's, against each document alone, and who may run it."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +50,31 @@ def test_packed_documents_are_attended_as_torch_attends_each_alone(window):
             expected = in_torch(Q[here], KEYS[here], V[here], window)
             np.testing.assert_allclose(y[here], expected, atol=2e-6)
     assert np.isfinite(y).all()
+
+
+def without_windows(rule, q, k, v, segments):
+    """What a kernel that forgot the window would answer."""
+    positions = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
+    return attention.reference(rule._replace(window=None), q, k, v, segments, positions)
+
+
+def one_document(rule, q, k, v, segments):
+    """What a kernel that forgot where documents end would answer."""
+    return without_windows(rule, q, k, v, jnp.ones_like(segments))
+
+
+@pytest.mark.parametrize(
+    "kernel, packed, window, said",
+    [
+        (without_windows, True, False, None),
+        (without_windows, False, True, "y is .* off the reference"),
+        (one_document, True, False, "y is .* off the reference"),
+    ],
+)
+def test_a_kernel_is_compared_before_its_first_use(monkeypatch, kernel, packed, window, said):
+    monkeypatch.setattr(attention, "_cudnn", kernel)
+    found = attention._compared("float32", 2, 16, packed, window)
+    assert found is None if said is None else re.search(said, found)
 
 
 def test_a_soft_cap_bounds_what_softmax_sees():

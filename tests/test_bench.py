@@ -26,6 +26,26 @@ from workflows.bench import (
     weights,
 )
 
+SHAPES = ["2x2048", "4x2048", "8x2048", "1x8192", "1x16384"]
+# Every figure that has a "must".
+ASKED = {f"step {shape}: tokens/s over Unsloth's" for shape in SHAPES}
+ASKED |= {f"step {s}: tokens/s over Unsloth's leanest, at its peak" for s in SHAPES[:3]}
+LEANEST = "step {}: leanest peak over Unsloth's leanest, no slower"
+ASKED |= {LEANEST.format(s) for s in ("2x2048", "8x2048", "1x16384")}
+ASKED |= {f"decode, bf16, batch {n}, cache 512, llama-8b" for n in (32, 128)}
+ASKED |= {
+    "step packed 4x2048: useful tokens/s over Unsloth's",
+    "longest row, r=32, batch 1",
+    "plan's predicted peak against measured, 5 configurations",
+    "first step of llama-8b, cold",
+    "first step of llama-8b, second process with the compile cache",
+    "NF4 dequantisation 14336x4096",
+    "decode, bf16, batch 1, cache 512, llama-8b, share of the read limit",
+    "decode, NF4-resident, batch 1, cache 512, llama-8b",
+}
+SIDES = ("4096x4096", "1024x4096", "14336x4096", "4096x14336")
+ASKED |= {f"NF4 matmul over cuBLAS bf16, M={M}, {side}" for M in (1, 16, 64) for side in SIDES}
+
 TINY = ["--shape", "tiny", "--steps", "2", "--warmup", "1"]
 
 
@@ -251,8 +271,11 @@ def test_the_table_replaces_what_stood_between_the_markers(tmp_path, capsys):
 
 
 def test_the_committed_figures_keep_to_the_schema_and_the_page_has_its_markers():
-    performance.figures(performance.DOCS / "performance")
-    performance.put((performance.DOCS / "performance.md").read_text(), "")
+    found = performance.figures(performance.DOCS / "performance")
+    page = (performance.DOCS / "performance.md").read_text()
+    assert performance.put(page, performance.text(found)) == page
+    asked = {row["name"] for row in found if row["must"] is not None}
+    assert ASKED <= asked, ASKED - asked
 
 
 def test_a_page_without_markers_is_not_written():

@@ -16,7 +16,7 @@ from bridge import peft_adapter
 from bridge.peft_adapter import Settings
 from unsloth_jax import data, lora, optim, train, tree
 from unsloth_jax.data import Row
-from unsloth_jax.dims import Batch
+from unsloth_jax.dims import Batch, Total
 from unsloth_jax.remat import Memory
 from workflows import objective
 
@@ -267,6 +267,16 @@ def test_a_step_that_is_not_finite_keeps_the_state_and_says_so(bad):
     assert not bool(report.finite) and furthest(after, before) == 0
     after, report = step_of()(after, tiny.pair(NAME).params, b)
     assert bool(report.finite) and int(after.step) == 3
+
+
+def test_a_gradient_that_is_not_finite_keeps_the_state_though_the_loss_is_finite():
+    root = lambda adapters, frozen, b: Total(jnp.sqrt(adapters["w"]).sum(), jnp.float32(1))
+    step = train.make_step(root, adam())
+    state = train.start({"w": jnp.zeros(3)}, adam())
+    before = jax.tree.map(np.array, state)
+    after, report = step(state, {}, {"tokens": jnp.zeros((1, 1))})
+    assert float(report.loss) == 0 and not np.isfinite(report.grad_norm)
+    assert not bool(report.finite) and furthest(after, before) == 0
 
 
 def test_starting_copies_the_adapters_that_steps_donate():

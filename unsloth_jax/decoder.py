@@ -212,9 +212,10 @@ def finite_layers(
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
     embedded: Float[Array, "B T D"] | None = None,
+    documents: int | None = None,
 ) -> Bool[Array, " L"]:
     """Whether every value that a layer puts out is finite, padding aside."""
-    step = _layer(family, c, positions, segments, remat.PLAIN, None)
+    step = _layer(family, c, positions, segments, remat.PLAIN, documents)
     real = (segments > 0)[..., None]
 
     def body(carry, kind, w, i):

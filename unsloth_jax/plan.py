@@ -5,6 +5,7 @@ every buffer out when it compiles, and needs shapes only. `choose` takes the fas
 `Memory` values that fits. All sizes are bytes.
 """
 
+import bisect
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -314,8 +315,8 @@ def _tiles(job: Job) -> int:
     """Parts of about TILE tokens that divide rows of every bucket; 1 where there are none."""
     every = job.batch * math.gcd(BUCKET, job.length)
     wanted = -(-job.tokens // TILE)
-    fine = (n for n in range(wanted, every + 1) if every % n == 0 and job.tokens // n >= TILE // 4)
-    return next(fine, 1)
+    most = min(every, job.tokens // (TILE // 4))
+    return next((n for n in range(wanted, most + 1) if every % n == 0), 1)
 
 
 def choose(
@@ -366,20 +367,18 @@ def _fitting(job: Job, budget: Budget, tried: Sequence[Memory]) -> Iterator[tupl
         yield 'use_gradient_checkpointing="unsloth"', leanest(job)
     shorter = range((job.length - 1) // BUCKET * BUCKET, 0, -BUCKET)
     changes = {
-        "rows of {0.length:,} tokens": [job._replace(length=n) for n in shorter],
-        "a batch of {0.batch}": [job._replace(batch=n) for n in range(job.batch - 1, 0, -1)],
-        "rank {0.rank}": [job._replace(rank=r) for r in RANKS if r < job.rank],
+        "length": ("rows of {:,} tokens", shorter),
+        "batch": ("a batch of {}", range(job.batch - 1, 0, -1)),
+        "rank": ("rank {}", [r for r in RANKS if r < job.rank]),
     }
-    for what, jobs in changes.items():
-        found = _first(jobs, fits)
+    for field, (what, values) in changes.items():
+        changed = lambda value, field=field: job._replace(**{field: value})
+        found = _first(values, lambda value, changed=changed: fits(changed(value)))
         if found is not None:
-            yield what.format(found), leanest(found)
+            yield what.format(found), leanest(changed(found))
 
 
-def _first(jobs: list[Job], fits: Callable[[Job], bool]) -> Job | None:
-    """The first job that fits, where all that follow one that fits do too."""
-    low, high = 0, len(jobs)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(jobs[middle]) else (middle + 1, high)
-    return jobs[low] if low < len(jobs) else None
+def _first(values: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """The first value that fits, where all that follow one that fits do too."""
+    at = bisect.bisect_left(values, True, key=fits)
+    return values[at] if at < len(values) else None

@@ -11,25 +11,44 @@ import numpy as np
 from unsloth_jax import decoder, lora, tree
 from unsloth_jax.dims import Batch, Params, measured
 from unsloth_jax.leaves import stacks
+from unsloth_jax.remat import Memory
 from workflows.objective import SFT, Objective
 
 Find = Callable[[Params, Params, Batch], str]  # (adapters, frozen, the step's batch) -> where
 
 
-def first_bad_layer(family: ModuleType, c: Any, scale: float, objective: Objective = SFT) -> Find:
-    """A function that says where values, or else gradients, are first not finite."""
+def first_bad_layer(
+    family: ModuleType,
+    c: Any,
+    scale: float,
+    objective: Objective = SFT,
+    documents: int | None = None,
+) -> Find:
+    """A function that says where values, or else gradients, are first not finite.
+
+    `documents` is that of `decoder.forward`. It runs beside a run's state with every layer computed
+    again in the backward pass; where the device has no room for that it says so.
+    """
 
     @jax.jit
     def forward(adapters, frozen, b):
         params = lora.attach(frozen, adapters, scale)
-        rows = b.tokens, b.positions, b.segments, b.embedded
+        rows = b.tokens, b.positions, b.segments, b.embedded, documents
         return decoder.finite_layers(family, c, params, *rows)
 
-    loss = objective.alone(family, c, scale)
+    loss = objective.alone(family, c, scale, Memory("full"), documents)
     value = lambda adapters, frozen, b: measured(loss(adapters, frozen, b)).total.value
     backward = jax.jit(jax.value_and_grad(value))
 
     def find(adapters: Params, frozen: Params, batches: Batch) -> str:
+        try:
+            return searched(adapters, frozen, batches)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return "the device has no room to search for the first layer"
+
+    def searched(adapters: Params, frozen: Params, batches: Batch) -> str:
         for n in range(len(batches.tokens)):
             b = jax.tree.map(lambda x, n=n: x[n], batches)
             bad = np.flatnonzero(~np.asarray(forward(adapters, frozen, b)))

@@ -325,8 +325,10 @@ def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
         p.error("--max-seq-length, --batch, --accumulation and --rank start at 1")
     for name in ("gpu", "memory_budget", "host"):
         try:
-            size(getattr(a, name) or "1GB")
+            fine = size(getattr(a, name) or "1GB") > 0
         except ValueError:
+            fine = False
+        if not fine:
             option = name.replace("_", "-")
             p.error(f'--{option} takes a size such as "80GB", got {getattr(a, name)!r}')
     if a.compile and jax.default_backend() != "gpu":

@@ -97,7 +97,8 @@ class Run:
         ready = next(coming, None)
         while ready is not None:
             self.epoch, tokens, batch = ready
-            rate = float(self.rate(jnp.asarray(done)))
+            with jax.default_device(jax.devices("cpu")[0]):
+                rate = float(self.rate(jnp.asarray(done)))  # no dispatch of its own on the device
             marks = moving.marks(self.state.trainable) if rate > 0 and not moved else None
             report = self._step(batch)
             # Made while the device works: what the report holds is waited for below.

@@ -190,7 +190,8 @@ class Trainer:
                 log = lambda row: (self.log_history.append(row), show(row))
                 watch = self._watch(total, log)
                 saving = self._saving(batches, facts, watch.notes)
-                find = diagnose.first_bad_layer(m.family, m.config, m.scale, self.objective)
+                of = m.family, m.config, m.scale, self.objective, batches.documents(total)
+                find = diagnose.first_bad_layer(*of)
                 run = watch.run = Run(
                     step, state, m.params, batches, rate, total, watch.logged, a.logging_steps,
                     saving, find, watch.after, watch.saved, self.objective,

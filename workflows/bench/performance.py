@@ -29,8 +29,9 @@ def figures(folder: Path) -> list[rows.Row]:
 
 def printed(row: rows.Row) -> rows.Row:
     """A row as the table prints it."""
+    mark = {"peak_gib": "*" if row.get("peak_compiled") else "", "other_peak_gib": ""}
     memory = [
-        f"{row[peak]:.2f} + {row.get(pinned) or 0:.2f}"
+        f"{row[peak]:.2f}{mark[peak]} + {row.get(pinned) or 0:.2f}"
         for peak, pinned in (("peak_gib", "pinned_gib"), ("other_peak_gib", "other_pinned_gib"))
         if row.get(peak) is not None
     ]

@@ -135,6 +135,7 @@ def _facts(mine: Row, other: Row) -> Row:
     keep = "command device date versions policy pinned_gib batch length".split()
     theirs = {f"other_{k}": other[k] for k in "policy attention pinned_gib command date".split()}
     peaks = {"peak_gib": gib(mine), "other_peak_gib": gib(other)}
+    peaks |= {"peak_compiled": True} if mine["peak_gib"] is None else {}
     return {k: mine[k] for k in keep} | {"chosen": mine.get("chosen")} | peaks | theirs
 
 

@@ -114,7 +114,9 @@ def compiled(s: Setting, params: Params, case: Case) -> tuple[Any, dict[str, Any
     sizes = program.memory_analysis()
     gib = {name: getattr(sizes, f"{name}_size_in_bytes") / GIB for name in SIZES}
     whole = gib["argument"] + gib["output"] - gib["alias"] + gib["temp"]
-    return program, took | {"gib": gib, "compiled_gib": whole, "pinned_gib": gib["host_temp"]}
+    table = sum(w.table.nbytes for w in tree.flatten(params).values() if isinstance(w, Hosted))
+    host = gib["host_temp"] + table / GIB
+    return program, took | {"gib": gib, "compiled_gib": whole, "pinned_gib": host}
 
 
 def ready(s: Setting, params: Params, case: Case) -> tuple[Params, Any, dict[str, Any]]:
