@@ -1,7 +1,9 @@
 """Rows of preferences: what is read, cut, laid side by side, and what is refused by its index."""
 
 import difflib
+import re
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import preference_runs
@@ -21,6 +23,7 @@ from workflows.pairs import Cut, Judged, Pair, judged, paired, pairs, shortened
 from workflows.preference_config import own_names
 from workflows.preference_objective import tokens_a_pair
 
+PAGE = Path(__file__).parents[1] / "docs" / "preference.md"
 KINDS = ("DPO", "ORPO", "CPO", "KTO")
 
 
@@ -332,3 +335,11 @@ def test_combined_losses_are_the_weighted_sum(model):
     smooth = unsloth_jax.DPOConfig(loss_type=["robust", "bco_pair"], label_smoothing=0.2)
     assert smooth.label_smoothing == 0.2
     assert np.isclose(unsloth_jax.CPOConfig(loss_type="simpo", cpo_alpha=0).simpo_gamma, 0.5)
+
+
+def test_the_pages_examples_run(tmp_path, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
+    folder = tiny_chat.save(tmp_path)
+    code = "\n".join(blocks).replace('"path/to/model"', repr(str(folder)))
+    exec(compile(code.replace("r=16", "r=4"), PAGE.name, "exec"), {})
+    assert len(blocks) == 4 and capsys.readouterr().out.count("adapters sha256") == 4

@@ -148,7 +148,7 @@ class DPOConfig(PreferenceConfig):
                 f"DPOConfig: loss_weights={self.loss_weights} for loss_type={self.loss_type}; "
                 "expected at least one type, and a weight for each"
             )
-        more = [] if self.rpo_alpha is None else [(SFT, self.rpo_alpha)]
+        more = [] if self.rpo_alpha is None else [(SFT, float(self.rpo_alpha))]
         return [*zip(names, map(float, weights), strict=True), *more]
 
     def _check_loss(self) -> None:
