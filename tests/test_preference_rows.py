@@ -337,6 +337,7 @@ def test_combined_losses_are_the_weighted_sum(model):
     assert np.isclose(unsloth_jax.CPOConfig(loss_type="simpo", cpo_alpha=0).simpo_gamma, 0.5)
 
 
+@pytest.mark.slow
 def test_the_pages_examples_run(tmp_path, capsys):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
     folder = tiny_chat.save(tmp_path)

@@ -84,7 +84,9 @@ class KTOTrainer(PreferenceTrainer):
         return digest(self.rows)
 
 
-def balance(rows: Sequence[Judged], desirable_weight: float, undesirable_weight: float) -> None:
+def balance(
+    rows: Sequence[Judged], desirable_weight: float | int, undesirable_weight: float | int
+) -> None:
     """Says which weights suit the data where these don't, as TRL does.
 
     Raises ValueError where all labels are the same.

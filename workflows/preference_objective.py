@@ -22,8 +22,8 @@ SFT = "sft"  # DPO's loss type that is the chosen answers' cross entropy, as in 
 def dpo(
     reference: Reference | None,
     weighted: Sequence[tuple[str, float]],
-    beta: float,
-    smoothing: float,
+    beta: float | int,
+    smoothing: float | int,
 ) -> Objective:
     """The sum of DPO's losses, each (type, weight); without a reference every answer is as likely.
 
@@ -51,7 +51,7 @@ def dpo(
     return _of_pairs("dpo", settings, value, reference=reference, referred=True)
 
 
-def orpo(beta: float) -> Objective:
+def orpo(beta: float | int) -> Objective:
     """ORPO's loss, whose cross entropy counts the chosen rows' prompts too, as in TRL."""
 
     def value(logps: Array, b: Batch) -> Measured:
