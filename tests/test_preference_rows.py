@@ -246,6 +246,8 @@ BAD_SETTINGS = [
     ("DPO", dict(truncation_mode="keep"), "DPOConfig: truncation_mode 'keep' is not supported"),
     ("DPO", dict(f_divergence_type="js_divergence"), "DPOConfig: f_divergence_type='js_diver"),
     ("DPO", dict(packing=True), "DPOConfig: packing=True is not supported yet"),
+    ("ORPO", dict(group_by_length=True), "ORPOConfig: group_by_length=True is not supported yet"),
+    ("KTO", dict(neftune_noise_alpha=5), "KTOConfig: neftune_noise_alpha=5 is not supported yet"),
     ("CPO", dict(alpha=0.5), "CPOConfig: alpha=0.5 is not supported yet"),
     ("KTO", dict(per_device_train_batch_size=1, gradient_accumulation_steps=1), "a step of one"),
 ]

@@ -263,7 +263,7 @@ def test_a_run_that_was_killed_and_resumed_equals_a_whole_one_bitwise(runs, fold
     [
         (dict(seed=1), "reference"),
         (dict(beta=0.2), "loss"),
-        (dict(train_sampling_strategy="sequential"), "order"),
+        (dict(train_sampling_strategy="sequential"), "train_sampling_strategy"),
         (dict(max_prompt_length=3), "data"),
     ],
     ids=str,

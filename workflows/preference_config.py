@@ -15,7 +15,8 @@ from workflows.sft_config import CHOICES, CONFIG_IGNORED, CONFIG_LATER, RANGES, 
 ABSENT = (
     "packing", "eval_packing", "dataset_text_field", "completion_only_loss",
     "assistant_only_loss", "truncation", "label_smoothing_factor", "neftune_noise_alpha",
-    "eos_token", "pad_token", "chat_template_path",
+    "eos_token", "pad_token", "chat_template_path", "packing_strategy", "group_by_length",
+    "pad_to_multiple_of",
 )  # fmt: skip
 LOSS = "loss_type"
 ENCODERS = "it is of encoder-decoder models"
@@ -33,6 +34,8 @@ IGNORED = CONFIG_IGNORED | {
 LATER = CONFIG_LATER | {
     "packing": (False, None),
     "eval_packing": (False, None),
+    "packing_strategy": ("bfd", None),
+    "group_by_length": (False, None),
     "label_smoothing_factor": (0, None),
     "neftune_noise_alpha": (None, 0),
     "eos_token": (None,),

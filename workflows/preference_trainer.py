@@ -91,8 +91,7 @@ class PreferenceTrainer(Trainer):
 
     def _facts(self, total: int) -> dict[str, Any]:
         named = None if self.reference is None else self.reference.name
-        order = self.args.train_sampling_strategy
-        return super()._facts(total) | {"reference": named, "order": order}
+        return super()._facts(total) | {"reference": named}
 
 
 def shown(pair: Pair) -> dict[str, list[int]]:
