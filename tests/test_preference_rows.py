@@ -5,7 +5,9 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import jax
 import numpy as np
+import optax
 import preference_runs
 import pytest
 import tiny_chat
@@ -16,10 +18,12 @@ from trl.experimental.cpo import CPOConfig as TheirCPO
 from trl.experimental.orpo import ORPOConfig as TheirORPO
 
 import unsloth_jax
-from unsloth_jax import preference
+from unsloth_jax import plan, preference
 from unsloth_jax.data import Row
+from unsloth_jax.remat import PLAIN
 from workflows.pair_batches import JudgedBatches, PairBatches, turned
 from workflows.pairs import Cut, Judged, Pair, judged, paired, pairs, shortened
+from workflows.plan import job_of
 from workflows.preference_config import own_names
 from workflows.preference_objective import tokens_a_pair
 
@@ -223,6 +227,27 @@ def test_weights_that_do_not_suit_the_data_are_said_with_those_that_do(model, ca
     assert f"{wanted} undesirable_weight from 2.25 to 3.00" in capsys.readouterr().out
     made("KTO", model, rows, undesirable_weight=2.5)
     assert "desirable and" not in capsys.readouterr().out
+
+
+def test_steps_of_one_kind_of_answers_are_said_with_the_remedy(model, capsys):
+    many = [row | {"prompt": f"{row['prompt']} {n}"} for n in range(2) for row in TEXTS]
+    made("KTO", model, many)
+    assert "4 of 4 steps have answers of one kind only" in capsys.readouterr().out
+    made("KTO", model, many, train_sampling_strategy="random")
+    made("KTO", model, JUDGED)
+    assert "of one kind only" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind, rows", [("DPO", TEXTS), ("ORPO", TEXTS), ("KTO", JUDGED)])
+def test_the_memory_plan_knows_the_shapes_of_a_step(kind, rows, model):
+    run = made(kind, model, rows, per_device_train_batch_size=3, gradient_accumulation_steps=2)
+    batches = run._batches()
+    ready = run.objective.ready(1, next(batches.epoch(0)))
+    beside = run.objective.beside(batches.accumulation, batches.batch)
+    job = job_of(model, optax.sgd(0.1), batches)._replace(beside=beside)
+    shape = lambda x: (x.shape, np.dtype(x.dtype).name)
+    assert jax.tree.map(shape, ready) == jax.tree.map(shape, plan.batches(job, PLAIN))
+    assert ready.tokens.shape == (2, 6, 64)
 
 
 @pytest.mark.parametrize("kind", KINDS)

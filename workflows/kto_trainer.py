@@ -51,7 +51,10 @@ class KTOTrainer(PreferenceTrainer):
         given = dict(args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
         given |= dict(processing_class=processing_class, tokenizer=tokenizer, callbacks=callbacks)
         super().__init__(model, given, other)
-        balance(self.rows, self.args.desirable_weight, self.args.undesirable_weight)
+        a = self.args
+        balance(self.rows, a.desirable_weight, a.undesirable_weight)
+        if a.train_sampling_strategy == "sequential":
+            say_unmixed(self.rows, a.per_device_train_batch_size * a.gradient_accumulation_steps)
 
     def _objective(self) -> Objective:
         self.reference = Reference(self.model)
@@ -104,4 +107,15 @@ def balance(
         say(
             f"{good} desirable and {bad} undesirable rows: take desirable_weight from {least:.2f} "
             f"to {MOST * least:.2f}, or undesirable_weight from {other / MOST:.2f} to {other:.2f}"
+        )
+
+
+def say_unmixed(rows: Sequence[Judged], size: int) -> None:
+    """Says where most steps of `size` rows, in their order, have answers of one kind only."""
+    steps = [{row.desirable for row in rows[at : at + size]} for at in range(0, len(rows), size)]
+    alike = sum(len(kinds) == 1 for kinds in steps)
+    if size > 1 and 2 * alike > len(steps):
+        say(
+            f"{alike} of {len(steps)} steps have answers of one kind only, since rows come in "
+            "their order: train_sampling_strategy='random' mixes them"
         )

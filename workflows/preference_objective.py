@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jax import Array
 
 from unsloth_jax import losses, preference, remat
 from unsloth_jax.dims import Batch, Measured, Params, Total
@@ -166,8 +166,8 @@ def _of_pairs(
     )  # fmt: skip
 
 
-def tokens_a_pair(batch: Batch, prompts: bool) -> Float[np.ndarray, " M"]:
-    """The chosen rows' tokens a pair over all micro-batches, the same number for each of them."""
+def tokens_a_pair(batch: Batch, prompts: bool) -> np.ndarray:
+    """The chosen rows' tokens a pair over all micro-batches, the same number [M] for each."""
     count = batch.tokens.shape[1] // 2
     weights = np.asarray(batch.weights)[:, :count]
     pairs = (weights.sum(-1) > 0).sum()

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jax import Array
 
 from unsloth_jax import decoder, lora, losses, preference, remat
 from unsloth_jax.dims import Batch, Params
@@ -34,8 +34,8 @@ class Reference:
         """What tells references of one base apart."""
         return BASE if self.start is None else short_hash(self.start)
 
-    def __call__(self, batch: Batch) -> Float[Array, "M B"]:
-        """float32 sums over each row's answer, of micro-batches [M, B, T]."""
+    def __call__(self, batch: Batch) -> Array:
+        """float32 sums [M, B] over each row's answer, of micro-batches [M, B, T]."""
         whole = embedded(self.model.params, batch)._replace(beside=None, key=None)
         return self._program(self.start, self.model.params, whole)
 
@@ -84,8 +84,8 @@ def token_logps(
     return fn
 
 
-def whole_answers(logps: Float[Array, "B T"], weights: Float[Array, "B T"]) -> tuple[Array, Array]:
-    """Sum and number of the supervised tokens of each row."""
+def whole_answers(logps: Array, weights: Array) -> tuple[Array, Array]:
+    """Sum and number of the supervised tokens of each row, of [B, T]."""
     rows = logps.shape[0]
     owners = jax.lax.broadcasted_iota(np.int32, logps.shape, 0)
     return preference.summed(logps, weights, owners, rows)
