@@ -61,7 +61,6 @@ LATER = {
     "fsdp_config": (None, {}),
     "deepspeed": (None,),
     "debug": ("", None, []),
-    "project": ("huggingface", None),
     "trackio_space_id": (None,),
     "trackio_bucket_id": (None,),
     "trackio_static_space_id": (None, False),

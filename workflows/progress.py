@@ -42,7 +42,8 @@ def _terminal(
 
         def show(row: dict[str, Any]) -> None:
             if "loss" not in row:
-                drawn.console.print(f"step {row['step']}  {_held_out(row)}")
+                said = f"step {row['step']}  {_beside(row)}"
+                drawn.console.print(said, markup=False, highlight=False)
             else:
                 drawn.update(task, completed=row["step"], line=_line(row))
             write(row)
@@ -57,7 +58,7 @@ def _plain(total: int, rows: AbstractContextManager) -> Iterator[Callable[[dict[
 
         def show(row: dict[str, Any]) -> None:
             if "loss" not in row:
-                print(f"step {row['step']:>5}/{total}  {_held_out(row)}", flush=True)
+                print(f"step {row['step']:>5}/{total}  {_beside(row)}", flush=True)
             elif row["step"] == 1 or row["step"] % every == 0 or row["step"] == total:
                 print(f"step {row['step']:>5}/{total}  {_line(row)}", flush=True)
             write(row)
@@ -77,8 +78,10 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
-def _held_out(row: dict[str, Any]) -> str:
-    """An evaluation's losses and user's metrics; times and counts stay in the file."""
+def _beside(row: dict[str, Any]) -> str:
+    """Samples, or an evaluation's losses and user's metrics; times and counts stay in the file."""
+    if "samples" in row:
+        return "\n".join(f"{s['prompt']!r} -> {s['completion']!r}" for s in row["samples"])
     left = ("step", "epoch")
     shown = {k: v for k, v in row.items() if k not in left and not k.endswith(COUNTS)}
     return "  ".join(f"{name} {value:.4f}" for name, value in shown.items())

@@ -8,6 +8,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+PROJECT = "huggingface"  # transformers' name for it where none is given
 Write = Callable[[dict[str, float], int], None]
 
 
@@ -31,7 +32,9 @@ def names(asked: str | Sequence[str] | None) -> list[str]:
 
 
 def _installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+    found = importlib.util.find_spec(name)
+    # A folder of that name, such as wandb's own logs, is found too: it has no file.
+    return found is not None and found.origin is not None
 
 
 @contextmanager
@@ -52,12 +55,12 @@ def reporting(args: Any, config: Mapping[str, Any]) -> Iterator[Callable[[dict[s
 
 
 def renamed(row: Mapping[str, Any]) -> dict[str, float]:
-    """loss as train/loss, eval_loss as eval/loss; what is no number stays out, and the step."""
-    numbers = {k: v for k, v in row.items() if isinstance(v, Real) and k != "step"}
-    alone = not any(k.startswith("eval_") for k in numbers)
+    """loss as train/loss, eval_loss as eval/loss; the step and rows of samples are left out."""
+    if "samples" in row:
+        return {}
+    numbers = {k: float(v) for k, v in row.items() if isinstance(v, Real) and k != "step"}
     name = lambda k: f"eval/{k[5:]}" if k.startswith("eval_") else f"train/{k}"
-    found = {name(k): float(v) for k, v in numbers.items()}
-    return found if alone or len(found) > 1 else {}
+    return {name(k): v for k, v in numbers.items()}
 
 
 @contextmanager
@@ -103,7 +106,7 @@ def _trackio(args: Any, config: Mapping[str, Any]) -> Iterator[Write]:
     """One run of trackio, on this machine."""
     import trackio
 
-    trackio.init(project=args.project, name=args.run_name, config=dict(config))
+    trackio.init(project=args.project or PROJECT, name=args.run_name, config=dict(config))
     try:
         yield lambda metrics, step: trackio.log({**metrics, "train/global_step": step})
     finally:

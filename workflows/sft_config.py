@@ -8,7 +8,7 @@ from typing import Any, ClassVar, get_type_hints
 
 from unsloth_jax import optim
 from unsloth_jax.optim import Schedule
-from workflows import batching, foreign_keywords, objective, plan
+from workflows import batching, foreign_keywords, objective, plan, report_to, samples
 from workflows.keywords import ranged, say, settle, typed, written
 
 CONFIG_IGNORED = foreign_keywords.IGNORED | {
@@ -20,7 +20,6 @@ CONFIG_IGNORED = foreign_keywords.IGNORED | {
     "dataloader_pin_memory": "one copy a step goes to the device",
     "remove_unused_columns": "columns beside the schema's are not read",
     "torch_empty_cache_steps": "there is no torch cache",
-    "logging_dir": "metrics.jsonl lies in output_dir",
     "logging_nan_inf_filter": "a loss that is not finite stops the run",
     "padding_free": "padding costs no loss and no gradient",
     "overwrite_output_dir": "checkpoints are numbered",
@@ -28,7 +27,6 @@ CONFIG_IGNORED = foreign_keywords.IGNORED | {
     "logging_strategy": "logging_steps decides",
     "disable_tqdm": "the progress bar shows only in a terminal",
     "data_seed": "seed decides",
-    "run_name": "nothing is reported elsewhere",
     "include_num_input_tokens_seen": "tokens are always counted",
     "average_tokens_across_devices": "the loss is divided by all tokens",
     "eval_accumulation_steps": "an evaluation keeps sums only",
@@ -41,7 +39,6 @@ CONFIG_IGNORED = foreign_keywords.IGNORED | {
     "unsloth_logit_chunk_multiplier": "the loss chooses its own chunks",
 }
 CONFIG_LATER = foreign_keywords.LATER | {
-    "report_to": ("none", None, [], ["none"]),
     "push_to_hub": (False, None),
     "activation_offloading": (False, None),
     "auto_find_batch_size": (False, None),
@@ -67,13 +64,14 @@ RANGES = {
     "max_grad_norm": (0, None), "adam_beta1": (0, 1, "below"), "adam_beta2": (0, 1, "below"),
     "neftune_noise_alpha": (0, None), "label_smoothing_factor": (0, 1, "below"),
     "embedding_learning_rate": (0, None), "loraplus_lr_ratio": (1e-9, None),
+    "sample_steps": (1e-9, None), "sample_max_new_tokens": (1, None),
     "adam_epsilon": (1e-30, None), "seed": (0, None), "max_steps": (None, 2**31 - 1),
 }  # fmt: skip
 
 
 NAMES = (
     "output_dir", "dataset_text_field", "metric_for_best_model", "eos_token", "pad_token",
-    "chat_template_path",
+    "chat_template_path", "run_name", "project", "logging_dir",
 )  # fmt: skip
 
 
@@ -115,6 +113,13 @@ class SFTConfig:
         output_dir: also gets metrics.jsonl, a line a logged step. A resumed run goes on with that
             file; a new one moves it aside to metrics.1.jsonl, metrics.2.jsonl and so on, and
             refuses a folder that holds checkpoints. Without output_dir there is no such file.
+        report_to: "tensorboard", "wandb", "trackio", "mlflow", several, "all" installed ones; None
+            is "none". Metrics have transformers' names, such as train/loss and eval/loss.
+        run_name, project, logging_dir: how the run is named there; where tensorboard's files go.
+        sample_prompts: texts or lists of messages that are answered greedily during the run, into
+            the log's rows ("samples": prompt and completion).
+        sample_steps, sample_max_new_tokens: how often (under 1 a share of all steps; by default
+            with the evaluations, else each tenth) and at the end; tokens of an answer.
     """
 
     output_dir: str | None = None
@@ -168,6 +173,13 @@ class SFTConfig:
     train_sampling_strategy: str = "random"
     group_by_length: bool = False
     pad_to_multiple_of: int | str | None = None
+    report_to: str | list | tuple | None = None
+    run_name: str | None = None
+    project: str | None = None
+    logging_dir: str | None = None
+    sample_prompts: list | tuple | None = None
+    sample_steps: int | float | None = None
+    sample_max_new_tokens: int = 64
 
     # What a config of another trainer changes: names it has not, names without effect, values.
     absent: ClassVar[tuple[str, ...]] = ()
@@ -206,6 +218,8 @@ class SFTConfig:
             )
         plan.check_budget(self.memory_budget)
         batching.check(self)
+        report_to.names(self.report_to)
+        samples.checked(self.sample_prompts)
         if self.max_steps <= 0 and not (self.num_train_epochs or 0) > 0:
             raise ValueError(
                 f"{where}: give max_steps or num_train_epochs over 0, got "

@@ -20,6 +20,8 @@ from workflows import (
     output_folder,
     plan,
     progress,
+    report_to,
+    samples,
     streams,
     updates,
     user_metrics,
@@ -186,8 +188,9 @@ class Trainer:
             self.log_history.clear()
             own = source is not None and self._folder().absolute() in (source, source.parent)
             kept = int(state.step) if own else 0
-            with progress.bar(total, self._metrics_file(), kept) as show:
-                log = lambda row: (self.log_history.append(row), show(row))
+            shown = progress.bar(total, self._metrics_file(), kept)
+            with shown as show, report_to.reporting(a, vars(a)) as report:
+                log = lambda row: (self.log_history.append(row), show(row), report(row))
                 watch = self._watch(total, log)
                 saving = self._saving(batches, facts, watch.notes)
                 of = m.family, m.config, m.scale, self.objective, batches.documents(total)
@@ -238,7 +241,10 @@ class Trainer:
         s.num_train_epochs = math.ceil(total / self._batches().steps(0))
         s.best_metric, s.best_global_step, s.epoch = None, None, 0.0
         measured = self._evaluator(self.eval_rows) if self.eval_rows else None
-        return Watch(a, self.model, self._calls(), total, measured, log)
+        drawn = None
+        if a.sample_prompts:
+            drawn = samples.sampler(self.model, a.sample_prompts, a.sample_max_new_tokens)
+        return Watch(a, self.model, self._calls(), total, measured, log, sampled=drawn)
 
     def _batches(self) -> Batches | streams.Streamed:
         a = self.args

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unsloth_jax.dims import Params
-from workflows import evaluate
+from workflows import evaluate, samples
 from workflows.callbacks import Callbacks
 from workflows.evaluate import Best
 from workflows.keywords import say
@@ -29,6 +29,7 @@ class Watch:
     run: Run | None = None
     best: Best | None = None
     measured: int | None = None  # the step of the last evaluation
+    sampled: Callable[[], list[dict[str, str]]] | None = None  # None where nothing is asked
 
     def begin(self) -> None:
         """Before the first step; where training goes on, before the next."""
@@ -57,6 +58,7 @@ class Watch:
             control = self.calls("on_epoch_end")
         if self._due(step, epoch) or (control.should_evaluate and self.evaluated):
             self.measure()
+        self._sample(step, epoch)
         if control.should_save and self.run.saving:
             self.run.save()
         control = self.calls.control
@@ -110,6 +112,11 @@ class Watch:
             self.model.adapters = self.best.adapters
             name = self.args.metric_for_best_model
             say(f"the adapters are those of step {self.best.step}, {name} {self.best.metric:.4f}")
+
+    def _sample(self, step: int, epoch: float) -> None:
+        every = samples.interval(self.args.sample_steps, self.args.eval_steps, self.total)
+        if self.sampled and (step % every == 0 or step == self.total):
+            self.log({"step": step, "epoch": round(epoch, 4), "samples": self.sampled()})
 
     def _stand(self, step: int, epoch: float) -> None:
         # A callback may ask the model for an answer; the step before donated what it had.
