@@ -35,7 +35,7 @@ def trainer(folder: Path, output: Path, rows=tiny_chat.MESSAGES, r: int = 4, **c
 
 
 PRELUDE = f"""
-import os, signal, sys
+import os, signal, sys, threading
 from pathlib import Path
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import conftest, jax
@@ -45,27 +45,37 @@ jax.config.update("jax_compilation_cache_dir", str(conftest.CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 import test_checkpoint
 
-folder, output = map(Path, sys.argv[1:])
+folder, output, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 """
+# What is trained, killed and resumed: a kind's trainer, with the settings beside SETTINGS.
+KINDS = {"sft": {}, "packed": dict(packing=True, save_steps=5, optim="adamw_8bit")}
 KILLED = """
-test_checkpoint.trainer(folder, output / "whole").train()
+make = lambda name: test_checkpoint.kind(kind, folder, output / name)
+make("whole").train()
 class Deadly(list):
     def append(self, row):
         if row["step"] == 13:
+            # Three tiny steps are over before the disk is.
+            [one.join() for one in threading.enumerate() if one.name == "write checkpoint_10"]
             os.kill(os.getpid(), signal.SIGKILL)
-run = test_checkpoint.trainer(folder, output / "broken")
+run = make("broken")
 run.state.log_history = Deadly()
 run.train()
 """
 RESUMED = """
-run = test_checkpoint.trainer(folder, output / "broken")
+run = test_checkpoint.kind(kind, folder, output / "broken")
 assert run.train(resume_from_checkpoint=True).global_step == 20
 run.model.save_pretrained(output / "adapter")
 """
 
 
-def python(script: str, *paths: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", PRELUDE + script, *map(str, paths)]
+def kind(name: str, folder: Path, output: Path):
+    """The trainer of one of KINDS."""
+    return trainer(folder, output, **KINDS[name])
+
+
+def python(script: str, *given) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", PRELUDE + script, *map(str, given)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
 
 
@@ -74,17 +84,20 @@ def folder(tmp_path_factory):
     return tiny_chat.save(tmp_path_factory.mktemp("model") / "chat")
 
 
-@pytest.fixture(scope="module")
-def runs(folder, tmp_path_factory):
-    """A folder with a whole run of 20 steps and one that was killed and resumed."""
-    output = tmp_path_factory.mktemp("runs")
-    killed = python(KILLED, folder, output)
+def killed_and_resumed(name: str, folder: Path, output: Path) -> Path:
+    """`output` with a whole run of 20 steps and one that was killed and resumed."""
+    killed = python(KILLED, folder, output, name)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert (output / "broken" / "checkpoint_10").is_dir()
     assert not (output / "broken" / "checkpoint_20").exists()
-    resumed = python(RESUMED, folder, output)
-    assert resumed.returncode == 0, resumed.stderr
+    again = python(RESUMED, folder, output, name)
+    assert again.returncode == 0, again.stderr
     return output
+
+
+@pytest.fixture(scope="module")
+def runs(folder, tmp_path_factory):
+    return killed_and_resumed("sft", folder, tmp_path_factory.mktemp("runs"))
 
 
 def state_of(run: SFTTrainer):
@@ -93,13 +106,11 @@ def state_of(run: SFTTrainer):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_and_resumed_equals_a_whole_one_bitwise(runs, folder):
-    like = state_of(trainer(folder, runs / "unused"))
-    states = []
-    for name in ("whole", "broken"):
-        checkpoints = Checkpoints(runs / name)
-        states.append(checkpoints.restore(like, 20).state)
-        checkpoints.close()
+@pytest.mark.parametrize("name", KINDS)
+def test_a_run_that_was_killed_and_resumed_equals_a_whole_one_bitwise(name, folder, tmp_path):
+    output = killed_and_resumed(name, folder, tmp_path)
+    like = state_of(kind(name, folder, tmp_path / "unused"))
+    states = [Checkpoints(output / one).restore(like, 20).state for one in ("whole", "broken")]
     named = zip(*map(jax.tree.leaves_with_path, states), strict=True)
     for (path, one), (_, other) in named:
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes(), path
@@ -112,6 +123,38 @@ def test_the_metrics_of_a_resumed_run_hold_every_step_once(runs):
     kept = ("step", "loss", "grad_norm", "learning_rate", "epoch", "supervised_tokens")
     whole, broken = ([{k: row[k] for k in kept} for row in read(n)] for n in ("whole", "broken"))
     assert [row["step"] for row in whole] == [*range(1, 21)] and whole == broken
+
+
+SAVING = """
+import random
+random.seed(int(sys.argv[4]))
+class Deadly:
+    def on_save(self, args, state, control, **more):
+        if state.global_step % 4 == 3 and state.global_step < 19:
+            kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+            threading.Timer(random.uniform(0, 0.06), kill).start()
+run = test_checkpoint.trainer(folder, output, save_steps=1, save_total_limit=2)
+run.add_callback(Deadly())
+there = any(output.glob("checkpoint_*")) if output.is_dir() else False
+run.train(resume_from_checkpoint=there)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_while_saving_equals_a_whole_one(folder, tmp_path):
+    train = "test_checkpoint.kind(kind, folder, output).train()"
+    whole = python(train, folder, tmp_path / "whole", "sft")
+    assert whole.returncode == 0, whole.stderr
+    like, codes = state_of(trainer(folder, tmp_path / "unused")), []
+    while not codes or codes[-1] != 0:
+        done = python(SAVING, folder, tmp_path / "run", "sft", len(codes))
+        codes.append(done.returncode)
+        assert done.returncode in (0, -signal.SIGKILL) and len(codes) < 16, done.stderr
+    assert len(codes) > 3
+    whole = Checkpoints(tmp_path / "whole").restore(like, 20).state
+    again = Checkpoints(tmp_path / "run").restore(like, 20).state
+    for a, b in zip(*map(jax.tree.leaves, (whole, again)), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 FOREIGN = {

@@ -294,9 +294,16 @@ def test_three_hundred_evaluations_compile_once_and_keep_nothing(fresh):
     run = trainer(fresh)
     evaluator = run._evaluator(run.eval_rows)
     first = evaluator(fresh.adapters)
-    held = len(jax.live_arrays())
+    held, before = len(jax.live_arrays()), resident()
     losses = {evaluator(fresh.adapters)["eval_loss"] for _ in range(300)}
     assert losses == {first["eval_loss"]} and len(jax.live_arrays()) <= held
+    assert resident() - before < 16 * 2**20
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) * 1024
 
 
 @pytest.mark.parametrize("given, total, every", [(0.1, 100, 10), (0.1, 7, 1), (3, 7, 3)])
