@@ -106,8 +106,8 @@ def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on(
     again = trainer(fresh, **kept)
     assert again.train(resume_from_checkpoint=True).global_step == 6
     assert short_hash(fresh.adapters) == last
-    steps = [json.loads(line)["step"] for line in open(tmp_path / "run" / "metrics.jsonl")]
-    assert steps == [1, 2, 3, 4, 5, 6]
+    lines = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert [row["step"] for row in lines] == [1, 2, 3, 4, 5, 6] and lines == again.log_history
 
 
 def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(fresh, tmp_path):

@@ -87,6 +87,12 @@ def _beside(row: dict[str, Any]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
 
 
+def rows(file: Path | None, done: int) -> list[dict[str, Any]]:
+    """Rows up to step `done` of a log that is continued. Raises ValueError where it is none."""
+    there = done and file is not None and file.exists()
+    return [json.loads(line) for line in _kept(file, done)] if there else []
+
+
 @contextmanager
 def _appended(file: Path | None, done: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     if file is None:

@@ -188,7 +188,9 @@ class Trainer:
             self.log_history.clear()
             own = source is not None and self._folder().absolute() in (source, source.parent)
             kept = int(state.step) if own else 0
-            shown = progress.bar(total, self._metrics_file(), kept)
+            file = self._metrics_file()
+            self.log_history.extend(progress.rows(file, kept))
+            shown = progress.bar(total, file, kept)
             with shown as show, report_to.reporting(a, vars(a)) as report:
                 log = lambda row: (self.log_history.append(row), show(row), report(row))
                 watch = self._watch(total, log)
