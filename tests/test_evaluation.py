@@ -331,7 +331,7 @@ def test_best_adapters_and_patience_of_a_resumed_run_are_those_of_a_whole_one(fr
         metric_for_best_model="eval_loss", greater_is_better=True, save_strategy="steps",
         save_steps=2, learning_rate=2e-3,
     )  # fmt: skip
-    for name, crash in (("whole", None), ("broken", 7)):
+    for name, crash in (("whole", None), ("broken", 3)):
         fresh.adapters = start
         patience = lambda: transformers.EarlyStoppingCallback(early_stopping_patience=4)
         output = str(tmp_path / name)
@@ -348,7 +348,7 @@ def test_best_adapters_and_patience_of_a_resumed_run_are_those_of_a_whole_one(fr
             (done.global_step, s.best_metric, s.best_global_step, short_hash(fresh.adapters))
         )
     assert found[0] == found[1]
-    assert found[0][0] <= 6 and found[0][2] < 12  # best and counted before the crash
+    assert found[0][0] < 12 and found[0][2] <= 2  # best and counted before the crash
 
 
 def test_the_mean_loss_of_a_row_spans_a_crash(fresh, tmp_path):
