@@ -5,6 +5,7 @@ A path that exists is answered without a network request; any other name is a Hu
 
 import importlib.metadata
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -31,11 +32,13 @@ def find(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    weights: bool = True,
 ) -> Path:
     """The folder or GGUF file called `model_name`; hub repos are fetched into the hub's cache.
 
-    `org/repo/file.gguf` is one file of a repo. Raises FileNotFoundError for a path that is not
-    there or a folder without a model, OSError naming the repo where the hub gives nothing.
+    `org/repo/file.gguf` is one file of a repo. Without `weights` a repo's safetensors stay where
+    they are. Raises FileNotFoundError for a path that is not there or a folder without a model,
+    OSError naming the repo where the hub gives nothing.
     """
     if not isinstance(model_name, str | os.PathLike) or not str(model_name).strip():
         error = ValueError if isinstance(model_name, str) else TypeError
@@ -52,8 +55,10 @@ def find(
     if _looks_like_a_path(name):
         raise FileNotFoundError(f"no file or folder {name!r}; {_nearest(local)}")
     options = {"revision": revision, "token": token, "cache_dir": cache_dir}
-    found = _download(name, options | {"local_files_only": local_files_only})
-    kind(found)
+    left = UNWANTED if weights else (*UNWANTED, "*.safetensors")
+    found = _download(name, options | {"local_files_only": local_files_only}, left)
+    if weights:
+        kind(found)
     return found
 
 
@@ -101,13 +106,13 @@ def _looks_like_a_path(name: str) -> bool:
     return not in_a_repo and (len(parts) > 2 or name.endswith(".gguf"))
 
 
-def _download(name: str, options: dict) -> Path:
+def _download(name: str, options: dict, unwanted: Sequence[str]) -> Path:
     owner, _, rest = name.partition("/")
     repo, _, file = rest.partition("/")
     try:
         if file:
             return Path(huggingface_hub.hf_hub_download(f"{owner}/{repo}", file, **options))
-        patterns = {"allow_patterns": list(WANTED), "ignore_patterns": list(UNWANTED)}
+        patterns = {"allow_patterns": list(WANTED), "ignore_patterns": list(unwanted)}
         return Path(huggingface_hub.snapshot_download(name, **options, **patterns))
     except (OSError, ValueError) as error:
         raise OSError(f"{name!r} is neither here nor on the hub: {_reason(error)}") from error

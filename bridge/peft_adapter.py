@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from bridge import modules_to_save
 from bridge.export import complete
 from bridge.peft_fields import STARTS, check
-from bridge.safetensors_file import check_space, listing, opened, read_json
+from bridge.safetensors_file import check_space, listing, opened, read_json, settle_metadata
 from unsloth_jax import lora, tree
 from unsloth_jax.dims import Params
 from unsloth_jax.leaves import Stacks, dense, layer
@@ -73,6 +73,7 @@ def save(
     check_space(Path(folder), sum(v.nbytes for v in values.values()) + 2**16)
     with complete(Path(folder)) as unfinished:
         save_file(values, unfinished / WEIGHTS, {"format": "pt"} | dict(settings.metadata))
+        settle_metadata(unfinished / WEIGHTS)
         (unfinished / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         _check_written(unfinished / WEIGHTS, values)
 

@@ -217,3 +217,18 @@ def write(path: Path, weights: Sequence[Weight]) -> None:
                     f"{w.name} is {value.dtype}{value.shape}, announced as {w.dtype}{w.shape}"
                 )
             file.write(value.tobytes())
+
+
+def settle_metadata(path: Path) -> None:
+    """Puts a file's metadata in alphabetical order, in place: equal contents get equal bytes.
+
+    The writer of `safetensors` leaves it in another order each time.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "the same header took more room"
+        file.seek(8)
+        file.write(text.ljust(size))

@@ -51,6 +51,14 @@ def test_saved_adapters_load_bit_for_bit_with_their_settings(name, tmp_path):
     )
 
 
+def test_equal_adapters_give_files_of_equal_bytes(tmp_path):
+    s = LORA["llama"]._replace(metadata={name: name.upper() for name in "zyxwvu"})
+    for name in ("a", "b", "c"):
+        peft_adapter.save(tmp_path / name, drawn(tiny.pair("llama").params, s), s)
+    files = {(tmp_path / name / peft_adapter.WEIGHTS).read_bytes() for name in ("a", "b", "c")}
+    assert len(files) == 1
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A good adapter of llama on q_proj, to be spoilt."""

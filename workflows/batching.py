@@ -76,9 +76,9 @@ class Batches:
     @property
     def widest(self) -> int:
         """The most tokens that a row of a batch has, padding included."""
-        return self._width([self.rows])
+        return self.width([self.rows])
 
-    def _width(self, bins: Sequence[Sequence[Row]]) -> int:
+    def width(self, bins: Sequence[Sequence[Row]]) -> int:
         """The width of a batch of these bins."""
         if self.packing:
             return data.rounded(self.length, self.multiple or 1)
@@ -98,7 +98,7 @@ class Batches:
         size = self.batch * self.accumulation
         for at in range(0, len(bins), size):
             group = bins[at : at + size]
-            width = self._width(group)
+            width = self.width(group)
             micro = [group[i : i + self.batch] for i in range(0, size, self.batch)]
             yield data.stacked([data.collate(m, self.batch, width) for m in micro])
 

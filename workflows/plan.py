@@ -178,11 +178,12 @@ def prepared(
     total: int,
     asked: int | float | str | None = None,
     lowered: Objective = SFT,
+    noted: Callable[[Plan], None] = lambda plan: None,
 ) -> Iterator[Callable]:
     """The step of a run of `total` steps that fits; inside, the model's table lies where it wants.
 
     On a GPU the plan is confirmed by compiling. On a CPU there is one only where a budget is asked
-    for. Raises ValueError before the run allocates anything where no plan fits.
+    for; `noted` gets it. Raises ValueError before the run allocates anything where no plan fits.
     """
     documents = batches.documents(total)
     hosted = functools.cache(lambda: objective.hosted(model.params))
@@ -203,7 +204,7 @@ def prepared(
             return plan.estimate(job, memory)._replace(temporaries=UNBOUNDED, source="compiled")
 
     _say_attention(job, documents)
-    memory = _chosen(model, job, asked, confirm)
+    memory = _chosen(model, job, asked, confirm, noted)
     with _table_in_place(model, frozen(memory)):
         yield step(memory)
 
@@ -233,7 +234,7 @@ def _say_attention(job: Job, documents: int) -> None:
         say(f"attention runs through XLA, with all scores in memory: {max(filter(None, reasons))}")
 
 
-def _chosen(model: Any, job: Job, asked: Any, confirm: Callable[[Memory], Plan]) -> Memory:
+def _chosen(model: Any, job: Job, asked: Any, confirm: Callable, noted: Callable) -> Memory:
     asked = model.memory_budget if asked is None else asked
     wanted = rungs(model.memory, job)
     if job.platform == "cpu" and asked is None:
@@ -251,6 +252,7 @@ def _chosen(model: Any, job: Job, asked: Any, confirm: Callable[[Memory], Plan])
         f"memory plan ({found.source}): {plan.title(memory)}, {plan.gib(found.total)} of "
         f"{plan.gib(room.device)} on the device, {plan.gib(found.host)} on the host"
     )
+    noted(found)
     return memory
 
 

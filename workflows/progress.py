@@ -16,6 +16,7 @@ from bridge.checkpoint import FULL
 from workflows.keywords import say
 
 LINES = 20  # printed in all where there is no terminal
+BESIDE = ("run.json", "report.html")  # what tells of a run, next to its log
 COUNTS = ("_supervised_tokens", "_pairs", "_answers", "_runtime", "_samples_per_second")
 
 
@@ -146,8 +147,14 @@ def _kept(file: Path, done: int) -> list[str]:
 
 
 def _move_aside(file: Path) -> None:
-    """Renames a log to the first free name of `metrics.1.jsonl`, `metrics.2.jsonl` and so on."""
-    names = (file.with_name(f"{file.stem}.{n}{file.suffix}") for n in itertools.count(1))
-    free = next(path for path in names if not path.exists())
-    file.rename(free)
-    say(f"the log of an earlier run in {file.parent} is now {free.name}")
+    """Renames a log to the first free name of `metrics.1.jsonl`, `metrics.2.jsonl` and so on.
+
+    The record and the page of its run take the same number.
+    """
+    numbered = lambda path, n: path.with_name(f"{path.stem}.{n}{path.suffix}")
+    beside = [path for name in BESIDE if (path := file.with_name(name)).exists()]
+    moved = [file, *beside]
+    free = next(n for n in itertools.count(1) if not any(numbered(p, n).exists() for p in moved))
+    for path in moved:
+        path.rename(numbered(path, free))
+    say(f"the log of an earlier run in {file.parent} is now {numbered(file, free).name}")

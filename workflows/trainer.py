@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from bridge.checkpoint import Checkpoints
 from unsloth_jax.data import Row
+from unsloth_jax.plan import Plan
 from unsloth_jax.train import start
 from workflows import (
     batching,
@@ -21,6 +23,7 @@ from workflows import (
     plan,
     progress,
     report_to,
+    run_page,
     samples,
     streams,
     updates,
@@ -176,7 +179,9 @@ class Trainer:
         optimizer, rate = updates.optimizer(a, total, m.adapters, self.optimizers)
         clock = Stopwatch()
         facts = self._facts(total)
-        prepared = plan.prepared(m, optimizer, batches, total, a.memory_budget, self.objective)
+        plans: list[Plan] = []
+        how = a.memory_budget, self.objective, plans.append
+        prepared = plan.prepared(m, optimizer, batches, total, *how)
         with m.multiplied_in(a.matmul_dtype), prepared as step:
             state, found = start(m.adapters, optimizer), None
             if source is not None:
@@ -190,9 +195,11 @@ class Trainer:
             kept = int(state.step) if own else 0
             file = self._metrics_file()
             self.log_history.extend(progress.rows(file, kept))
-            shown = progress.bar(total, file, kept)
-            with shown as show, report_to.reporting(a, vars(a)) as report:
-                log = lambda row: (self.log_history.append(row), show(row), report(row))
+            page = self._page(batches, total, kept, plans)
+            shown, reporting = progress.bar(total, file, kept), report_to.reporting(a, vars(a))
+            with shown as show, page as drawn, reporting as report:
+                out = self.log_history.append, show, drawn, report
+                log = lambda row: [each(row) for each in out]
                 watch = self._watch(total, log)
                 saving = self._saving(batches, facts, watch.notes)
                 of = m.family, m.config, m.scale, self.objective, batches.documents(total)
@@ -279,6 +286,14 @@ class Trainer:
 
     def _metrics_file(self) -> Path | None:
         return None if self.args.output_dir is None else self._folder() / "metrics.jsonl"
+
+    def _page(self, batches: Any, total: int, kept: int, plans: list[Plan]) -> Any:
+        """The context that keeps output_dir's report.html; one that does nothing without it."""
+        if self.args.output_dir is None:
+            return nullcontext(lambda row: None)
+        self.state.global_step = kept
+        facts = run_page.facts(self, batches, plans)
+        return run_page.Page(self._folder(), facts, total, kept, lambda: self.state.global_step)
 
     def _saving(self, batches: Any, facts: dict[str, Any], notes: Callable) -> Saving | None:
         if self.args.save_strategy == "no":
