@@ -85,7 +85,9 @@ class Page:
 def facts(trainer: Any, batches: Any, plans: Sequence[Plan] = ()) -> dict[str, Any]:
     """What stands before the first step: model, settings, data, versions, the memory plan."""
     a, m, found = trainer.args, trainer.model, lengths(batches)
-    plan = None if not plans else {"total": plans[-1].total, "source": plans[-1].source}
+    # On a CPU the log's memory is the whole process', of which a plan knows the arrays alone.
+    there = plans and jax.default_backend() != "cpu"
+    plan = {"total": plans[-1].total, "source": plans[-1].source} if there else None
     settings = {f.name: getattr(a, f.name) for f in fields(a)}
     return {
         "trainer": type(trainer).__name__,
