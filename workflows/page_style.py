@@ -21,8 +21,9 @@ white-space:pre-wrap}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(148px,1fr));gap:10px;
 margin:18px 0 0;padding:0}
 .tiles div{background:var(--card);border:1px solid var(--edge);border-radius:10px;
-padding:10px 14px}.tiles dt{color:var(--soft);font-size:13px}.tiles dd{margin:0;white-space:nowrap;font-size:17px;
-font-weight:600;line-height:1.35;font-variant-numeric:tabular-nums}.tiles dd small{display:block;
+padding:10px 14px}.tiles dt{color:var(--soft);font-size:13px}.tiles dd{margin:0;
+white-space:nowrap;font-size:17px;font-weight:600;line-height:1.35;font-variant-numeric:tabular-nums}
+.tiles dd small{display:block;
 font-size:13px;font-weight:400;line-height:1.4}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:14px}
 figure{margin:0 0 14px;background:var(--card);border:1px solid var(--edge);border-radius:10px;
