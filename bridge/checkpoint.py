@@ -104,8 +104,10 @@ class Checkpoints:
     def restore(self, like: Any, step: int | None = None, best: Any = None) -> Restored:
         """One checkpoint, in the structure of `like`; its best arrays in that of `best`.
 
-        Raises ValueError where there is none, it lacks a file, or its arrays don't fit.
+        Waits for what is being written. Raises ValueError where there is none, it lacks a file, or
+        its arrays don't fit.
         """
+        self.wait()
         path = self._path(self._chosen(step))
         reading = _orbax()
         with _whole(path):

@@ -188,6 +188,7 @@ def test_a_page_that_cannot_be_written_stops_nothing(trainer, tmp_path, capsys):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_rows_and_starts_before_it(trainer, tmp_path):
     class Ends:
         def on_step_end(self, args, run, control, **other):
@@ -218,6 +219,7 @@ def test_a_start_that_ended_without_a_word_is_told_when_the_run_goes_on(tmp_path
     assert "it ended without a word" in of(tmp_path).text
 
 
+@pytest.mark.slow
 def test_a_new_run_links_the_page_that_it_moves_aside(trainer, tmp_path):
     trainer().train()
     before = (tmp_path / "out" / "report.html").read_bytes()

@@ -50,6 +50,7 @@ def test_a_command_trains_and_leaves_what_was_asked_for(there, folder, capsys):
     assert "report: outputs/report.html" in said and "adapter: outputs/adapter" in said
 
 
+@pytest.mark.slow
 def test_the_written_settings_give_the_same_adapters_to_the_byte(there):
     path, flags = there
     more = "--packing --warmup-steps 0 --lora-alpha 8 --lr-scheduler-type cosine"
@@ -62,6 +63,7 @@ def test_the_written_settings_give_the_same_adapters_to_the_byte(there):
     assert one | {"output_dir": "b"} == other and one["warmup_ratio"] == 0.0
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_own_settings(there):
     path, flags = there
     saved = ["--save-strategy", "steps", "--save-steps", "1", "--no-save-adapter"]
@@ -237,6 +239,7 @@ def test_folders_of_an_earlier_run_are_found_before_training(there):
     assert everything(path / "outputs") == {"adapter", "adapter/mine"}
 
 
+@pytest.mark.slow
 def test_an_adapter_folder_is_trained_on(there, folder):
     path, flags = there
     sft.main([*flags, "--output-dir", "a", "--lora-alpha", "8"])

@@ -173,7 +173,7 @@ class SFTConfig:
     train_sampling_strategy: str = "random"
     group_by_length: bool = False
     pad_to_multiple_of: int | str | None = None
-    report_to: str | list | tuple | None = None
+    report_to: str | list | tuple | None = "none"
     run_name: str | None = None
     project: str | None = None
     logging_dir: str | None = None
