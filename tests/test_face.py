@@ -122,7 +122,8 @@ def test_the_config_has_unsloths_defaults():
     others = (
         "max_length warmup_steps save_steps truncation memory_budget matmul_dtype eval_steps "
         "eval_on_start lr_scheduler_kwargs load_best_model_at_end metric_for_best_model "
-        "greater_is_better loraplus_lr_ratio optim_args train_sampling_strategy group_by_length"
+        "greater_is_better loraplus_lr_ratio optim_args train_sampling_strategy group_by_length "
+        "run_name project logging_dir sample_prompts sample_steps sample_max_new_tokens"
     )
     assert made.keys() - CONFIG.keys() == set(others.split())
     assert vars(SFTConfig(**CONFIG)) == made
