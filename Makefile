@@ -60,6 +60,7 @@ performance: .venv/.dev
 	mkdir -p build
 	test -n "$(SITE)" || (echo "SITE must name a folder with Unsloth's packages" && false)
 	$(STEP) --policies auto --run-unsloth $(SITE)
+	$(BENCH).profile --shapes 2x2048,4x2048,1x8192 --packed 4x2048 --output build/profile.jsonl
 	$(LEAN) full+host --shapes 2x2048,4x2048,8x2048
 	$(LEAN) offload+host --shapes 2x2048
 	$(LEAN) offload+host+tiles2 --shapes 8x2048,1x16384

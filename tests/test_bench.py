@@ -20,6 +20,7 @@ from workflows.bench import (
     kernels,
     lengths,
     performance,
+    profile,
     rows,
     sides,
     train_step,
@@ -323,3 +324,34 @@ def test_a_table_has_a_column_for_each_name_and_blanks_for_what_is_missing():
     table = rows.table([{"a": 1234.5, "b": "x"}, {"a": 0.12344}], ["a", "b"]).splitlines()
     assert table[0] == "|      a | b   |" and table[1] == "| -----: | --- |"
     assert table[2] == "|  1,234 | x   |" and table[3] == "| 0.1234 |     |"
+
+
+def kernel(name, start, length, tid=7, **args):
+    return {"ph": "X", "pid": 1, "tid": tid, "ts": start, "dur": length, "name": name, "args": args}
+
+
+def test_a_profile_counts_each_kernel_once_and_the_gaps_between_them():
+    thread = lambda tid, name: dict(ph="M", pid=1, tid=tid, name="thread_name", args={"name": name})
+    trace = [
+        thread(7, "Stream #13(Compute)"),
+        thread(8, "XLA Ops"),
+        kernel("nvjet_hsh_128x256", 1000, 2000, hlo_op="custom-call.3"),
+        kernel("nf4_dequantize", 500, 400),
+        kernel("sm90_flash_fprop", 3500, 500),
+        kernel("loop_multiply_fusion_2", 3800, 400),
+        kernel("copy of the above", 500, 9000, tid=8, hlo_op="fusion.1"),
+    ]
+    found = profile.breakdown(profile.kernels({"traceEvents": trace}))
+    parts = {"products": 2.0, "attention": 0.5, "NF4 decoding": 0.4, "fusions": 0.4}
+    assert found["parts"] == pytest.approx(parts) and found["kernels"] == 4
+    assert found["span_ms"] == pytest.approx(3.7) and found["gaps_ms"] == pytest.approx(0.6)
+    with pytest.raises(ValueError, match="no kernels"):
+        profile.kernels({"traceEvents": trace[:2]})
+
+
+def test_a_step_is_profiled_here_too(tmp_path, capsys):
+    line = ["--shape", "tiny", "--shapes", "2x64", "--output", str(tmp_path / "profile.jsonl")]
+    profile.main(line)
+    (found,) = rows.read(tmp_path / "profile.jsonl")
+    assert found["parts"]["fusions"] > 0 and found["kernels"] > 10
+    assert "2x64" in capsys.readouterr().out
