@@ -11,6 +11,7 @@ import yaml
 
 from unsloth_jax import FastLanguageModel, SFTConfig
 from workflows import settings_file, sft, sft_settings
+from workflows.plan import FRACTIONS
 from workflows.run import short_hash
 
 
@@ -108,8 +109,10 @@ def test_every_default_can_be_written_and_read_again(section, tmp_path):
     assert settings_file.read(tmp_path / "a.yaml") == settings_file.plain(defaults)
 
 
-def test_a_dry_run_shows_data_mask_steps_and_memory_and_writes_nothing(there, capsys):
+def test_a_dry_run_shows_data_mask_steps_and_memory_and_writes_nothing(there, capsys, monkeypatch):
     path, flags = there
+    for name in FRACTIONS:
+        monkeypatch.delenv(name, raising=False)
     before = everything(path)
     more = "--packing --train-on-responses-only --dry-run --gpu 24GB --eval-dataset rows.jsonl"
     sft.main([*flags, *more.split()])
