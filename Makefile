@@ -39,7 +39,7 @@ test: .venv/.dev
 	$(OFFLINE) $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-full: .venv/.dev
-	$(OFFLINE) $(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(OFFLINE) $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow and not gpu"
 
 # What the parity tests measure, as JSON.
 figures: .venv/.dev
