@@ -216,7 +216,7 @@ for _ in range(int(sys.argv[3])):
     pid = child(lambda: saver(write))
     os.close(write)
     said = os.read(read, 100)  # the first save of this child is whole
-    time.sleep(random.uniform(0, 0.12))
+    time.sleep(random.uniform(0, 0.12))  # at any moment of one of its saves
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     while more := os.read(read, 1 << 16):

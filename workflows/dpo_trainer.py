@@ -41,9 +41,8 @@ class DPOTrainer(PreferenceTrainer):
         **other: Any,
     ):
         refuse_reference("DPOTrainer", ref_model)
-        given = dict(args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
-        given |= dict(processing_class=processing_class, tokenizer=tokenizer, callbacks=callbacks)
-        super().__init__(model, given, other)
+        data = train_dataset, eval_dataset
+        super().__init__(model, args, *data, processing_class, callbacks, tokenizer, **other)
         if self.args.precompute_ref_log_probs and self.reference is not None:
             self.rows = self._referred(self.rows)
             self.eval_rows = {name: self._referred(some) for name, some in self.eval_rows.items()}
@@ -58,9 +57,9 @@ class DPOTrainer(PreferenceTrainer):
         return referred(rows, self._made(rows, size, 1, False, None), self.reference)
 
 
-def PatchDPOTrainer() -> None:  # noqa: N802 - Unsloth's name
+def PatchDPOTrainer() -> None:
     """Nothing: Unsloth's notebooks call it before they import the trainer."""
 
 
-def PatchKTOTrainer() -> None:  # noqa: N802 - Unsloth's name
+def PatchKTOTrainer() -> None:
     """Nothing, as PatchDPOTrainer."""

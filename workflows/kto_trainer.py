@@ -48,9 +48,8 @@ class KTOTrainer(PreferenceTrainer):
         **other: Any,
     ):
         refuse_reference("KTOTrainer", ref_model)
-        given = dict(args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
-        given |= dict(processing_class=processing_class, tokenizer=tokenizer, callbacks=callbacks)
-        super().__init__(model, given, other)
+        data = train_dataset, eval_dataset
+        super().__init__(model, args, *data, processing_class, callbacks, tokenizer, **other)
         a = self.args
         balance(self.rows, a.desirable_weight, a.undesirable_weight)
         if a.train_sampling_strategy == "sequential":

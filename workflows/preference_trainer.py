@@ -1,6 +1,6 @@
 """What the trainers of preferences share: their keywords, rows, batches and checkpoints' facts."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +47,31 @@ class PreferenceTrainer(Trainer):
     config: type[PreferenceConfig] = PreferenceConfig
     reference: Reference | None = None
 
-    def __init__(self, model: Any, given: Mapping[str, Any], other: Mapping[str, Any]):
+    def __init__(
+        self,
+        model: Model,
+        args: PreferenceConfig | None = None,
+        train_dataset: Iterable | str | Path | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: Sequence[Any] | None = None,
+        tokenizer: Any = None,
+        **other: Any,
+    ):
         where, config = type(self).__name__, self.config
+        given = dict(args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        given |= dict(processing_class=processing_class, tokenizer=tokenizer, callbacks=callbacks)
         names = own_names(config)
         old = {name: value for name, value in other.items() if name in names}
         rest = {name: value for name, value in other.items() if name not in names}
         settle(where, rest, (*USED, "ref_model", *names), IGNORED, LATER)
         typed(where, {"model": model, **given}, KINDS | {"args": config | None})
-        tokenizers = [x for x in (given["processing_class"], given["tokenizer"]) if x is not None]
+        tokenizers = [x for x in (processing_class, tokenizer) if x is not None]
         if len(tokenizers) == 2 and tokenizers[0] is not tokenizers[1]:
             raise ValueError(f"{where}: give tokenizer or processing_class, got two that differ")
-        args = config() if given["args"] is None else given["args"]
+        args = replaced(where, config() if args is None else args, old)
         tokenizer = (*tokenizers, model.tokenizer)[0]
-        data = given["train_dataset"], given["eval_dataset"]
-        super().__init__(model, replaced(where, args, old), tokenizer, *data, given["callbacks"])
+        super().__init__(model, args, tokenizer, train_dataset, eval_dataset, callbacks)
         self.objective = self._objective()
 
     def _trainable(self, model: Model, args: PreferenceConfig) -> None:

@@ -4,7 +4,9 @@ A keyword that from_pretrained, get_peft_model or SFTConfig gains is a flag from
 """
 
 import difflib
+import functools
 import inspect
+import operator
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -159,7 +161,7 @@ def flag_kind(kind: Any) -> Any:
         return tuple[(get_args(many[0]) or (str,))[0], ...]
     if len(plain) < len(one):
         return str
-    return Union[tuple(plain)]  # noqa: UP007 - its members are known at run time only
+    return functools.reduce(operator.or_, plain)
 
 
 def _parts(kind: Any) -> tuple[list, list, list]:
