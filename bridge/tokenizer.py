@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from itertools import groupby
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -299,16 +298,6 @@ def stop_ids(
         )
     found = {*named, tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None}
     return sorted(found)
-
-
-def preview_mask(
-    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], mask: Sequence[int]
-) -> str:
-    """The row as text, with [[ ]] around each stretch that the loss predicts."""
-    pairs = zip(tokens, mask, strict=True)
-    runs = [(on, [t for t, _ in run]) for on, run in groupby(pairs, lambda pair: pair[1])]
-    show = lambda on, run: f"[[{tokenizer.decode(run)}]]" if on else tokenizer.decode(run)
-    return "".join(show(on, run) for on, run in runs)
 
 
 def state(tokenizer: PreTrainedTokenizerBase) -> str:

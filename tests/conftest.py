@@ -56,6 +56,30 @@ def no_network():
         yield
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny chat model's folder."""
+    import tiny_chat  # it loads torch, which most tests' own processes do without
+
+    return tiny_chat.save(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    """That model, loaded once a file; `fresh` gives it new adapters."""
+    import tiny_chat
+
+    return tiny_chat.load(folder)[0]
+
+
+@pytest.fixture
+def fresh(base):
+    from unsloth_jax import FastLanguageModel
+
+    base.adapters = None
+    return FastLanguageModel.get_peft_model(base, r=4)
+
+
 @pytest.fixture
 def figure():
     """figure(what, measured, limit) fails over the limit and is reported with --figures."""

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import jinja2
+import marking
 import pytest
 from small_tokenizers import SYSTEM, TALK, byte_level
 from tokenizers import AddedToken
@@ -171,7 +172,7 @@ def test_every_answer_is_supervised_with_its_end_and_nothing_else_is(name):
     # The text of another format's end is that format's own end token here.
     for messages in (talk for key, talk in TALKS.items() if key != "other formats"):
         ids, mask = bt.conversation_row(tokenizer, messages, **DATE)
-        marked = bt.preview_mask(tokenizer, ids, mask).split("[[")[1:]
+        marked = marking.marked(tokenizer, ids, mask).split("[[")[1:]
         answers = [shown(name, m["content"]) for m in messages if m["role"] == "assistant"]
         for part, answer in zip(marked, answers, strict=True):
             wanted = [opened + answer + ending(name) for opened in ("", opening(name))]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import child_process
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,19 +35,14 @@ def trainer(folder: Path, output: Path, rows=tiny_chat.MESSAGES, r: int = 4, **c
     return SFTTrainer(model=model, train_dataset=rows, args=args)
 
 
-PRELUDE = f"""
-import os, signal, sys, threading
-from pathlib import Path
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import conftest, jax
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_disable_most_optimizations", True)
-jax.config.update("jax_compilation_cache_dir", str(conftest.CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+PRELUDE = (
+    child_process.PRELUDE
+    + """
 import test_checkpoint
 
 folder, output, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 """
+)
 # What is trained, killed and resumed: a kind's trainer, with the settings beside SETTINGS.
 KINDS = {"sft": {}, "packed": dict(packing=True, save_steps=5, optim="adamw_8bit")}
 KILLED = """

@@ -9,7 +9,7 @@ import tiny_chat
 import torch
 import transformers
 
-from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer, train_on_responses_only
+from unsloth_jax import SFTConfig, SFTTrainer, train_on_responses_only
 from workflows import evaluate
 from workflows.run import short_hash
 
@@ -18,22 +18,6 @@ SAME = dict(
     lr_scheduler_type="constant", optim="adamw_torch", max_length=64,
 )  # fmt: skip
 HELD_OUT = tiny_chat.MESSAGES[:3]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_chat.save(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def base(folder):
-    return tiny_chat.load(folder)[0]
-
-
-@pytest.fixture
-def fresh(base):
-    base.adapters = None
-    return FastLanguageModel.get_peft_model(base, r=4)
 
 
 def trainer(model, held_out=HELD_OUT, callbacks=None, **changes) -> SFTTrainer:

@@ -6,6 +6,7 @@ The texts were written by hand from the models' published chat formats.
 import random
 import re
 
+import marking
 import pytest
 from small_tokenizers import SYSTEM, TALK, byte_level, metaspace
 from tokenizers import AddedToken, Regex, pre_tokenizers
@@ -186,7 +187,7 @@ def test_any_conversation_has_one_bos_at_most_and_its_answers_learnt_to_their_en
         said = [m["content"] for m in talk if m["role"] == "assistant"]
         # Llama 2's own format begins each exchange with BOS.
         assert row.tokens.count(bos) <= (len(asked) if name == "llama" else 1)
-        marked = bt.preview_mask(tokenizer, *row)
+        marked = marking.marked(tokenizer, *row)
         learnt = re.findall(r"\[\[(.*?)\]\]", marked, re.DOTALL)
         rest = re.sub(r"\[\[.*?\]\]", "", marked, flags=re.DOTALL)
         assert len(learnt) == len(said)

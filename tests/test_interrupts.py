@@ -8,12 +8,13 @@ import sys
 import threading
 from pathlib import Path
 
+import child_process
 import jax
 import numpy as np
 import pytest
 import tiny_chat
 
-from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer
+from unsloth_jax import SFTConfig, SFTTrainer
 from workflows.interrupts import Interrupts
 from workflows.run import short_hash
 
@@ -24,22 +25,6 @@ SAME = dict(
 )  # fmt: skip
 SAVED = dict(save_strategy="steps", save_steps=100)
 ENDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_chat.save(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def base(folder):
-    return tiny_chat.load(folder)[0]
-
-
-@pytest.fixture
-def fresh(base):
-    base.adapters = None
-    return FastLanguageModel.get_peft_model(base, r=4)
 
 
 @pytest.fixture(autouse=True)
@@ -174,15 +159,9 @@ def test_a_signal_between_blocks_is_raised_where_it_is_looked_for(answers):
     assert answers()
 
 
-PRELUDE = f"""
-import os, resource, signal, sys, threading
-from pathlib import Path
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import conftest, jax
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_disable_most_optimizations", True)
-jax.config.update("jax_compilation_cache_dir", str(conftest.CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+PRELUDE = (
+    child_process.PRELUDE
+    + """
 import test_interrupts as t
 import tiny_chat
 from unsloth_jax import FastLanguageModel
@@ -190,6 +169,7 @@ from unsloth_jax import FastLanguageModel
 folder, output = map(Path, sys.argv[1:])
 model = FastLanguageModel.get_peft_model(tiny_chat.load(folder)[0], r=4)
 """
+)
 ENDLESS = """
 ready = t.At(5, lambda: print("ready", flush=True))
 t.trainer(model, ready, max_steps=10**6, output_dir=str(output), **t.SAVED).train()

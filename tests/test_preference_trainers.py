@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import child_process
 import jax
 import numpy as np
 import preference_runs
@@ -188,19 +189,14 @@ SETTINGS = dict(
     per_device_train_batch_size=2, gradient_accumulation_steps=2, warmup_steps=2, max_steps=20,
     save_strategy="steps", save_steps=10, train_sampling_strategy="random",
 )  # fmt: skip
-PRELUDE = f"""
-import os, signal, sys
-from pathlib import Path
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import conftest, jax
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_disable_most_optimizations", True)
-jax.config.update("jax_compilation_cache_dir", str(conftest.CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+PRELUDE = (
+    child_process.PRELUDE
+    + """
 import test_preference_trainers as these
 
 folder, output = map(Path, sys.argv[1:])
 """
+)
 KILLED = """
 these.saving(folder, output / "whole").train()
 class Deadly(list):

@@ -7,7 +7,7 @@ import pytest
 import tiny_chat
 
 from bridge import tokenizer as text
-from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer
+from unsloth_jax import SFTConfig, SFTTrainer
 from workflows import samples
 from workflows.objective import hosted
 
@@ -17,22 +17,6 @@ SAME = dict(
 )  # fmt: skip
 PROMPTS = [[{"role": "user", "content": "What is the capital of France?"}], "one two three"]
 ASKED = dict(sample_prompts=PROMPTS, sample_max_new_tokens=6)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_chat.save(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def base(folder):
-    return tiny_chat.load(folder)[0]
-
-
-@pytest.fixture
-def fresh(base):
-    base.adapters = None
-    return FastLanguageModel.get_peft_model(base, r=4)
 
 
 def trainer(model, held_out=None, **changes) -> SFTTrainer:

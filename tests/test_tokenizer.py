@@ -5,6 +5,7 @@ import hashlib
 import json
 from functools import cache
 
+import marking
 import pytest
 from small_tokenizers import RENDERED, SYSTEM, TALK, TEMPLATES, TOKENIZERS, USER, byte_level
 
@@ -82,7 +83,7 @@ def test_mask_covers_each_answer_and_its_end_and_nothing_else(kind, talk, spoken
     tokenizer, messages = spoken[kind], TALKS[talk]
     template = TEMPLATES[kind[0]]
     ids, mask = bt.conversation_row(tokenizer, messages)
-    shown = bt.preview_mask(tokenizer, ids, mask)
+    shown = marking.marked(tokenizer, ids, mask)
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
     parts = [part.split("]]")[0] for part in shown.split("[[")[1:]]
     assert len(parts) == len(answers)
@@ -318,7 +319,7 @@ def test_a_header_is_not_learnt_where_the_template_ignores_the_generation_prompt
     messages[1]["content"] = "<think>a</think> two "
     if loop == "calls":
         messages[1] |= {"content": None, "tool_calls": ["book"]}
-    shown = bt.preview_mask(tokenizer, *bt.conversation_row(tokenizer, messages))
+    shown = marking.marked(tokenizer, *bt.conversation_row(tokenizer, messages))
     parts = [part.split("]]")[0] for part in shown.split("[[")[1:]]
     first = {"history without thoughts": "two <|im_end|>", "calls": "['book']<|im_end|>"}
     wanted = [first.get(loop, "<think>a</think> two"), "It's 4.<|im_end|>"]

@@ -34,23 +34,6 @@ SAME = dict(
 LONG = {"text": "one two three four five six seven eight nine ten " * 20}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_chat.save(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def base(folder):
-    """Loaded once; `fresh` gives it new adapters."""
-    return tiny_chat.load(folder)[0]
-
-
-@pytest.fixture
-def fresh(base):
-    base.adapters = None
-    return FastLanguageModel.get_peft_model(base, r=4)
-
-
 def trainer(model, rows=tiny_chat.MESSAGES, **changes) -> SFTTrainer:
     return SFTTrainer(model=model, train_dataset=rows, args=SFTConfig(**(SAME | changes)))
 
