@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from unsloth_jax import data, lora, tree
+from unsloth_jax import data, layers, lora, tree
 from unsloth_jax.data import Row
 from workflows import diagnose
 
@@ -55,3 +55,12 @@ def test_gradients_are_blamed_from_the_last_layer_on():
     grads["x"]["b"][1, 0, 0] = np.inf
     grads["x"]["a"][0] = np.nan
     assert diagnose._layers_without_gradient(grads, LAYERS) == {0: "x.a", 1: "x.b"}
+
+
+def test_the_search_tells_attention_how_many_documents_a_row_holds(monkeypatch):
+    pair, adapters, batch, _ = setting()
+    told, attend = set(), layers.kernel.attention
+    seen = lambda rule, *more: (told.add(rule.documents), attend(rule, *more))[1]
+    monkeypatch.setattr(layers.kernel, "attention", seen)
+    find = diagnose.first_bad_layer(pair.family, pair.config, 1.0, documents=3)
+    assert find(adapters, pair.params, batch) and told == {3}

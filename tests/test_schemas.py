@@ -107,6 +107,8 @@ def test_how_many_rows_are_cut_is_said_and_nothing_where_all_fit(chatml, said):
     rows([LONG, LONG, {"input_ids": [5, 6]}], chatml, max_length=8, truncate=True)
     assert said() == "unsloth_jax: 2 of 3 rows are longer than max_length=8 and are cut\n"
     rows([LONG, LONG, {"input_ids": [5, 6]}], chatml, max_length=30)
+    with pytest.raises(ValueError, match="30 tokens, more than max_length=29"):
+        rows([LONG], chatml, max_length=29)
     assert said() == ""
 
 
