@@ -232,6 +232,11 @@ def test_a_share_needs_a_device_that_reports_its_memory():
     )
 
 
+def test_the_host_share_of_a_budget_is_what_xla_would_pin(monkeypatch):
+    monkeypatch.setenv(machine.PINNED, "1")
+    assert planning.budget("24GB").host == 2**30 < machine.host_free()
+
+
 @pytest.fixture
 def config(tmp_path):
     path = tmp_path / "config.json"

@@ -6,6 +6,9 @@ import subprocess
 
 import jax
 
+# The GiB of host memory that XLA pins at most, read when it starts, and its own default.
+PINNED, PINNED_DEFAULT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", 64
+
 
 def device_limit() -> int | None:
     """What JAX may take of the first device; None where the backend doesn't say (a CPU's)."""
@@ -50,6 +53,11 @@ def peak() -> int:
 def host_free() -> int:
     """Host memory that is available (/proc/meminfo)."""
     return _line("/proc/meminfo", "MemAvailable")
+
+
+def host_pinnable() -> int:
+    """Host memory that a program on a GPU may take: available, and within what XLA pins at most."""
+    return min(host_free(), int(os.environ.get(PINNED, PINNED_DEFAULT)) * 2**30)
 
 
 def _gpu_free() -> int | None:

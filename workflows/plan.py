@@ -85,8 +85,8 @@ def budget(asked: int | float | str | None, held: int = 0) -> Budget | None:
     whole, left = machine.device_limit(), machine.device_free()
     free = UNBOUNDED if left is None else left + held
     if asked is not None:
-        return Budget(min(size(asked, whole), free), machine.host_free())
-    return None if whole is None else Budget(free, machine.host_free())
+        return Budget(min(size(asked, whole), free), machine.host_pinnable())
+    return None if whole is None else Budget(free, machine.host_pinnable())
 
 
 def shapes(fields: dict[str, Any], dtype: Any, quantized: bool) -> tuple[ModuleType, Any, Params]:
