@@ -2,10 +2,14 @@
 
 import contextlib
 import contextvars
+import functools
 import math
+import sys
 from collections.abc import Iterator, Mapping
 
 import jax
+
+HERE = "this GPU"  # in every reason that lies in the device, not in what an operation is given
 
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 _interpret: contextvars.ContextVar[bool] = contextvars.ContextVar("interpret", default=False)
@@ -25,6 +29,12 @@ def capability() -> float:
     """Compute capability of the first GPU; infinite where there is none to ask."""
     found = getattr(jax.devices()[0], "compute_capability", None)
     return math.inf if found is None else float(found)
+
+
+def older(oldest: float) -> str | None:
+    """That the GPU's compute capability is below `oldest`, or None."""
+    found = capability()
+    return f"it needs compute capability {oldest}, {HERE} has {found}" if found < oldest else None
 
 
 def interpreting() -> bool:
@@ -50,13 +60,22 @@ def target(name: str, interpret: bool = False) -> Iterator[None]:
 def pick(operation: str, implementation: str | None, reasons: Mapping[str, str | None]) -> str:
     """The implementation asked for, or the first whose reason against it is None.
 
-    `reasons` lists implementations best first. Raises ValueError with the reason where the one
-    asked for can't run, and for an unknown name.
+    `reasons` lists implementations best first; one that this GPU rules out is said once. Raises
+    ValueError with the reason where the one asked for can't run, and for an unknown name.
     """
     if implementation is None:
-        return next(name for name, reason in reasons.items() if reason is None)
+        chosen = next(name for name, reason in reasons.items() if reason is None)
+        for name, reason in reasons.items():
+            if reason is not None and HERE in reason:
+                _say(f"{operation}: {chosen!r} runs instead of {name!r}: {reason}")
+        return chosen
     if implementation not in reasons:
         raise ValueError(f"{operation} has no {implementation!r}; known: {list(reasons)}")
     if reasons[implementation] is not None:
         raise ValueError(f"{operation}: {implementation!r} can't run: {reasons[implementation]}")
     return implementation
+
+
+@functools.cache
+def _say(line: str) -> None:
+    print(f"unsloth_jax: {line}", file=sys.stderr, flush=True)

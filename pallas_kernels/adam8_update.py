@@ -132,8 +132,8 @@ def supports(g: Any) -> str | None:
     """Why the kernel can't run on a gradient like this, or None."""
     if _choice.platform() != "gpu":
         return "it needs a GPU"
-    if _choice.capability() < 8.0:
-        return f"it needs compute capability 8.0, this GPU has {_choice.capability()}"
+    if old := _choice.older(8.0):
+        return old
     if g.dtype != jnp.float32:
         return f"it takes a float32 gradient, not {g.dtype}"
     if g.size >= 2**31:

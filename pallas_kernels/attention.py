@@ -91,8 +91,8 @@ def supports(rule: Rule, q: Any, k: Any) -> str | None:
     if jax.default_backend() != "gpu":
         return "it is lowered by asking the GPU, and there is none here"
     oldest = 9.0 if rule.documents > 1 else 8.0
-    if _choice.capability() < oldest:
-        return f"it needs compute capability {oldest}, this GPU has {_choice.capability()}"
+    if old := _choice.older(oldest):
+        return old
     window = rule.window is not None and rule.window < q.shape[1]
     group = q.shape[2] // k.shape[2]
     return _disagreement(str(q.dtype), group, q.shape[-1], rule.documents > 1, window)

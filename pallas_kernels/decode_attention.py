@@ -62,8 +62,8 @@ def supports(q: Array, keys: Array) -> str | None:
     _, heads, slots, width = keys.shape
     if _choice.platform() != "gpu":
         return "it needs a GPU"
-    if _choice.capability() < 8.0:
-        return f"it needs compute capability 8.0, this GPU has {_choice.capability()}"
+    if old := _choice.older(8.0):
+        return old
     if q.dtype != keys.dtype or keys.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes one 16-bit dtype, got queries {q.dtype} and a cache {keys.dtype}"
     if width not in (16, 32, 64, 128, 256) or slots % BLOCK or q.shape[1] > heads * ROWS:

@@ -53,8 +53,8 @@ def supports(xs: Sequence[Float[Array, "M _"]]) -> str | None:
     """Why the kernel can't run on these, or None."""
     if _choice.platform() != "gpu":
         return "it needs a GPU"
-    if _choice.capability() < 8.9:
-        return f"it needs compute capability 8.9 (Ada, Hopper), this GPU has {_choice.capability()}"
+    if old := _choice.older(8.9):
+        return old
     widths = [x.shape[1] for x in xs]
     if any(width % 16 for width in widths) or sum(widths) > WIDEST:
         return f"it takes widths of 16 n, {WIDEST} in all at most, got {widths}"

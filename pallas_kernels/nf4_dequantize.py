@@ -68,8 +68,8 @@ def supports(
     dtype = jnp.dtype(dtype or layout.dtype)
     if _choice.platform() != "gpu":
         return "it needs a GPU"
-    if _choice.capability() < 8.0:
-        return f"it needs compute capability 8.0, this GPU has {_choice.capability()}"
+    if old := _choice.older(8.0):
+        return old
     if layout.block != BLOCK or width % 128 or height % ROWS:
         return f"it takes blocks of 64, widths of 128 n, heights of 16 n, got {layout}"
     if dtype not in (jnp.bfloat16, jnp.float16):

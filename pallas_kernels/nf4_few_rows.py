@@ -113,8 +113,8 @@ def supports(
     """Why the Triton kernels can't take these, or None if they can."""
     if _choice.platform() != "gpu" or jax.default_backend() != "gpu":
         return f"it needs a GPU, got platform {jax.default_backend()}"
-    if _choice.capability() < 8.0:
-        return f"it needs compute capability 8.0, this GPU has {_choice.capability()}"
+    if old := _choice.older(8.0):
+        return old
     missing = [name for name in ("triton", "jax_triton") if find_spec(name) is None]
     return f"it needs {missing}, not installed" if missing else fits(layouts, x, packed, statistics)
 

@@ -83,8 +83,8 @@ def supports(layout: Layout, packed: Any) -> str | None:
     """Why the kernel, and products in e4m3, can't run here; or None."""
     if _choice.platform() != "gpu":
         return "it needs a GPU"
-    if _choice.capability() < 8.9:
-        return f"it needs compute capability 8.9 (Ada, Hopper), this GPU has {_choice.capability()}"
+    if old := _choice.older(8.9):
+        return old
     if 2**31 <= packed.size < 2**32:
         return "the stack's bytes pass 2^31 and are still indexed in 32 bits"
     return uneven(layout)
