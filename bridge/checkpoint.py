@@ -5,6 +5,7 @@ a folder named `checkpoint_N` is whole whatever ends the process or the machine.
 """
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -25,7 +26,12 @@ import orbax.checkpoint as ocp
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, or what a user may have of it
 NAME = re.compile(r"checkpoint_(\d+)")
 LEFTOVERS = ("checkpoint_*.partial*", "checkpoint_*.orbax-checkpoint-tmp*")
+FILES = "files.json"  # sizes and hashes of all other files of a checkpoint
 SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")  # in what TensorStore says
+
+
+class Damaged(ValueError):
+    """A checkpoint that lacks a file, or whose files are not as they were written."""
 
 
 class Restored(NamedTuple):
@@ -45,7 +51,6 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int | None = None):
         self.folder, self._keep = Path(folder).absolute(), keep
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._writing: _Writing | None = None
 
     def save(
@@ -70,6 +75,7 @@ class Checkpoints:
         items["state"] = ocp.args.StandardSave(_on_host(state))
         if best is not None:
             items["best"] = ocp.args.StandardSave(_on_host(best))
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._sweep()
         path = self._path(step)
         self._writing = _Writing(path, lambda: self._write(path, items))
@@ -94,6 +100,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of complete checkpoints, in order."""
+        if not self.folder.is_dir():
+            return []
         found = (NAME.fullmatch(p.name) for p in self.folder.iterdir() if p.is_dir())
         return sorted(int(match[1]) for match in found if match)
 
@@ -104,13 +112,14 @@ class Checkpoints:
     def restore(self, like: Any, step: int | None = None, best: Any = None) -> Restored:
         """One checkpoint, in the structure of `like`; its best arrays in that of `best`.
 
-        Waits for what is being written. Raises ValueError where there is none, it lacks a file, or
-        its arrays don't fit.
+        Waits for what is being written. Raises ValueError where there is none or its arrays don't
+        fit, Damaged where its files are not as they were written.
         """
         self.wait()
         path = self._path(self._chosen(step))
         reading = _orbax()
         with _whole(path):
+            _check_files(path)
             held = reading.metadata(path).item_metadata
             trees = {"state": _shapes(like)}
             if "best" in held and best is not None:
@@ -148,6 +157,7 @@ class Checkpoints:
                 _room(path, items)
                 with _orbax() as writing:
                     writing.save(partial, args=ocp.args.Composite(**items))
+                (partial / FILES).write_text(json.dumps(_files(partial)), encoding="utf-8")
                 _flush(partial)
                 partial.rename(path)
                 _flushed(self.folder)
@@ -219,7 +229,37 @@ def _whole(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or incomplete: {error}") from error
+        raise Damaged(f"{path} is damaged or incomplete: {error}") from error
+
+
+def _files(folder: Path) -> dict[str, list[Any]]:
+    """[size, sha256] of each file by its path below the folder."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != FILES):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.relative_to(folder).as_posix()] = [path.stat().st_size, digest]
+    return found
+
+
+def _check_files(folder: Path) -> None:
+    """Raises OSError for a file that is not as `_files` found it; older checkpoints have no list.
+
+    Orbax would notice only some of it, and while its other reads go on.
+    """
+    if not (folder / FILES).exists():
+        return
+    written = json.loads((folder / FILES).read_text(encoding="utf-8"))
+    for name, (size, _) in written.items():
+        path = folder / name
+        if not path.is_file():
+            raise OSError(f"{name} is missing")
+        if path.stat().st_size != size:
+            raise OSError(f"{name} has {path.stat().st_size} bytes, {size} were written")
+    found = _files(folder)
+    changed = [name for name, facts in written.items() if found[name] != facts]
+    if changed:
+        raise OSError(f"{changed} hold other bytes than were written")
 
 
 def _named(state: Any) -> dict[str, jax.Array]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from workflows import preference_objective
+from workflows.facts import digest
 from workflows.keywords import say
 from workflows.model import Model
 from workflows.objective import Objective
@@ -13,7 +14,6 @@ from workflows.pairs import Judged, judged
 from workflows.preference_config import KTOConfig
 from workflows.preference_trainer import PreferenceTrainer, refuse_reference
 from workflows.reference import Reference
-from workflows.trainer import digest
 
 MOST = 4 / 3  # of the two kinds' weighted numbers (KTO's paper, equation 8)
 

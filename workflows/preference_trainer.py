@@ -8,13 +8,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from workflows import updates
+from workflows.facts import digest
 from workflows.keywords import say, settle, typed
 from workflows.model import Model
 from workflows.pair_batches import PairBatches
 from workflows.pairs import Pair, pairs
 from workflows.preference_config import PreferenceConfig, own_names, replaced
 from workflows.reference import Reference
-from workflows.trainer import Trainer, digest, trainable
+from workflows.trainer import Trainer, trainable
 
 IGNORED = {"dataset_num_proc": "rows are made in this process"}
 LATER = {
@@ -100,9 +101,9 @@ class PreferenceTrainer(Trainer):
     def _digest(self) -> str:
         return digest([row._replace(reference=None) for row in self.rows])
 
-    def _facts(self, total: int) -> dict[str, Any]:
+    def _facts(self, data: Any) -> dict[str, Any]:
         named = None if self.reference is None else self.reference.name
-        return super()._facts(total) | {"reference": named}
+        return super()._facts(data) | {"reference": named}
 
 
 def shown(pair: Pair) -> dict[str, list[int]]:

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bridge.checkpoint import FULL, Checkpoints, Restored
+from bridge.checkpoint import FULL, Checkpoints, Damaged, Restored
 from bridge.export import versions
 from unsloth_jax import train
 from unsloth_jax.dims import Batch, Params, Total
-from workflows import machine, moving
+from workflows import machine, moving, output_folder
 from workflows.batching import Batches
 from workflows.evaluate import means
 from workflows.generate import Stopwatch
@@ -36,7 +36,7 @@ class Saving:
     """
 
     checkpoints: Checkpoints
-    every: int
+    every: int | None  # steps; None where only a callback asks for one
     facts: dict[str, Any]
     notes: Callable[[], tuple[dict[str, Any], Params | None]] = lambda: ({}, None)
 
@@ -69,7 +69,7 @@ class Run:
     interrupts: Interrupts = field(default_factory=Interrupts)
 
     def __post_init__(self) -> None:
-        self.saved = int(self.state.step)  # the step that needs no checkpoint any more
+        self.saved = self.began = int(self.state.step)  # `saved` needs no checkpoint any more
 
     def __enter__(self) -> "Run":
         self.interrupts.__enter__()
@@ -79,7 +79,8 @@ class Run:
         try:
             asked = self.interrupts.asked is not None and kind is not None
             if self.saving and not self.interrupts.twice:
-                if asked and issubclass(kind, KeyboardInterrupt | SystemExit):
+                ended = asked and issubclass(kind, KeyboardInterrupt | SystemExit)
+                if ended and self.saving.every is not None:
                     self.save()
                 self._written(failing=kind is not None)
             if asked:
@@ -124,7 +125,7 @@ class Run:
                 stop = self.after(done, self.epoch)
             self._noticed()
             clock.pause(watched())
-            if self.saving and (stop or done % self.saving.every == 0 or done == self.total):
+            if self._due(done, stop):
                 self.save()
             if stop:
                 break
@@ -139,12 +140,18 @@ class Run:
         if done == self.saved:
             return
         self._noticed(wait=True)
+        where = self.saving.checkpoints
+        if self.saved == self.began:
+            output_folder.refuse_to_mix(where.folder, self.began)
         notes, best = self.saving.notes()
         notes |= {"epoch": self.epoch, "unlogged": self.unlogged, "versions": versions()}
-        where = self.saving.checkpoints
         where.save(done, self.state, self.saving.facts, notes=notes, best=best)
         self.saved = done
         self.on_save()
+
+    def _due(self, done: int, stop: bool) -> bool:
+        every = self.saving and self.saving.every
+        return bool(every) and (stop or done % every == 0 or done == self.total)
 
     def _noticed(self, wait: bool = False) -> None:
         """Says that a checkpoint found no room, which leaves the one before; raises any other."""
@@ -171,7 +178,8 @@ class Run:
     def _say_where(self) -> None:
         """One line on what is left of a run that a signal has ended."""
         done, kept = int(self.state.step), "no checkpoint was written"
-        if self.saving and not self.interrupts.twice and self.saved == done:
+        there = self.saving and not self.interrupts.twice
+        if there and self.saved == done == self.saving.checkpoints.latest():
             kept = f"its newest checkpoint is in {self.saving.checkpoints.folder}"
         say(f"stopped after step {done}: the model has its adapters, {kept}")
 
@@ -213,7 +221,10 @@ def resumed(folder: Path, fresh: train.State, facts: dict[str, Any]) -> Restored
     if not folder.is_dir():
         raise ValueError(f"no folder {folder} to resume from")
     checkpoints = Checkpoints(folder)
-    found = checkpoints.restore(fresh, step, fresh.trainable)
+    try:
+        found = checkpoints.restore(fresh, step, fresh.trainable)
+    except Damaged as error:
+        raise Damaged(f"{error}. {_older(checkpoints, fresh, step)}") from error
     was = found.facts.get
     differing = {k: (was(k), v) for k, v in facts.items() if was(k) != v}
     if differing:
@@ -226,6 +237,19 @@ def resumed(folder: Path, fresh: train.State, facts: dict[str, Any]) -> Restored
     if changed:
         say(f"the checkpoint was written by other versions, now another sum may differ: {changed}")
     return found
+
+
+def _older(checkpoints: Checkpoints, fresh: train.State, damaged: int | None) -> str:
+    """What to go on from where one checkpoint, or the newest, is damaged."""
+    newest = checkpoints.latest() if damaged is None else damaged
+    for step in reversed([s for s in checkpoints.steps() if s < newest]):
+        try:
+            checkpoints.restore(fresh, step, fresh.trainable)
+        except ValueError:
+            continue
+        path = str(checkpoints.folder / f"checkpoint_{step}")
+        return f"The newest whole one before it: trainer.train(resume_from_checkpoint={path!r})"
+    return "No older one there is whole: start anew, in another output_dir"
 
 
 def short_hash(trainable: Params) -> str:

@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from unsloth_jax import data
 from unsloth_jax.data import Row
 from unsloth_jax.dims import Batch
 
 MOST = 64  # rows of a bin: attention's kernels make room for as many
+FIRST = 64  # rows by which streams are told apart
 Rows = Callable[[int], Iterator[Row]]  # a pass over the data set, by its number
 
 
@@ -57,6 +58,14 @@ class Streamed:
             micro = [group[i : i + self.batch] for i in range(0, size, self.batch)]
             batches = [data.collate(m, self.batch, width) for m in micro]
             yield (step + 1) / self.total, data.stacked(batches)
+
+    def begun(self) -> tuple[list[Row], "Streamed"]:
+        """The first rows, and the stream with them put back: some can be read only once."""
+        rows = self.rows(0)
+        first = list(itertools.islice(rows, FIRST))
+        left = [itertools.chain(first, rows)]
+        again = lambda number: left.pop() if left and number == 0 else self.rows(number)
+        return first, replace(self, rows=again)
 
     def _bins(self) -> Iterator[list[Row]]:
         rows = self._passes()

@@ -1,7 +1,5 @@
 """What the trainers share: one run from rows to adapters, with the names of transformers."""
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -19,6 +17,7 @@ from workflows import (
     batching,
     diagnose,
     evaluate,
+    facts,
     output_folder,
     plan,
     progress,
@@ -41,14 +40,6 @@ from workflows.sft_config import SFTConfig
 from workflows.user_metrics import Measured
 from workflows.watch import Watch
 
-# Settings with which the next batch or the next update would be another one.
-DECISIVE = (
-    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
-    "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "max_grad_norm", "optim", "optim_args", "embedding_learning_rate",
-    "loraplus_lr_ratio", "packing", "seed", "packing_strategy", "train_sampling_strategy",
-    "group_by_length", "pad_to_multiple_of",
-)  # fmt: skip
 TENTH = 0.1  # of a run: how often an eval_dataset is evaluated where nothing says, as in Unsloth
 
 
@@ -173,25 +164,28 @@ class Trainer:
         """
         source = output_folder.continued(self._folder(), resume_from_checkpoint)
         a, m = self.args, self.model
+        if writes := a.output_dir is not None or a.save_strategy != "no":
+            output_folder.check_writable(self._folder())
         # What is saved and what answers takes the template that was trained with.
         m.tokenizer = self.tokenizer
-        batches, total = self._batches(), self.total_steps()
+        (batches, known), total = self._known(self._batches()), self.total_steps()
         optimizer, rate = updates.optimizer(a, total, m.adapters, self.optimizers)
         clock = Stopwatch()
-        facts = self._facts(total)
         plans: list[Plan] = []
         how = a.memory_budget, self.objective, plans.append
         prepared = plan.prepared(m, optimizer, batches, total, *how)
         with m.multiplied_in(a.matmul_dtype), prepared as step:
             state, found = start(m.adapters, optimizer), None
             if source is not None:
-                found = resumed(source, state, facts)
+                found = resumed(source, state, known)
                 state = found.state
             before = short_hash(state.trainable)
-            if a.output_dir is not None or a.save_strategy != "no":
+            own = output_folder.owns(self._folder(), source)
+            if own:
+                output_folder.set_aside(self._folder(), int(state.step))
+            elif writes:
                 output_folder.refuse_to_mix(self._folder(), int(state.step))
             self.log_history.clear()
-            own = source is not None and self._folder().absolute() in (source, source.parent)
             kept = int(state.step) if own else 0
             file = self._metrics_file()
             self.log_history.extend(progress.rows(file, kept))
@@ -201,7 +195,7 @@ class Trainer:
                 out = self.log_history.append, show, drawn, report
                 log = lambda row: [each(row) for each in out]
                 watch = self._watch(total, log)
-                saving = self._saving(batches, facts, watch.notes)
+                saving = self._saving(batches, known, watch.notes)
                 of = m.family, m.config, m.scale, self.objective, batches.documents(total)
                 find = diagnose.first_bad_layer(*of)
                 run = watch.run = Run(
@@ -272,7 +266,7 @@ class Trainer:
         return Batches(rows, batch, accumulation, self.length, packing, **order)
 
     def _digest(self) -> str:
-        return digest(self.rows)
+        return facts.digest(self.rows)
 
     def total_steps(self) -> int:
         """Optimizer steps of a whole run."""
@@ -292,38 +286,25 @@ class Trainer:
         if self.args.output_dir is None:
             return nullcontext(lambda row: None)
         self.state.global_step = kept
-        facts = run_page.facts(self, batches, plans)
-        return run_page.Page(self._folder(), facts, total, kept, lambda: self.state.global_step)
+        shown = run_page.facts(self, batches, plans)
+        return run_page.Page(self._folder(), shown, total, kept, lambda: self.state.global_step)
 
-    def _saving(self, batches: Any, facts: dict[str, Any], notes: Callable) -> Saving | None:
-        if self.args.save_strategy == "no":
-            return None
-        every = self.args.save_steps if self.args.save_strategy == "steps" else batches.steps(0)
+    def _saving(self, batches: Any, known: dict[str, Any], notes: Callable) -> Saving:
+        every = self.args.save_steps if self.args.save_strategy == "steps" else None
+        if self.args.save_strategy == "epoch":
+            every = batches.steps(0)
         checkpoints = Checkpoints(self._folder(), self.args.save_total_limit)
-        return Saving(checkpoints, every, facts, notes)
+        return Saving(checkpoints, every, known, notes)
 
-    def _facts(self, total: int) -> dict[str, Any]:
-        """Everything that decides which batch and which update comes next."""
-        args = {name: getattr(self.args, name) for name in DECISIVE}
-        facts = args | {
-            "loss": self.objective.name,
-            "steps in all": total,
-            "warm-up steps": self.args.warmup(total),
-            "length": self.length,
-            "data": "streamed" if callable(self.rows) else self._digest(),
-            "base model": [Path(self.model.name).name, str(self.model.dtype), self.model.quantized],
-            "adapter scale": self.model.scale,
-            "initial pairs": short_hash(self.model.initial) if self.model.initial else None,
-            "optimizers": [x is not None for x in self.optimizers],
-            "fp8": self.args.matmul_dtype if self.args.matmul_dtype != "bf16" else None,
-        }
-        return json.loads(json.dumps(facts))
+    def _known(self, batches: Any) -> tuple[Any, dict[str, Any]]:
+        """The batches, and what a run that goes on must have in common with this one."""
+        if isinstance(batches, streams.Streamed):
+            first, batches = batches.begun()
+            return batches, self._facts(facts.streamed(self, first))
+        return batches, self._facts(self._digest())
 
-
-def digest(rows: Sequence[Any]) -> str:
-    """What tells data sets apart in checkpoints."""
-    data = json.dumps(rows)
-    return f"{len(rows)} rows, sha256 {hashlib.sha256(data.encode()).hexdigest()}"
+    def _facts(self, data: Any) -> dict[str, Any]:
+        return facts.of(self, self.total_steps(), data)
 
 
 def _output(done: int, losses: list[float], seconds: float) -> TrainOutput:
