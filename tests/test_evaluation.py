@@ -241,11 +241,15 @@ def test_evaluation_settings_that_cannot_be_are_refused(fresh, given, message):
         trainer(fresh, None, **given)
 
 
-def test_a_metric_that_no_evaluation_gives_is_named(fresh):
-    run = trainer(fresh, max_steps=2, metric_for_best_model="accuracy", eval_steps=1,
-                  eval_strategy="steps")  # fmt: skip
+def test_a_metric_that_no_evaluation_will_give_is_named_before_the_run(fresh):
+    two = {"a": HELD_OUT[:1], "b": HELD_OUT[1:]}
     with pytest.raises(ValueError, match=r"'accuracy' is none of \['eval_loss', 'eval_perp"):
-        run.train()
+        trainer(fresh, metric_for_best_model="accuracy")
+    with pytest.raises(ValueError, match=r"'loss' is none of \['eval_a_loss', .*'eval_b_loss', "):
+        trainer(fresh, two, load_best_model_at_end=True)
+    with pytest.raises(ValueError, match=r"'eval_perplexity' is none of \['eval_loss'\]"):
+        trainer(fresh, metric_for_best_model="eval_perplexity", label_smoothing_factor=0.1)
+    trainer(fresh, two, metric_for_best_model="b_loss")
 
 
 def test_nothing_to_evaluate_on_is_said(fresh):

@@ -30,7 +30,8 @@ CORE += ["remat", "decoder", "unstack", "decoding", "sample"]
 ASIDE = {
     "losses": {"dims", "leaves"},
     "train": {"dims"},
-    "optim": {"adam8", "directions"},
+    "optim": {"adam8", "directions", "following"},
+    "following": set(),
     "directions": {"adam8"},
     "preference": {"dims"},
     "adam8": set(),

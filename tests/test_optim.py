@@ -1,5 +1,7 @@
 """Schedules and optimizers against transformers and torch, step by step."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 from transformers import SchedulerType, get_scheduler
 
-from unsloth_jax import optim
+from unsloth_jax import following, optim
 
 PEAK = 3e-3
 rng = np.random.default_rng(0)
@@ -73,10 +75,64 @@ def test_rates_are_those_of_transformers_at_every_step(name, kwargs, warmup, ste
     np.testing.assert_allclose(got, expected, rtol=2e-6, atol=2e-6 * PEAK)
 
 
-def test_every_schedule_of_transformers_is_here_or_refused_with_a_reason():
+def test_every_schedule_of_transformers_is_here():
     names = {kind.value for kind in SchedulerType}
-    assert names == set(SHAPES) | set(optim.UNPLANNED)
+    assert names == set(SHAPES) | {name for name, _ in FOLLOWED}
     assert set(SHAPES) == set(optim.SCHEDULES)
+
+
+FOLLOWED = [  # lr_scheduler_type and lr_scheduler_kwargs of rates that follow a metric
+    ("reduce_lr_on_plateau", {}),
+    ("reduce_lr_on_plateau", dict(factor=0.5, patience=0, min_lr=PEAK / 5)),
+    ("reduce_lr_on_plateau", dict(factor=0.3, patience=2, cooldown=3, mode="max")),
+    ("reduce_lr_on_plateau", dict(patience=1, threshold=0.2, threshold_mode="abs", eps=PEAK / 200)),
+    ("reduce_lr_on_plateau", dict(patience=1, threshold=0.1, mode="max", cooldown=1)),
+    ("greedy", {}),
+    ("greedy", dict(patience=1, min_lr=PEAK / 2, max_lr=2 * PEAK, warmup=2, cooldown=1)),
+    ("greedy", dict(patience=0, min_lr=PEAK / 2, reset_start=3, factor=0.7, cooldown=2)),
+    ("greedy", dict(patience=2, min_lr=0, smooth=True, window_size=4, threshold_mode="rel")),
+    ("greedy", dict(patience=1, min_lr=0, mode="max", threshold=0.05, eps=PEAK / 50)),
+]
+METRICS = np.concatenate([
+    np.linspace(3, 1, 15), [1.0] * 14, np.linspace(1, 2, 20), rng.uniform(0.5, 1.5, 80),
+    [np.nan, np.inf], np.linspace(1, -1, 30), rng.normal(-1, 0.3, 40),
+])  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "kwargs"), FOLLOWED)
+def test_rates_follow_a_metric_as_those_of_torch_and_transformers(name, kwargs):
+    theirs = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=PEAK)
+    scheduler = get_scheduler(name, theirs, scheduler_specific_kwargs=kwargs)
+    ours, rates = optim.schedule(name, PEAK, 7, 100, **kwargs), []
+    # transformers' mean never forgets a metric that is not a number.
+    metrics = METRICS[np.isfinite(METRICS)] if "smooth" in kwargs else METRICS
+    for n, metric in enumerate(metrics):
+        theirs.step()
+        scheduler.step(metric)
+        ours.see(float(metric))
+        if n % 10 == 9:  # as a checkpoint keeps it
+            again = optim.schedule(name, PEAK, 7, 100, **kwargs)
+            again.take_up(json.loads(json.dumps(ours.state())))
+            ours = again
+        rates.append((ours.rate, theirs.param_groups[0]["lr"]))
+    got, expected = zip(*rates, strict=True)
+    assert got == expected and len(set(got)) > 1
+
+
+def test_an_optimizer_takes_the_rate_that_its_state_holds():
+    plateau = optim.schedule("reduce_lr_on_plateau", PEAK, 0, 1)
+    optimizer = optim.make("sgd", plateau)
+    state, traced = optimizer.init(PARAMS), []
+
+    @jax.jit
+    def step(state):
+        traced.append(1)
+        return optimizer.update(GRADS[0], state, PARAMS)
+
+    for rate in (PEAK, PEAK / 2, 0.0):
+        updates, state = step(following.held(state, rate))
+        np.testing.assert_allclose(updates["a"], -np.float32(rate) * GRADS[0]["a"], rtol=1e-6)
+    assert len(traced) == 1
 
 
 @pytest.mark.parametrize("cycles", [2, 3, 7, 13, 30])
@@ -170,9 +226,21 @@ REFUSALS = {
         lambda: optim.schedule("cosine_min_lr", PEAK, 0, 1),
         r"'cosine_min_lr' is not supported; nearest: cosine_with_min_lr.*; supported: \['const",
     ),
-    "plateau": (
-        lambda: optim.schedule("reduce_lr_on_plateau", PEAK, 0, 1),
-        r"'reduce_lr_on_plateau' sets the rate from losses.*functions of the step: \['constant'",
+    "plateau's keyword": (
+        lambda: optim.schedule("reduce_lr_on_plateau", PEAK, 0, 1, patients=2),
+        r"'reduce_lr_on_plateau': option 'patients' is not supported; nearest: patience",
+    ),
+    "plateau's factor": (
+        lambda: optim.schedule("reduce_lr_on_plateau", PEAK, 0, 1, factor=1.0),
+        r"reduce_lr_on_plateau: factor=1.0; expected a number above 0 and below 1",
+    ),
+    "plateau's mode": (
+        lambda: optim.schedule("greedy", PEAK, 0, 1, mode="least"),
+        r"greedy: mode='least'; expected one of \('min', 'max'\)",
+    ),
+    "plateau's list": (
+        lambda: optim.schedule("reduce_lr_on_plateau", PEAK, 0, 1, min_lr=[0.1, 0.2]),
+        r"reduce_lr_on_plateau: min_lr=\[0.1, 0.2\]; expected one number",
     ),
     "keyword": (
         lambda: optim.schedule("cosine", PEAK, 0, 1, num_cycle=2),

@@ -101,6 +101,8 @@ def test_metrics_of_several_sets_have_their_names_and_choose_the_best(model):
     both = {"a": HELD_OUT[:1], "b": HELD_OUT}
     run = trainer(model, accuracy, lambda logits, labels: logits.argmax(-1), both)
     assert {"eval_a_accuracy", "eval_b_accuracy", "eval_a_loss"} < run.evaluate().keys()
+    with pytest.raises(ValueError, match=r"'accuracy' is none of .*another after \['eval_a_', 'ev"):
+        trainer(model, accuracy, None, both, metric_for_best_model="accuracy")
     run = trainer(
         model, accuracy, lambda x, y: x.argmax(-1), max_steps=2, eval_strategy="steps",
         eval_steps=1, load_best_model_at_end=True, metric_for_best_model="accuracy",

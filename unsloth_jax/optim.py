@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unsloth_jax import adam8, directions
+from unsloth_jax import adam8, directions, following
+from unsloth_jax.following import FOLLOWING, Plateau
 
 Schedule = Callable[[jax.Array], jax.Array]  # step number, from 0 -> learning rate
 Number = float | int
@@ -191,26 +192,23 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
         warmup_stable_decay,
     )
 }
-# Of transformers' names: they follow losses, so that no rate belongs to a step.
-UNPLANNED = ("reduce_lr_on_plateau", "greedy")
 
 
-def schedule(name: str, peak: Number, warmup: int, steps: int, **kwargs: Any) -> Schedule:
+def schedule(name: str, peak: Number, warmup: int, steps: int, /, **kwargs: Any) -> Schedule:
     """Learning rate of step n as transformers' `get_scheduler` gives it, float32.
 
-    `warmup` and `steps` count optimizer steps; `kwargs` are `lr_scheduler_kwargs`. Raises
-    ValueError for an unknown name or keyword, or one that is missing.
+    `warmup` and `steps` count optimizer steps; `kwargs` are `lr_scheduler_kwargs`. One that
+    follows a metric is a `following.Plateau`, without warm-up. Raises ValueError for an unknown
+    name or keyword, or one that is missing.
     """
-    if name in UNPLANNED:
-        raise ValueError(
-            f"lr_scheduler_type {name!r} sets the rate from losses during the run; schedules "
-            f"here are functions of the step: {sorted(SCHEDULES)}"
-        )
-    if name not in SCHEDULES:
-        raise _unknown("lr_scheduler_type", name, SCHEDULES)
-    make = SCHEDULES[name]
-    _check(f"lr_scheduler_type {name!r}", make, ("peak", "warmup", "steps"), kwargs)
-    return make(peak, warmup, steps, **kwargs)
+    every = SCHEDULES | FOLLOWING
+    if name not in every:
+        raise _unknown("lr_scheduler_type", name, every)
+    given = {"peak": peak}
+    if name in SCHEDULES:
+        given |= {"warmup": warmup, "steps": steps}
+    _check(f"lr_scheduler_type {name!r}", every[name], (*given,), kwargs)
+    return every[name](**given, **kwargs)
 
 
 # name -> the direction that its steps take; paged and fused ones differ in where they compute.
@@ -322,7 +320,9 @@ def make(
     direction = OPTIMIZERS[name](b1=b1, b2=b2, eps=eps, **options)
     decay = _decayed(weight_decay, groups)
     first = (decay, direction) if name == "sgd" else (direction, decay)
-    steps = optax.chain(*first, optax.scale_by_learning_rate(rate), _scaled(groups))
+    follows = isinstance(rate, Plateau)
+    scaled = following.scale(rate.peak) if follows else optax.scale_by_learning_rate(rate)
+    steps = optax.chain(*first, scaled, _scaled(groups))
     return optax.chain(clip_by_norm(max_grad_norm), steps) if max_grad_norm else steps
 
 

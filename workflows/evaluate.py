@@ -15,6 +15,8 @@ from workflows.generate import Stopwatch
 from workflows.model import Model
 from workflows.objective import SFT, Objective, embedded
 
+CLOCKS = ("runtime", "samples_per_second")
+
 
 class Best(NamedTuple):
     """The adapters of the best evaluation so far."""
@@ -70,7 +72,7 @@ def _named(
     loss = value / count
     found = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
     found |= {counts: int(count)} | means([m.metrics for m in totals])
-    found |= {"runtime": round(seconds, 3), "samples_per_second": round(rows / seconds, 3)}
+    found |= zip(CLOCKS, (round(seconds, 3), round(rows / seconds, 3)), strict=True)
     return {f"{prefix}_{name}": value for name, value in found.items()}
 
 
@@ -99,9 +101,28 @@ def interval(given: int | float, total: int) -> int:
     return max(1, math.ceil(total * given) if given < 1 else int(given))
 
 
+def check(name: str, sets: Sequence[str], objective: Objective, more: bool) -> None:
+    """Raises ValueError for a metric that no evaluation of these `sets` will give.
+
+    Where `more` than the loss is measured, any name after a set's may be one.
+    """
+    own = ["loss", "perplexity"] if objective.perplexity else ["loss"]
+    known = [f"{one}_{n}" for one in sets for n in own]
+    beside = [f"{one}_{n}" for one in sets for n in (objective.counts, *CLOCKS)]
+    full = _full(name)
+    if full in known + beside or (more and any(full.startswith(f"{one}_") for one in sets)):
+        return
+    also = f", or another after {[f'{one}_' for one in sets]}" if more else ""
+    raise ValueError(f"metric_for_best_model={name!r} is none of {known}{also}")
+
+
+def _full(name: str) -> str:
+    return name if name.startswith("eval_") else f"eval_{name}"
+
+
 def chosen(metrics: Mapping[str, float], name: str) -> float:
     """The metric by which adapters are judged; raises ValueError where no evaluation gave it."""
-    full = name if name.startswith("eval_") else f"eval_{name}"
+    full = _full(name)
     if full not in metrics:
         raise ValueError(f"metric_for_best_model={name!r} is none of {sorted(metrics)}")
     return metrics[full]

@@ -35,9 +35,17 @@ def of(trainer: Any, total: int, data: Any) -> dict[str, Any]:
         "adapter scale": m.scale,
         "initial pairs": short_hash(m.initial) if m.initial else None,
         "optimizers": [x is not None for x in trainer.optimizers],
+        "rate follows": _followed(trainer) if a.follows else None,
         "fp8": a.matmul_dtype if a.matmul_dtype != "bf16" else None,
     }
     return json.loads(json.dumps(found))
+
+
+def _followed(trainer: Any) -> dict[str, Any]:
+    """Which metric moves the learning rate, and when."""
+    names = ("metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps")
+    rows = {name: trainer._digest(some) for name, some in trainer.eval_rows.items()}
+    return {name: getattr(trainer.args, name) for name in names} | {"eval_dataset": rows}
 
 
 def streamed(trainer: Any, first: Sequence[Row]) -> dict[str, Any]:

@@ -82,8 +82,8 @@ class KTOTrainer(PreferenceTrainer):
             found.append(ids | {"label": desirable})
         return found
 
-    def _digest(self) -> str:
-        return digest(self.rows)
+    def _digest(self, rows: Sequence[Judged]) -> str:
+        return digest(rows)
 
 
 def balance(

@@ -74,6 +74,7 @@ class PreferenceTrainer(Trainer):
         tokenizer = (*tokenizers, model.tokenizer)[0]
         super().__init__(model, args, tokenizer, train_dataset, eval_dataset, callbacks)
         self.objective = self._objective()
+        self._check_metric(more=True)
 
     def _trainable(self, model: Model, args: PreferenceConfig) -> None:
         if model.peft and model.peft.dropout:
@@ -98,8 +99,8 @@ class PreferenceTrainer(Trainer):
         """The rows that are trained on, as token ids by TRL's names."""
         return [shown(row) for row in self.rows]
 
-    def _digest(self) -> str:
-        return digest([row._replace(reference=None) for row in self.rows])
+    def _digest(self, rows: Sequence[Pair]) -> str:
+        return digest([row._replace(reference=None) for row in rows])
 
     def _facts(self, data: Any) -> dict[str, Any]:
         named = None if self.reference is None else self.reference.name

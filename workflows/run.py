@@ -13,7 +13,7 @@ import numpy as np
 
 from bridge.checkpoint import FULL, Checkpoints, Damaged, Restored
 from bridge.export import versions
-from unsloth_jax import train
+from unsloth_jax import following, train
 from unsloth_jax.dims import Batch, Params, Total
 from workflows import machine, moving, output_folder
 from workflows.batching import Batches
@@ -130,6 +130,13 @@ class Run:
             if stop:
                 break
         return self.state
+
+    def see(self, metric: float) -> None:
+        """Shows a metric to a rate that follows it; the next step takes what becomes of it."""
+        if isinstance(self.rate, following.Plateau):
+            self.rate.see(metric)
+            opt = following.held(self.state.opt, self.rate.rate)
+            self.state = self.state.replace(opt=opt)
 
     def save(self) -> None:
         """Starts a checkpoint of the state as it is, unless this step has one.

@@ -82,7 +82,8 @@ class SFTConfig:
     Args:
         max_steps: optimizer steps; at 0 or less, `num_train_epochs` decides.
         max_seq_length, max_length: tokens a row may have; None takes the model's.
-        lr_scheduler_type, lr_scheduler_kwargs: a schedule of transformers and its settings.
+        lr_scheduler_type, lr_scheduler_kwargs: a schedule of transformers and its settings. That
+            of "reduce_lr_on_plateau" and "greedy" follows metric_for_best_model, without warm-up.
         warmup_steps, warmup_ratio: steps, or the share of all steps, of linear warm-up.
         embedding_learning_rate: of embed_tokens and lm_head where they are trained whole.
         loraplus_lr_ratio: the rate of adapters' b over that of a (LoRA+).
@@ -200,7 +201,8 @@ class SFTConfig:
         if self.loss_type == "chunked_nll":  # TRL's older name
             self.loss_type = "nll"
         self._check()
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
+        judged = self.load_best_model_at_end or self.follows
+        if judged and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better = not self.metric_for_best_model.endswith("loss")
@@ -251,8 +253,15 @@ class SFTConfig:
 
         Raises ValueError for a name or a setting that is not known.
         """
-        more = self.lr_scheduler_kwargs or {}
+        more = dict(self.lr_scheduler_kwargs or {})
+        if self.follows:  # transformers takes "min" for any metric
+            more = {"mode": "max" if self.greater_is_better else "min"} | more
         return optim.schedule(self.lr_scheduler_type, self.learning_rate, warmup, total, **more)
+
+    @property
+    def follows(self) -> bool:
+        """Whether the learning rate follows the evaluations' metric."""
+        return self.lr_scheduler_type in optim.FOLLOWING
 
     def warmup(self, total: int) -> int:
         """Warm-up steps of a run of `total`; a `warmup_steps` under 1 is a share."""

@@ -100,6 +100,7 @@ class SFTTrainer(Trainer):
             adapt(model, peft_config, args.seed)
         self.model, self.args = model, args
         super().__init__(model, args, tokenizer, train_dataset, eval_dataset, callbacks)
+        self._check_metric(more=compute_metrics is not None)
 
     @property
     def objective(self) -> Objective:

@@ -130,16 +130,23 @@ class Trainer:
     def _settle_evaluation(self) -> None:
         """Fills in when evaluations happen; raises ValueError where there is nothing for them."""
         a, there = self.args, bool(self.eval_rows)
-        if not there and (a.eval_strategy != "no" or a.load_best_model_at_end):
-            raise ValueError(
-                f"{type(a).__name__}: eval_strategy={a.eval_strategy!r}, load_best_model_at_end="
-                f"{a.load_best_model_at_end} need an eval_dataset"
-            )
+        asked = {name: getattr(a, name) for name in ("eval_strategy", "load_best_model_at_end")}
+        asked |= {"lr_scheduler_type": a.lr_scheduler_type if a.follows else False}
+        asked = [f"{name}={value!r}" for name, value in asked.items() if value not in ("no", False)]
+        if asked and not there:
+            raise ValueError(f"{type(a).__name__}: {', '.join(asked)} needs an eval_dataset")
         if there and a.eval_strategy == "no":
             a.eval_strategy, a.eval_steps = "steps", a.eval_steps or TENTH
             say(f"eval_dataset is evaluated every {a.eval_steps:g} of the run (eval_strategy)")
         if there and a.eval_steps is None:
             a.eval_steps = a.logging_steps
+
+    def _check_metric(self, more: bool) -> None:
+        """Raises ValueError for a metric_for_best_model that no evaluation will give."""
+        name = self.args.metric_for_best_model
+        if name is not None and self.eval_rows:
+            sets = [_named(one) for one in self.eval_rows]
+            evaluate.check(name, sets, self.objective, more)
 
     def _calls(self) -> Callbacks:
         beside = {"model": self.model, "processing_class": self.tokenizer}
@@ -231,9 +238,8 @@ class Trainer:
         a = self.args
         size = min(a.per_device_eval_batch_size, a.per_device_train_batch_size)
         packing = a.packing if a.eval_packing is None else a.eval_packing
-        named = lambda name: f"{prefix}_{name}" if name else prefix
         made = lambda some: self._made(some, size, 1, packing, None)
-        sets = {named(name): made(some) for name, some in held_out.items()}
+        sets = {_named(name, prefix): made(some) for name, some in held_out.items()}
         found = evaluate.evaluator(self.model, sets, self.objective)
         return user_metrics.beside(found, self.model, sets, self.user)
 
@@ -265,8 +271,8 @@ class Trainer:
         order = {"seed": None} if seed is None else batching.order(self.args)
         return Batches(rows, batch, accumulation, self.length, packing, **order)
 
-    def _digest(self) -> str:
-        return facts.digest(self.rows)
+    def _digest(self, rows: Sequence[Any]) -> str:
+        return facts.digest(rows)
 
     def total_steps(self) -> int:
         """Optimizer steps of a whole run."""
@@ -301,10 +307,15 @@ class Trainer:
         if isinstance(batches, streams.Streamed):
             first, batches = batches.begun()
             return batches, self._facts(facts.streamed(self, first))
-        return batches, self._facts(self._digest())
+        return batches, self._facts(self._digest(self.rows))
 
     def _facts(self, data: Any) -> dict[str, Any]:
         return facts.of(self, self.total_steps(), data)
+
+
+def _named(name: str, prefix: str = "eval") -> str:
+    """What stands before the metrics of an evaluation set."""
+    return f"{prefix}_{name}" if name else prefix
 
 
 def _output(done: int, losses: list[float], seconds: float) -> TrainOutput:

@@ -38,6 +38,11 @@ def optimizer(
 ) -> tuple[optax.GradientTransformation, Callable]:
     """(the steps, the learning rate of each), for a run of `total` steps."""
     made, rate = given
+    if made is not None and rate is None and a.follows:
+        raise ValueError(
+            f"lr_scheduler_type={a.lr_scheduler_type!r} sets the rate of the config's optimizer; "
+            "one that is handed over holds its own"
+        )
     rate = a.schedule(a.warmup(total), total) if rate is None else rate
     if made is None:
         made = optim.make(

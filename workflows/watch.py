@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unsloth_jax.dims import Params
+from unsloth_jax.following import Plateau
 from workflows import evaluate, samples
 from workflows.callbacks import Callbacks
 from workflows.evaluate import Best
@@ -84,6 +85,8 @@ class Watch:
         self.calls("on_evaluate", metrics=found)
         if name is not None:
             metric, step = evaluate.chosen(found, name), state.global_step
+            if step:  # transformers' rates do not see an evaluation before the first step
+                self.run.see(metric)
             greater = self.args.greater_is_better
             self.best = evaluate.better(self.best, metric, step, adapters, greater)
             state.best_metric, state.best_global_step = self.best.metric, self.best.step
@@ -93,6 +96,7 @@ class Watch:
         """What a checkpoint keeps of all this: JSON, and the best adapters."""
         best = self.best and {"metric": self.best.metric, "step": self.best.step}
         kept = {"measured": self.measured, "best": best, "callbacks": self.calls.exported()}
+        kept["rate"] = self.run.rate.state() if isinstance(self.run.rate, Plateau) else None
         return kept, self.best and self.best.adapters
 
     def go_on(self, notes: dict[str, Any], best: Params | None) -> None:
@@ -104,6 +108,8 @@ class Watch:
             self.best = Best(**notes["best"], adapters=best)
             state.best_metric, state.best_global_step = self.best.metric, self.best.step
         self.calls.take_up(notes.get("callbacks", {}))
+        if isinstance(self.run.rate, Plateau):
+            self.run.rate.take_up(notes["rate"])
 
     def end(self) -> None:
         """After the last step; the model takes the best adapters where that was asked for."""
