@@ -21,6 +21,7 @@ from bridge.safetensors_file import check_space, listing, opened, read_json, set
 from unsloth_jax import lora, tree
 from unsloth_jax.dims import Params
 from unsloth_jax.leaves import Stacks, dense, layer
+from unsloth_jax.lora import starts
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -59,12 +60,15 @@ def save(
 ) -> None:
     """Writes the adapter as PEFT reads it, float32; the folder appears when it is complete.
 
-    After a start that changed the base (`lora.starts`), `initial` is what it gave: the file then
-    holds the difference, an adapter of twice the rank for the base as it was.
+    After a start that changed the base (`lora.starts`), `initial` is what it gave. After PiSSA the
+    file holds the difference, an adapter of twice the rank for the base as it was; after LoftQ the
+    pair itself, for the base in NF4.
     Raises FileExistsError for a folder that holds something, ValueError for adapters that
     `settings` don't describe or PEFT can't express.
     """
-    if initial is not None:
+    if initial is not None and settings.start == starts.LOFTQ:
+        settings = settings._replace(start=True)
+    elif initial is not None:
         adapters, settings = lora.difference(adapters, initial), doubled(settings)
     pairs, whole = lora.parts(adapters)
     values = tensors(tree.unflatten(pairs))

@@ -92,7 +92,7 @@ def test_a_metric_that_should_grow_is_taken_as_such(fresh):
 REFUSED = {
     "no evaluation": (
         dict(held_out=None, eval_strategy="no"),
-        "'reduce_lr_on_plateau' needs an eva",
+        "'reduce_lr_on_plateau' need an eva",
     ),
     "an optimizer": (
         dict(optimizers=(optax.sgd(0.1), None)),

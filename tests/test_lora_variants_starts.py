@@ -1,5 +1,6 @@
 """Starts that change the base: PiSSA and LoftQ as PEFT has them, and what is exported of them."""
 
+import copy
 import re
 
 import bitsandbytes.functional as bnb
@@ -185,6 +186,20 @@ def test_the_exported_difference_on_the_original_base_is_the_trained_model(s, tm
     assert np.abs(found - want).max() <= 1e-4 * want.std()
     assert np.abs(scores(params) - want).max() > 0.05 * want.std()
     model = peft.PeftModel.from_pretrained(tiny.reference("llama"), tmp_path / "a").eval()
+    assert np.abs(theirs(model) - want).max() <= 1e-4 * want.std()
+
+
+def test_a_saved_loftq_pair_on_the_base_in_nf4_is_the_trained_model(tmp_path):
+    got = begin(LOFTQ)
+    after = trained(got)
+    want = scores(lora.attach(got.params, after, scale(LOFTQ)))
+    peft_adapter.save(tmp_path / "a", after, LOFTQ, got.initial)
+    base = copy.deepcopy(tiny.reference("llama"))
+    for name, weight in base.named_parameters():
+        if name.split(".")[-2] in LOFTQ.targets:
+            weight.data = bnb.dequantize_4bit(*bnb.quantize_4bit(weight.data, quant_type="nf4"))
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "a").eval()
+    assert model.peft_config["default"].r == LOFTQ.rank
     assert np.abs(theirs(model) - want).max() <= 1e-4 * want.std()
 
 

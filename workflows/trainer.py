@@ -134,7 +134,7 @@ class Trainer:
         asked |= {"lr_scheduler_type": a.lr_scheduler_type if a.follows else False}
         asked = [f"{name}={value!r}" for name, value in asked.items() if value not in ("no", False)]
         if asked and not there:
-            raise ValueError(f"{type(a).__name__}: {', '.join(asked)} needs an eval_dataset")
+            raise ValueError(f"{type(a).__name__}: {', '.join(asked)} need an eval_dataset")
         if there and a.eval_strategy == "no":
             a.eval_strategy, a.eval_steps = "steps", a.eval_steps or TENTH
             say(f"eval_dataset is evaluated every {a.eval_steps:g} of the run (eval_strategy)")
