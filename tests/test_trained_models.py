@@ -72,9 +72,9 @@ def test_what_is_trained_is_what_peft_and_we_read_back(folder, tmp_path, name, f
     assert off(trained, base) > 0.1
     model.save_pretrained(tmp_path / "a")
     there = peft.PeftModel.from_pretrained(tiny_chat.reference(folder), tmp_path / "a")
-    again, _ = tiny_chat.load(tmp_path / "a")
-    if name == "loftq":  # The difference is added to the weights as they were, which 4 bits lost.
-        assert off(logits(again), theirs(there)) < 1e-4 and off(logits(again), trained) < 1.5
+    again, _ = tiny_chat.load(tmp_path / "a", load_in_4bit=name == "loftq")
+    if name == "loftq":  # Its pair is for 4 bits, whose statistics the loader nests.
+        assert off(logits(again), trained) < 0.1 < off(theirs(there), trained)
         assert model.params["model"]["layers"]["*"]["mlp"]["up_proj"]["weight"].shape[0] == 1
         return
     figure(
