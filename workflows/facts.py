@@ -22,15 +22,14 @@ DECISIVE = (
 READING = ("dataset_text_field", "completion_only_loss", "assistant_only_loss", "truncation")
 
 
-def of(trainer: Any, total: int, data: Any) -> dict[str, Any]:
-    """A run's of `total` steps, as JSON; `data` tells its rows from others."""
+def of(trainer: Any, total: int, data: dict[str, Any]) -> dict[str, Any]:
+    """A run's of `total` steps, as JSON; `data` are those that tell its rows from others."""
     a, m = trainer.args, trainer.model
     found = {name: getattr(a, name) for name in DECISIVE} | {
         "loss": trainer.objective.name,
         "steps in all": total,
         "warm-up steps": a.warmup(total),
         "length": trainer.length,
-        "data": data,
         "base model": [Path(m.name).name, str(m.dtype), m.quantized],
         "adapter scale": m.scale,
         "initial pairs": short_hash(m.initial) if m.initial else None,
@@ -38,7 +37,7 @@ def of(trainer: Any, total: int, data: Any) -> dict[str, Any]:
         "rate follows": _followed(trainer) if a.follows else None,
         "fp8": a.matmul_dtype if a.matmul_dtype != "bf16" else None,
     }
-    return json.loads(json.dumps(found))
+    return json.loads(json.dumps(found | data))
 
 
 def _followed(trainer: Any) -> dict[str, Any]:
@@ -53,7 +52,7 @@ def streamed(trainer: Any, first: Sequence[Row]) -> dict[str, Any]:
     template = getattr(trainer.tokenizer, "chat_template", None)
     hashed = text_hash(template if isinstance(template, str) else None)
     how = {name: getattr(trainer.args, name) for name in READING}
-    return {"streamed": digest(first), "chat template sha256": hashed} | how
+    return {"data": f"streamed, first {digest(first)}", "chat template sha256": hashed} | how
 
 
 def digest(rows: Sequence[Any]) -> str:

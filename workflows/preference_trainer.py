@@ -102,7 +102,7 @@ class PreferenceTrainer(Trainer):
     def _digest(self, rows: Sequence[Pair]) -> str:
         return digest([row._replace(reference=None) for row in rows])
 
-    def _facts(self, data: Any) -> dict[str, Any]:
+    def _facts(self, data: dict[str, Any]) -> dict[str, Any]:
         named = None if self.reference is None else self.reference.name
         return super()._facts(data) | {"reference": named}
 

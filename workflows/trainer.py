@@ -307,9 +307,9 @@ class Trainer:
         if isinstance(batches, streams.Streamed):
             first, batches = batches.begun()
             return batches, self._facts(facts.streamed(self, first))
-        return batches, self._facts(self._digest(self.rows))
+        return batches, self._facts({"data": self._digest(self.rows)})
 
-    def _facts(self, data: Any) -> dict[str, Any]:
+    def _facts(self, data: dict[str, Any]) -> dict[str, Any]:
         return facts.of(self, self.total_steps(), data)
 
 
