@@ -30,12 +30,12 @@ def taken(run, name="learning_rate") -> list[float]:
     return [row[name] for row in run.log_history if name in row]
 
 
-def expected(run, metric="eval_loss", **more) -> list[float]:
-    """torch's rate of each step, from the run's own metrics."""
+def expected(run, metric="eval_loss", start=0, **more) -> list[float]:
+    """torch's rate of each step, from the run's own metrics but the `start` first ones."""
     theirs = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=SETTINGS["learning_rate"])
     kwargs = SETTINGS["lr_scheduler_kwargs"] | more
     scheduler, rates = get_scheduler(run.args.lr_scheduler_type, theirs, 0, 6, kwargs), []
-    for value in taken(run, metric):
+    for value in taken(run, metric)[start:]:
         rates.append(theirs.param_groups[0]["lr"])
         scheduler.step(value)
     return rates
@@ -68,9 +68,10 @@ def test_a_run_takes_torchs_rates_goes_on_with_them_and_compiles_nothing_for_the
 
 
 def test_the_steps_take_the_rate_that_is_logged(fresh):
-    kwargs = dict(patience=0, factor=1e-9)
+    kwargs = dict(patience=0, factor=1e-9, mode="max")  # a falling loss is a bad one
     run = trainer(fresh, lr_scheduler_kwargs=kwargs, eval_on_start=True)
     run.train()
+    assert taken(run) == pytest.approx(expected(run, start=1, cooldown=0, **kwargs))
     still = taken(run).index(min(taken(run)))
     losses = taken(run, "eval_loss")[1:]
     assert 0 < still < 5 and losses[still - 1 :] == pytest.approx(
