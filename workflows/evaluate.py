@@ -129,7 +129,11 @@ def chosen(metrics: Mapping[str, float], name: str) -> float:
 
 
 def better(best: Best | None, metric: float, step: int, adapters: Params, greater: bool) -> Best:
-    """The better of what was best and what is there now, copied: a step donates its adapters."""
-    if best is not None and not (metric > best.metric if greater else metric < best.metric):
-        return best
+    """The better of what was best and what is there now, copied: a step donates its adapters.
+
+    A metric that is no number is worse than any.
+    """
+    if best is not None and not math.isnan(best.metric):
+        if not (metric > best.metric if greater else metric < best.metric):
+            return best
     return Best(metric, step, jax.tree.map(lambda x: jnp.array(x, copy=True), adapters))

@@ -186,6 +186,7 @@ def prepared(
     for; `noted` gets it. Raises ValueError before the run allocates anything where no plan fits.
     """
     documents = batches.documents(total)
+    say(f"packing: on, up to {documents} share a row" if documents > 1 else "packing: off")
     hosted = functools.cache(lambda: objective.hosted(model.params))
     frozen = lambda memory: hosted() if memory.host_embedding else model.params
     beside = lowered.beside(batches.accumulation, batches.batch)
