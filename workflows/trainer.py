@@ -38,6 +38,7 @@ from workflows.objective import SFT, Objective
 from workflows.rows import Shown
 from workflows.run import Run, Saving, resumed, short_hash
 from workflows.sft_config import SFTConfig
+from workflows.speaking import say_pieces
 from workflows.user_metrics import Measured
 from workflows.watch import Watch
 
@@ -83,6 +84,7 @@ class Trainer:
         if train_dataset is None:
             raise ValueError(f"{type(self).__name__} needs a train_dataset")
         self.model, self.args, self.tokenizer = model, args, tokenizer
+        say_pieces(tokenizer)
         # Rows, or how a pass over a stream makes them.
         self.rows = self._stream(train_dataset) or self._rows(train_dataset)
         self.eval_rows = self._held_out(eval_dataset)
@@ -134,7 +136,7 @@ class Trainer:
         several = isinstance(given, Mapping)
         if several and not given:
             raise ValueError("eval_dataset is an empty dictionary: there is nothing to evaluate")
-        return {name: self._rows(d) for name, d in (given if several else {"": given}).items()}
+        return of_each(given if several else {"": given}, self._rows)
 
     def _settle_evaluation(self) -> None:
         """Fills in when evaluations happen; raises ValueError where there is nothing for them."""
@@ -318,6 +320,19 @@ class Trainer:
             "fp8": self.args.matmul_dtype if self.args.matmul_dtype != "bf16" else None,
         }
         return json.loads(json.dumps(facts))
+
+
+def of_each(held_out: Mapping[str, Any], made: Callable[[Any], list[Any]]) -> dict[str, list[Any]]:
+    """What `made` makes of each evaluation set; its ValueErrors and TypeErrors name the set."""
+    found = {}
+    for name, one in held_out.items():
+        try:
+            found[name] = made(one)
+        except (ValueError, TypeError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            which = f"eval_dataset[{name!r}]" if name else "eval_dataset"
+            raise kind(f"{which}: {error}") from error
+    return found
 
 
 def digest(rows: Sequence[Any]) -> str:
