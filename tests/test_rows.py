@@ -157,6 +157,39 @@ def test_formatting_functions_of_one_example_and_of_batches_agree(chatml):
             rows(data, chatml, max_length=None, formatting_func=wrong)
 
 
+TABLE = [{"q": f"What is {i}?", "a": str(i)} for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    "func",
+    [
+        lambda row: [f"{row['q']} {row['a']}"],
+        lambda row: [row["q"].strip() + " " + row["a"]],
+        lambda row: [f"{a} {b}" for a, b in zip(row["q"], row["a"], strict=False)],
+    ],
+    ids=["one", "one, of texts alone", "batch, of one letter here"],
+)
+@pytest.mark.parametrize("table", [TABLE, TABLE[:1]], ids=len)
+def test_a_list_of_one_text_is_that_of_a_row_or_of_a_batch_of_one(func, table, chatml):
+    want = [one({"text": f"{row['q']} {row['a']}"}, chatml) for row in table]
+    assert rows(table, chatml, max_length=None, formatting_func=func) == want
+
+
+@pytest.mark.parametrize(
+    "func, said",
+    [
+        (lambda row: row["q"][:3], r"3 texts for 8 rows \(rows 0 to 7\), expected one a row"),
+        (lambda row: ["x"] * (1 + (row["a"] == "5")), "row 5: .* 2 texts for one row, expected"),
+    ],
+    ids=["batch", "one"],
+)
+def test_another_number_of_texts_than_rows_is_refused(func, said, chatml):
+    table = [row | {"q": list(row["q"])} for row in TABLE]
+    columns = lambda row: func({"q": list(row["q"]), "a": row["a"]})
+    with pytest.raises(ValueError, match=said):
+        rows(table, chatml, max_length=None, formatting_func=columns)
+
+
 def test_columns_beside_a_schema_are_left_alone(chatml):
     example = {"text": "Hello.", "instruction": "Greet.", "messages": None}
     assert schema(example) == "text"

@@ -112,8 +112,9 @@ class SFTTrainer(Trainer):
     def _rows(self, dataset: Any) -> list[Row]:
         if isinstance(dataset, Iterator):
             raise ValueError(
-                f"a {type(dataset).__name__} can be read only once: give a list of its rows, or "
-                "the function that makes it as datasets.IterableDataset.from_generator(function)"
+                f"a {type(dataset).__name__} can be read only once: give a list of its rows, or an "
+                "object that begins anew each time, as one of a class with __iter__ does or "
+                "datasets.IterableDataset.from_generator(function)"
             )
         made = rows.rows(dataset, self.tokenizer, max_length=self.length, **self._how)
         for mask in self._masks:
