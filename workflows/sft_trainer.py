@@ -1,13 +1,14 @@
 """SFTTrainer with the names of TRL and Unsloth."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from unsloth_jax.data import Row
-from workflows import objective, rows, streams, updates
+from workflows import evaluate, objective, rows, streams, updates
 from workflows.batching import Batches
 from workflows.keywords import say, settle, typed
 from workflows.model import Model
@@ -16,7 +17,7 @@ from workflows.peft_config import adapt
 from workflows.preview import preview
 from workflows.sft_config import SFTConfig, settled
 from workflows.speaking import speaking
-from workflows.trainer import Trainer, of_each
+from workflows.trainer import Trainer
 from workflows.user_metrics import Measured
 
 TRAINER_IGNORED = {
@@ -131,19 +132,18 @@ class SFTTrainer(Trainer):
                 "markers need rows that are there; a streamed data set is masked without them: "
                 "train_on_responses_only(trainer)"
             )
-        self.rows, self.eval_rows = mask(self.rows), of_each(self.eval_rows, mask)
+        self.rows, self.eval_rows = mask(self.rows), evaluate.of_each(self.eval_rows, mask)
         self._masks.append(mask)
 
     def read_again(self, **how: Any) -> None:
         """Makes the rows anew of the data sets given, with other settings of `rows.streamed`."""
-        before, (train, held_out) = self._how, self._datasets
-        self._how = before | how
-        try:
+        train, held_out = self._datasets
+        with ExitStack() as unless_done:
+            unless_done.callback(setattr, self, "_how", self._how)
+            self._how = self._how | how
             made = self.rows if callable(self.rows) else self._rows(train)
             self.rows, self.eval_rows = made, self._held_out(held_out)
-        except (ValueError, TypeError):
-            self._how = before
-            raise
+            unless_done.pop_all()
 
     def _stream(self, dataset: Any) -> streams.Rows | None:
         """How each pass over a streaming data set makes rows; None where all are made at once."""

@@ -136,7 +136,7 @@ class Trainer:
         several = isinstance(given, Mapping)
         if several and not given:
             raise ValueError("eval_dataset is an empty dictionary: there is nothing to evaluate")
-        return of_each(given if several else {"": given}, self._rows)
+        return evaluate.of_each(given if several else {"": given}, self._rows)
 
     def _settle_evaluation(self) -> None:
         """Fills in when evaluations happen; raises ValueError where there is nothing for them."""
@@ -320,19 +320,6 @@ class Trainer:
             "fp8": self.args.matmul_dtype if self.args.matmul_dtype != "bf16" else None,
         }
         return json.loads(json.dumps(facts))
-
-
-def of_each(held_out: Mapping[str, Any], made: Callable[[Any], list[Any]]) -> dict[str, list[Any]]:
-    """What `made` makes of each evaluation set; its ValueErrors and TypeErrors name the set."""
-    found = {}
-    for name, one in held_out.items():
-        try:
-            found[name] = made(one)
-        except (ValueError, TypeError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            which = f"eval_dataset[{name!r}]" if name else "eval_dataset"
-            raise kind(f"{which}: {error}") from error
-    return found
 
 
 def digest(rows: Sequence[Any]) -> str:
