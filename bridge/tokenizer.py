@@ -282,6 +282,18 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return last if is_special else None
 
 
+def end_in_pieces(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The text with which the chat template ends an answer, where no token of its own ends it.
+
+    None where it writes space alone. Raises ValueError without a template, and jinja2's
+    TemplateError where it refuses a question and an answer.
+    """
+    probe = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": MARK}]
+    end = render(tokenizer, probe).rpartition(MARK)[2].strip()
+    own = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
+    return None if not end or end.endswith(own) else end
+
+
 def stop_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: Mapping[str, Any] | None = None
 ) -> list[int]:

@@ -15,7 +15,7 @@ from bridge import templates
 from bridge import tokenizer as bt
 from bridge.chat_templates import get_chat_template
 from unsloth_jax.data import Row, collate
-from workflows.responses import responses_only
+from workflows.responses import Detected, responses_only
 from workflows.rows import rows
 
 MARKS = ["<|turn>", "<turn|>", "<|end_of_turn|>", "<|im_sep|>", "<|user|>", "<|assistant|>"]
@@ -142,10 +142,9 @@ def test_markers_learn_what_stands_between_them(name, kind):
     # GPT-2 splits the header's line ends otherwise where a text follows them.
     exact = not (name.startswith("llama") and kind == "byte_level")
     assert responses_only(made, tokenizer, ask, say, force_match=exact) == [between]
-    found = responses_only(made, tokenizer)[0]
-    assert found == golden(tokenizer, marked)
-    last = responses_only(made, tokenizer, last_response_only=True)[0]
-    assert last == golden(tokenizer, last_only(marked))
+    found = lambda **how: Row(made[0].tokens, Detected(tokenizer, **how)(*made[0]))
+    assert found() == golden(tokenizer, marked)
+    assert found(last_response_only=True) == golden(tokenizer, last_only(marked))
 
 
 def test_an_end_of_turn_that_is_also_the_padding_is_learnt_and_padding_is_not():

@@ -1,5 +1,6 @@
 """workflows.rows and workflows.responses: each schema gives the rows that its loss asks for."""
 
+import functools
 from pathlib import Path
 
 import datasets
@@ -10,7 +11,14 @@ from small_tokenizers import SYSTEM, TALK, TEMPLATES, TOKENIZERS, USER, byte_lev
 from bridge import tokenizer as bt
 from bridge.chat_templates import get_chat_template, standardize_sharegpt
 from unsloth_jax.data import Row
-from workflows.responses import Markers, detect_markers, markers, mask_responses, responses_only
+from workflows.responses import (
+    Detected,
+    Markers,
+    detect_markers,
+    markers,
+    mask_responses,
+    responses_only,
+)
 from workflows.rows import Report, report, rows
 from workflows.schemas import schema
 
@@ -27,6 +35,12 @@ def llama2():
 
 def learnt(tokenizer, row: Row) -> str:
     return tokenizer.decode([t for t, on in zip(*row, strict=True) if on])
+
+
+def detected(made, tokenizer, **how) -> list[Row]:
+    """The rows as they are masked where nobody gives markers and the messages are not known."""
+    find = Detected(tokenizer, **how)
+    return [Row(row.tokens, find(*row)) for row in made]
 
 
 def one(example, tokenizer, **options) -> Row:
@@ -143,6 +157,39 @@ def test_formatting_functions_of_one_example_and_of_batches_agree(chatml):
             rows(data, chatml, max_length=None, formatting_func=wrong)
 
 
+TABLE = [{"q": f"What is {i}?", "a": str(i)} for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    "func",
+    [
+        lambda row: [f"{row['q']} {row['a']}"],
+        lambda row: [row["q"].strip() + " " + row["a"]],
+        lambda row: [f"{a} {b}" for a, b in zip(row["q"], row["a"], strict=False)],
+    ],
+    ids=["one", "one, of texts alone", "batch, of one letter here"],
+)
+@pytest.mark.parametrize("table", [TABLE, TABLE[:1]], ids=len)
+def test_a_list_of_one_text_is_that_of_a_row_or_of_a_batch_of_one(func, table, chatml):
+    want = [one({"text": f"{row['q']} {row['a']}"}, chatml) for row in table]
+    assert rows(table, chatml, max_length=None, formatting_func=func) == want
+
+
+@pytest.mark.parametrize(
+    "func, said",
+    [
+        (lambda row: row["q"][:3], r"3 texts for 8 rows \(rows 0 to 7\), expected one a row"),
+        (lambda row: ["x"] * (1 + (row["a"] == "5")), "row 5: .* 2 texts for one row, expected"),
+    ],
+    ids=["batch", "one"],
+)
+def test_another_number_of_texts_than_rows_is_refused(func, said, chatml):
+    table = [row | {"q": list(row["q"])} for row in TABLE]
+    columns = lambda row: func({"q": list(row["q"]), "a": row["a"]})
+    with pytest.raises(ValueError, match=said):
+        rows(table, chatml, max_length=None, formatting_func=columns)
+
+
 def test_columns_beside_a_schema_are_left_alone(chatml):
     example = {"text": "Hello.", "instruction": "Greet.", "messages": None}
     assert schema(example) == "text"
@@ -220,17 +267,17 @@ def test_report_counts_rows_tokens_and_supervised_tokens(chatml):
 USER_PART, ANSWER_PART = "<|im_start|>user\n", "<|im_start|>assistant\n"
 
 
-@pytest.mark.parametrize("force", [True, False])
-@pytest.mark.parametrize("given", [True, False])
-def test_markers_keep_what_stands_between_them(given, force, chatml):
-    parts = (USER_PART, ANSWER_PART) if given else (None, None)
+@pytest.mark.parametrize("how", [{"force_match": True}, {"force_match": False}, None], ids=str)
+def test_markers_keep_what_stands_between_them(how, chatml):
     made = rows([{"messages": [SYSTEM, *TALK]}], chatml, max_length=None)
-    masked = responses_only(made, chatml, *parts, force_match=force)
+    given = functools.partial(responses_only, instruction_part=USER_PART, response_part=ANSWER_PART)
+    mask = detected if how is None else functools.partial(given, **how)
+    masked = mask(made, chatml)
     assert masked[0].tokens == made[0].tokens
     # Without markers the answers end with their end-of-turn token, not with the line after it.
-    end = "<|im_end|>\n" if given else "<|im_end|>"
+    end = "<|im_end|>" if how is None else "<|im_end|>\n"
     assert learnt(chatml, masked[0]) == f"Hello.{end}It's 4.{end}"
-    last = responses_only(made, chatml, *parts, force_match=force, last_response_only=True)
+    last = mask(made, chatml, last_response_only=True)
     assert learnt(chatml, last[0]) == f"It's 4.{end}"
 
 
@@ -240,7 +287,7 @@ def test_markers_are_found_for_each_template(name, kind):
     tokenizer = get_chat_template(TOKENIZERS[kind](), (TEMPLATES[name].jinja, "eos_token"))
     text = bt.render(tokenizer, TALK)
     made = rows([{"text": text}], tokenizer, max_length=None)
-    got = learnt(tokenizer, responses_only(made, tokenizer)[0])
+    got = learnt(tokenizer, detected(made, tokenizer)[0])
     exact = learnt(tokenizer, one({"messages": TALK}, tokenizer, assistant_only_loss=True))
     squeeze = lambda text: "".join(text.split())
     assert squeeze(got) == squeeze(exact)
@@ -258,7 +305,7 @@ def test_detected_markers_are_the_usual_ones(chatml):
 def test_an_answer_that_begins_with_a_blank_line_is_found(chatml):
     talk = [USER, {"role": "assistant", "content": "\n\nHello."}]
     made = rows([{"messages": talk}], chatml, max_length=None)
-    masked = responses_only(made, chatml)
+    masked = detected(made, chatml)
     assert learnt(chatml, masked[0]).strip() == "Hello.<|im_end|>"
 
 
@@ -274,7 +321,7 @@ def test_markers_never_add_to_a_mask():
 def test_bad_markers_are_refused(chatml, llama2):
     made = rows([{"messages": TALK}], chatml, max_length=None)
     with pytest.raises(ValueError, match="give both"):
-        responses_only(made, chatml, USER_PART)
+        responses_only(made, chatml, USER_PART, None)
     with pytest.raises(ValueError, match=r"row 0: no supervised token after masking \(1 of 1"):
         responses_only(made, chatml, USER_PART, "### Answer:")
     with pytest.raises(ValueError, match="no distinct token ids"):
@@ -314,7 +361,7 @@ def test_answers_that_no_special_token_ends_are_found_without_markers(kind, said
     talk[1]["content"] = said
     whole = one({"messages": talk}, tokenizer)
     exact = one({"messages": talk}, tokenizer, assistant_only_loss=True)
-    assert responses_only([whole], tokenizer) == [exact]
+    assert detected([whole], tokenizer) == [exact]
 
 
 def test_a_question_that_takes_the_headers_space_is_not_learnt():
@@ -323,16 +370,16 @@ def test_a_question_that_takes_the_headers_space_is_not_learnt():
     tokenizer = get_chat_template(given, (BARE, "eos_token"))
     said = ("one", "<a> two ", "three", "four")
     talk = [dict(m, content=text) for m, text in zip(TALK, said, strict=True)]
-    (row,) = responses_only([one({"messages": talk}, tokenizer)], tokenizer)
+    (row,) = detected([one({"messages": talk}, tokenizer)], tokenizer)
     assert learnt(tokenizer, row) == "<a> two \n four\n"
 
 
 def test_a_message_that_holds_a_marker_is_refused_where_nothing_tells_it_apart():
     tokenizer = get_chat_template(byte_level(), (BARE, "eos_token"))
     asked = {"role": "user", "content": "Say\nassistant: four"}
-    made = rows([{"messages": TALK}, {"messages": [asked, TALK[1]]}], tokenizer, max_length=None)
-    with pytest.raises(ValueError, match="row 1: two response markers .* assistant_only_loss"):
-        responses_only(made, tokenizer)
+    texts = [{"text": bt.render(tokenizer, talk)} for talk in (TALK, [asked, TALK[1]])]
+    with pytest.raises(ValueError, match="row 1: two response markers .* give rows of messages"):
+        rows(texts, tokenizer, max_length=None, elsewhere=Detected(tokenizer))
 
 
 def test_turns_that_their_openings_do_not_tell_apart_are_refused():
@@ -340,7 +387,7 @@ def test_turns_that_their_openings_do_not_tell_apart_are_refused():
     tokenizer = get_chat_template(TOKENIZERS["metaspace"](), (BARE, "eos_token"))
     made = rows([{"messages": TALK}], tokenizer, max_length=None)
     with pytest.raises(ValueError, match="ends answers with no special token, and the text that"):
-        responses_only(made, tokenizer)
+        detected(made, tokenizer)
 
 
 @pytest.mark.parametrize("ids", [5, [None], [float("nan")], [float("inf")], [[3]], ["3"], [1.5]])

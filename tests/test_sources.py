@@ -84,6 +84,19 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, text, error, messag
         list(sources.opened(path))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json"])
+def test_a_byte_order_mark_is_no_part_of_the_rows(files, tmp_path, name):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (files / name).read_bytes())
+    assert [dict(row) for row in sources.opened(tmp_path / name)] == tiny_chat.TEXTS
+
+
+@pytest.mark.parametrize("name", ["b.jsonl", "b.csv", "b.json"])
+def test_a_file_in_another_encoding_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes("text\nStraße\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=f"{name} is no UTF-8 text: .* save the file in it"):
+        list(sources.opened(tmp_path / name))
+
+
 def test_a_missing_file_and_a_foreign_folder_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no data file .*x.jsonl"):
         list(sources.opened(tmp_path / "x.jsonl"))
@@ -165,6 +178,47 @@ def test_a_streaming_data_set_trains_as_its_rows_in_that_order(fresh):
     assert [row["loss"] for row in run.log_history] == streamed
 
 
+def test_each_pass_over_a_shuffled_stream_has_an_order_of_its_own(fresh):
+    table = datasets.Dataset.from_list(tiny_chat.TEXTS)
+    stream = table.to_iterable_dataset().shuffle(seed=0, buffer_size=8)
+    run = trainer(fresh, stream, max_steps=6)
+    first, second, again = (list(run.rows(number)) for number in (0, 1, 0))
+    assert first == again != second and sorted(first) == sorted(second)
+
+
+class Counting:
+    """Rows of a class that is no data set; counts those that were asked for."""
+
+    asked = 0
+
+    def __iter__(self):
+        for n in range(99):
+            self.asked += 1
+            yield tiny_chat.TEXTS[n % 8]
+
+
+def test_rows_of_any_iterable_are_read_as_they_are_needed(fresh):
+    counting = Counting()
+    run = trainer(fresh, counting, max_steps=1)
+    assert counting.asked == 0
+    assert list(itertools.islice(run.rows(0), 8)) == trainer(fresh, tiny_chat.TEXTS).rows
+    assert counting.asked == 8
+
+
+@pytest.mark.parametrize("steps", [-1, 1])
+def test_what_can_be_read_only_once_is_refused_with_what_to_give_instead(fresh, steps):
+    rows = tiny_chat.TEXTS
+    once = lambda: (row for row in rows)
+    with pytest.raises(
+        ValueError, match="a generator can be read only once: give a list .*from_generator"
+    ):
+        trainer(fresh, once(), max_steps=steps)
+    run = trainer(fresh, datasets.IterableDataset.from_generator(once), max_steps=1)
+    assert list(run.rows(0)) == list(run.rows(1))
+    with pytest.raises(ValueError, match="^eval_dataset: a generator can be read only once"):
+        run.evaluate(once())
+
+
 def test_a_bad_row_of_a_stream_is_named_when_it_comes(fresh):
     rows = [*tiny_chat.TEXTS[:4], {"text": None}]
     stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
@@ -175,8 +229,8 @@ def test_a_bad_row_of_a_stream_is_named_when_it_comes(fresh):
 def test_what_needs_all_rows_is_refused_for_a_stream(fresh):
     run = trainer(fresh, datasets.Dataset.from_list(tiny_chat.TEXTS).to_iterable_dataset(),
                   max_steps=2)  # fmt: skip
-    with pytest.raises(ValueError, match="needs rows that are there"):
-        train_on_responses_only(run)
+    with pytest.raises(ValueError, match="markers need rows that are there"):
+        train_on_responses_only(run, "user", "assistant")
     with pytest.raises(ValueError, match="train_dataset is streamed"):
         _ = run.train_dataset
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,19 @@ class Best(NamedTuple):
     metric: float
     step: int
     adapters: Params
+
+
+def of_each(held_out: Mapping[str, Any], made: Callable[[Any], list[Any]]) -> dict[str, list[Any]]:
+    """What `made` makes of each evaluation set; its ValueErrors and TypeErrors name the set."""
+    found = {}
+    for name, one in held_out.items():
+        try:
+            found[name] = made(one)
+        except (ValueError, TypeError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            which = f"eval_dataset[{name!r}]" if name else "eval_dataset"
+            raise kind(f"{which}: {error}") from error
+    return found
 
 
 def evaluator(

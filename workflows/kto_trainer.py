@@ -62,7 +62,8 @@ class KTOTrainer(PreferenceTrainer):
         return preference_objective.kto(self.reference, settings)
 
     def _rows(self, dataset: Any) -> list[Judged]:
-        return judged(dataset, self.tokenizer, self.args.cut(self.length))
+        how = self.args.cut(self.length), self.model.config.vocab
+        return judged(dataset, self.tokenizer, *how)
 
     def _made(
         self, rows: Sequence[Any], batch: int, accumulation: int, packing: bool, seed: int | None

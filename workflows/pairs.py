@@ -10,12 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from bridge.chat_templates import standard_messages
 from unsloth_jax.data import Row
-from workflows import rows, sources
+from workflows import schemas, sources
 from workflows.keywords import say
 
 Example = Mapping[str, Any]
 UNPAIRED = 1000  # pairs whose chosen answers stand before their rejected ones, as in TRL
-ANSWERS = rows.Loss(completion_only=True)
+ANSWERS = schemas.Loss(completion_only=True)
 PAIRED_SHAPES = (
     "'prompt', 'chosen' and 'rejected' (all texts, or all lists of messages), or 'chosen' and "
     "'rejected' that begin with the same prompt"
@@ -52,17 +52,21 @@ class Cut(NamedTuple):
 
 
 def pairs(
-    dataset: Iterable[Any] | str | Path, tokenizer: PreTrainedTokenizerBase, cut: Cut
+    dataset: Iterable[Any] | str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    cut: Cut,
+    vocab: int | None = None,
 ) -> list[Pair]:
     """A Pair for each example of (prompt,) chosen and rejected answers, in order.
 
-    Raises ValueError with the row's index for other columns, for answers that are the same, and
-    where nothing is left; pairs whose prompt leaves no room for an answer are left out, and said.
+    Raises ValueError with the row's index for other columns, for answers that are the same, for a
+    token outside the model's `vocab`, and where nothing is left; pairs whose prompt leaves no room
+    for an answer are left out, and said.
     """
 
     def made(example: Example) -> Pair | None:
         prompt, chosen, rejected = paired(example)
-        whole = [_row(prompt, side, example, tokenizer) for side in (chosen, rejected)]
+        whole = [_row(prompt, side, example, tokenizer, vocab) for side in (chosen, rejected)]
         sides = [shortened(row, cut) for row in whole]
         return None if None in sides else Pair(*sides)
 
@@ -70,7 +74,10 @@ def pairs(
 
 
 def judged(
-    dataset: Iterable[Any] | str | Path, tokenizer: PreTrainedTokenizerBase, cut: Cut
+    dataset: Iterable[Any] | str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    cut: Cut,
+    vocab: int | None = None,
 ) -> list[Judged]:
     """A Judged for each example of prompt, completion and label, or two for a chosen and a rejected
     answer. Raises as `pairs`, and for a label that is none.
@@ -78,7 +85,7 @@ def judged(
 
     def made(example: Example) -> Judged | None:
         prompt, answer, desirable = _verdict(example)
-        row = shortened(_row(prompt, answer, example, tokenizer), cut)
+        row = shortened(_row(prompt, answer, example, tokenizer, vocab), cut)
         return None if row is None else Judged(row, desirable)
 
     return _every(dataset, made, cut, unpaired)
@@ -177,11 +184,13 @@ def _messages(given: Any, name: str) -> list[dict[str, Any]]:
     return standard_messages(given)
 
 
-def _row(prompt: Any, answer: Any, example: Example, tokenizer: PreTrainedTokenizerBase) -> Row:
+def _row(prompt, answer, example, tokenizer, vocab) -> Row:
     """Prompt and answer, the answer's tokens supervised, by the same road as SFT's rows."""
     tools = {name: example[name] for name in ("tools", "chat_template_kwargs") if name in example}
     whole = {"prompt": prompt, "completion": answer, **tools}
-    tokens, mask = rows.SCHEMAS["prompt/completion"](whole, tokenizer, ANSWERS)
+    tokens, mask = schemas.SCHEMAS["prompt/completion"](whole, tokenizer, ANSWERS)
+    if vocab is not None:
+        schemas.embedded(tokens, tokenizer, vocab)
     row = Row(tokens, [0, *mask[1:]])
     if not any(row.mask):
         raise ValueError(f"no token to learn in the answer {str(answer)[:60]!r}")
@@ -224,7 +233,7 @@ def _every(
         raise TypeError(f"a data set must be rows of named columns, got {what}; name a split")
     found = [_named(index, example, made) for index, example in numbered(dataset)]
     if not found:
-        raise ValueError("the data set is empty: there is nothing to train on")
+        raise ValueError("the data set is empty: it has no row")
     kept = [one for one in found if one is not None]
     if not kept:
         raise ValueError(

@@ -86,7 +86,8 @@ class PreferenceTrainer(Trainer):
         raise TypeError(f"{type(self).__name__} does not say what is lowered")
 
     def _rows(self, dataset: Any) -> list[Pair]:
-        return pairs(dataset, self.tokenizer, self.args.cut(self.length))
+        how = self.args.cut(self.length), self.model.config.vocab
+        return pairs(dataset, self.tokenizer, *how)
 
     def _made(
         self, rows: Sequence[Any], batch: int, accumulation: int, packing: bool, seed: int | None

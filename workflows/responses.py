@@ -1,6 +1,7 @@
 """Response-only masks by the texts that open a turn, for rows whose messages are not known."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 from os.path import commonprefix
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from unsloth_jax.data import Row
 
 # Unlikely in any template, and each begins and ends so that no template trims it.
 PROBE = ("ask-one-7f3a", "say-one-7f3a", "ask-two-7f3a", "say-two-7f3a")
-REMEDY = "use assistant_only_loss=True with messages, or give instruction_part and response_part"
+REMEDY = "give rows of messages, or instruction_part and response_part"
 
 
 class Markers(NamedTuple):
@@ -31,36 +32,63 @@ class Markers(NamedTuple):
 def responses_only(
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
-    instruction_part: str | None = None,
-    response_part: str | None = None,
+    instruction_part: str | None,
+    response_part: str | None,
     *,
     force_match: bool = True,
     last_response_only: bool = False,
 ) -> list[Row]:
-    """The rows with only the answers supervised: between markers as Unsloth does, or, without
-    markers, from where the chat template opens an answer through its end-of-turn token.
+    """The rows with only what stands between markers supervised, as Unsloth does.
 
     Raises ValueError for one marker of two, for an instruction marker that is nowhere, or with the
-    index of a row in which none is left or in which, without an end-of-turn token, the markers
-    found don't take turns.
+    index of a row in which none is left.
     """
     found = markers(tokenizer, instruction_part, response_part, force_match=force_match)
-    if response_part is None and found.stop is None:
-        _require_proved(tokenizer, found)
-        _require_turns(rows, found)
-    elif response_part is not None:
-        _require_questions(rows, tokenizer, found)
+    _require_questions(rows, tokenizer, found)
     mask = lambda row: mask_responses(row.tokens, row.mask, found, last_response_only)
     masked = [Row(row.tokens, mask(row)) for row in rows]
     bare = [index for index, row in enumerate(masked) if not any(row.mask)]
     if bare:
-        ask, say = tokenizer.decode(found.instruction), tokenizer.decode(found.response)
-        raise ValueError(
-            f"row {bare[0]}: no supervised token after masking ({len(bare)} of {len(masked)} rows "
-            f"are so); the response marker is {say!r}, the instruction marker {ask!r}; without "
-            "markers the chat template's own are found, and force_match=False lets line ends differ"
-        )
+        share = f" ({len(bare)} of {len(masked)} rows are so)"
+        raise ValueError(f"row {bare[0]}: {_nothing(tokenizer, found, share)}")
     return masked
+
+
+class Detected:
+    """Masks of rows whose messages are not known: from where the chat template opens an answer
+    through its end-of-turn token. Its markers are looked for when the first such row comes.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, last_response_only: bool = False):
+        self.tokenizer, self.last_response_only = tokenizer, last_response_only
+
+    @cached_property
+    def markers(self) -> Markers:
+        """Raises ValueError where the template has none that tell its answers."""
+        found = markers(self.tokenizer)
+        if found.stop is None:
+            _require_proved(self.tokenizer, found)
+        return found
+
+    def __call__(self, tokens: Sequence[int], mask: Sequence[int]) -> list[int]:
+        """`mask`, kept in answers alone; raises ValueError where none is, or, without an
+        end-of-turn token, where the markers don't take turns.
+        """
+        if self.markers.stop is None:
+            _require_turns(tokens, self.markers)
+        found = mask_responses(tokens, mask, self.markers, self.last_response_only)
+        if not any(found[1:]):
+            raise ValueError(_nothing(self.tokenizer, self.markers))
+        return found
+
+
+def _nothing(tokenizer: PreTrainedTokenizerBase, markers: Markers, share: str = "") -> str:
+    ask, say = tokenizer.decode(markers.instruction), tokenizer.decode(markers.response)
+    return (
+        f"no supervised token after masking{share}; the response marker is {say!r}, the "
+        f"instruction marker {ask!r}; without markers messages are masked by rendering them, other "
+        "rows by the chat template's own markers, and force_match=False lets line ends differ"
+    )
 
 
 def mask_responses(
@@ -96,17 +124,16 @@ def _require_questions(
         )
 
 
-def _require_turns(rows: Sequence[Row], markers: Markers) -> None:
+def _require_turns(tokens: Sequence[int], markers: Markers) -> None:
     """Raises ValueError where a message may hold a marker: two of one kind in succession."""
-    for index, row in enumerate(rows):
-        found = [(at, "instruction") for at in _places(row.tokens, markers.instruction)]
-        found += [(at, "response") for at in _places(row.tokens, markers.response)]
-        twice = [a for (_, a), (_, b) in pairwise(sorted(found)) if a == b]
-        if twice:
-            raise ValueError(
-                f"row {index}: two {twice[0]} markers follow each other, and the chat template "
-                f"ends answers with no special token to tell them apart; {REMEDY}"
-            )
+    found = [(at, "instruction") for at in _places(tokens, markers.instruction)]
+    found += [(at, "response") for at in _places(tokens, markers.response)]
+    twice = [a for (_, a), (_, b) in pairwise(sorted(found)) if a == b]
+    if twice:
+        raise ValueError(
+            f"two {twice[0]} markers follow each other, and the chat template ends answers with no "
+            f"special token to tell them apart; {REMEDY}"
+        )
 
 
 def _start(tokens: Sequence[int], at: int, markers: Markers) -> int:

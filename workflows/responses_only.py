@@ -1,10 +1,10 @@
 """train_on_responses_only with Unsloth's name and arguments."""
 
+import functools
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from unsloth_jax.data import Row
 from workflows import responses
 from workflows.keywords import typed
 from workflows.sft_trainer import SFTTrainer
@@ -25,11 +25,14 @@ def train_on_responses_only(
     num_proc: int | None = None,
     last_response_only: bool = False,
 ) -> SFTTrainer:
-    """The trainer, its training and evaluation rows supervised on the assistant's answers only.
+    """The trainer, its training and evaluation rows supervised on the assistant's answers only,
+    as are data sets that `evaluate` is given.
+
+    Without markers, rows of messages are masked as `assistant_only_loss=True` masks them, by
+    rendering them turn by turn, and other rows by markers found in the chat template.
 
     Args:
-        instruction_part, response_part: texts that open a user's and the assistant's turn; without
-            them the chat template's own are found.
+        instruction_part, response_part: texts that open a user's and the assistant's turn.
         last_response_only: only each row's last answer counts.
 
     Raises ValueError for one part without the other, or a row that keeps no supervised token.
@@ -42,22 +45,15 @@ def train_on_responses_only(
     if return_function:
         raise ValueError("train_on_responses_only: return_function=True is not supported yet")
 
-    if callable(trainer.rows):
-        raise ValueError(
-            "train_on_responses_only needs rows that are there; a streamed data set of messages "
-            "takes SFTConfig(assistant_only_loss=True)"
-        )
-
-    def masked(rows: list[Row]) -> list[Row]:
-        return responses.responses_only(
-            rows,
-            tokenizer or trainer.tokenizer,
-            instruction_part,
-            response_part,
-            force_match=force_match,
-            last_response_only=last_response_only,
-        )
-
-    trainer.rows = masked(trainer.rows)
-    trainer.eval_rows = {name: masked(some) for name, some in trainer.eval_rows.items()}
+    speaking = tokenizer or trainer.tokenizer
+    if (instruction_part, response_part) == (None, None):
+        elsewhere = responses.Detected(speaking, last_response_only)
+        trainer.read_again(elsewhere=elsewhere, last_response_only=last_response_only)
+        return trainer
+    between = functools.partial(
+        responses.responses_only, tokenizer=speaking, instruction_part=instruction_part,
+        response_part=response_part, force_match=force_match,
+        last_response_only=last_response_only,
+    )  # fmt: skip
+    trainer.mask(between)
     return trainer

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unsloth_jax.data import Row
 from workflows import lengths, sources
-from workflows.schemas import IGNORED, SCHEMAS, Example, Loss, Tokens, schema
+from workflows.schemas import IGNORED, Example, Loss, Tokens, embedded, read
 
 BATCH = 1000
 LEARNT = "expected an answer of the assistant, a completion, text, or labels that are not all -100"
@@ -56,7 +56,7 @@ def rows(
     """
     whole = [Row(*tokens) for tokens in _whole(dataset, tokenizer, **how)]
     if not whole:
-        raise ValueError("the data set is empty: there is nothing to train on")
+        raise ValueError("the data set is empty: it has no row")
     lengths.judge([len(row.tokens) for row in whole], max_length, cut=truncate or split)
     limited = (
         _limited(index, *row, max_length, truncate, split) for index, row in enumerate(whole)
@@ -77,10 +77,11 @@ def streamed(
 
     `dataset` may be a file, a folder or a hub name, as `sources.opened` takes it; `how` is what
     SFTConfig calls dataset_text_field, completion_only_loss and assistant_only_loss, and
-    last_response_only and formatting_func.
+    last_response_only, formatting_func, `schemas.Loss.elsewhere` and the model's `vocab`.
 
     Raises ValueError, with the row's index, for columns of no known schema, a row with nothing to
-    learn, and one longer than `max_length` unless `truncate`; `split` makes several Rows of it.
+    learn, a token outside `vocab`, and a row longer than `max_length` unless `truncate`; `split`
+    makes several Rows of it.
     """
     for index, (tokens, mask) in enumerate(_whole(dataset, tokenizer, **how)):
         yield from _limited(index, tokens, mask, max_length, truncate, split)
@@ -95,9 +96,12 @@ def _whole(
     completion_only_loss: bool | None = None,
     assistant_only_loss: bool = False,
     last_response_only: bool = False,
+    elsewhere: Callable[[Sequence[int], Sequence[int]], list[int]] | None = None,
+    vocab: int | None = None,
 ) -> Iterator[Tokens]:
     """Token ids of each example and which the loss asks for, whatever their number."""
-    loss = Loss(completion_only_loss, assistant_only_loss, last_response_only, dataset_text_field)
+    asked = completion_only_loss, assistant_only_loss, last_response_only
+    loss = Loss(*asked, dataset_text_field, elsewhere)
     dataset = sources.opened(dataset)
     if isinstance(dataset, Mapping):
         what = f"{type(dataset).__name__} {str(list(dataset))[:60]}"
@@ -106,15 +110,17 @@ def _whole(
         texts = formatted(dataset, formatting_func)
         dataset = ({dataset_text_field: text} for text in texts)
     for index, example in enumerate(dataset):
-        yield _read(index, example, tokenizer, loss)
+        yield _read(index, example, tokenizer, loss, vocab)
 
 
-def _read(index, example, tokenizer, loss) -> Tokens:
+def _read(index, example, tokenizer, loss, vocab) -> Tokens:
     try:
         if not isinstance(example, Mapping):
             raise TypeError(f"expected a row of named columns, got {type(example).__name__}")
-        read = SCHEMAS[schema(example, loss.text_field)]
-        return read(example, tokenizer, loss)
+        tokens, mask = read(example, tokenizer, loss)
+        if vocab is not None:
+            embedded(tokens, tokenizer, vocab)
+        return tokens, mask
     except (ValueError, TypeError) as error:
         raise type(error)(f"row {index}: {error}") from error
     except TemplateError as error:
@@ -143,19 +149,52 @@ def report(rows: Sequence[Row]) -> Report:
 
 
 def formatted(dataset: Iterable[Example], formatting_func: Callable[[Any], Any]) -> Iterator[str]:
-    """The texts a formatting_func makes: of one example each if it returns str, of batches if list.
+    """The texts a formatting_func makes, one a row: of one example each where it returns str or a
+    list of one text, of batches where it returns a list of as many texts as the batch has rows.
 
-    Raises TypeError if it returns anything else.
+    Raises TypeError if it returns anything else, ValueError for another number of texts.
     """
     stream = iter(dataset)
     head = list(islice(stream, 1))
     stream = chain(head, stream)
-    many = bool(head) and _returns_list(formatting_func(head[0]))
-    if not many:
-        return (_text_of(formatting_func(example)) for example in stream)
-    return (
-        _text_of(text) for batch in _batches(stream) for text in _list_of(formatting_func(batch))
-    )
+    if head and _takes_batches(formatting_func, head[0]):
+        return _of_batches(stream, formatting_func)
+    return (_only(n, formatting_func(example)) for n, example in enumerate(stream))
+
+
+def _takes_batches(formatting_func: Callable[[Any], Any], example: Example) -> bool:
+    got = formatting_func(example)
+    if not isinstance(got, str | list):
+        raise TypeError(f"formatting_func returned {type(got).__name__}, expected str or list")
+    if not isinstance(got, list) or len(got) != 1:
+        return isinstance(got, list)
+    # One text in a list may be that of one example, or of a batch whose columns have one letter.
+    try:
+        got = formatting_func(_columns([example, example]))
+    except (AttributeError, TypeError):
+        return False  # it does with a column what only one row's value can do
+    return len(_list_of(got)) == 2
+
+
+def _of_batches(stream: Iterator[Example], formatting_func: Callable[[Any], Any]) -> Iterator[str]:
+    first = 0
+    while chunk := list(islice(stream, BATCH)):
+        texts, last = _list_of(formatting_func(_columns(chunk))), first + len(chunk) - 1
+        if len(texts) != len(chunk):
+            raise ValueError(
+                f"formatting_func returned {len(texts)} texts for {len(chunk)} rows (rows {first} "
+                f"to {last}), expected one a row; a function of one row returns a str"
+            )
+        yield from map(_text_of, texts)
+        first = last + 1
+
+
+def _only(index: int, got: Any) -> str:
+    if isinstance(got, list) and len(got) != 1:
+        raise ValueError(
+            f"row {index}: formatting_func returned {len(got)} texts for one row, expected one"
+        )
+    return _text_of(got[0] if isinstance(got, list) else got)
 
 
 def _list_of(got: Any) -> list[Any]:
@@ -167,18 +206,11 @@ def _list_of(got: Any) -> list[Any]:
     return got
 
 
-def _returns_list(got: Any) -> bool:
-    if not isinstance(got, str | list):
-        raise TypeError(f"formatting_func returned {type(got).__name__}, expected str or list")
-    return isinstance(got, list)
-
-
 def _text_of(got: Any) -> str:
     if not isinstance(got, str):
         raise TypeError(f"formatting_func gave {type(got).__name__} for a text, expected str")
     return got
 
 
-def _batches(stream: Iterator[Example]) -> Iterator[dict[str, list[Any]]]:
-    while chunk := list(islice(stream, BATCH)):
-        yield {name: [example.get(name) for example in chunk] for name in chunk[0]}
+def _columns(chunk: Sequence[Example]) -> dict[str, list[Any]]:
+    return {name: [example.get(name) for example in chunk] for name in chunk[0]}

@@ -1,7 +1,7 @@
 """The columns that rows of a data set may have, and how each kind is read: ids, what is learnt."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -19,12 +19,17 @@ PICTURES = ("image", "images", "video", "videos", "audio", "audios")
 
 
 class Loss(NamedTuple):
-    """Which tokens a trainer asked to learn, in its own keywords."""
+    """Which tokens a trainer asked to learn, in its own keywords.
+
+    `elsewhere` has answers alone learnt: by rendering where a row is messages, and in other rows
+    as its (tokens, mask) -> mask says.
+    """
 
     completion_only: bool | None = None
     assistant_only: bool = False
     last_response_only: bool = False
     text_field: str = "text"
+    elsewhere: Callable[[Sequence[int], Sequence[int]], list[int]] | None = None
 
 
 def schema(example: Example, text_field: str = "text") -> str:
@@ -51,6 +56,17 @@ def schema(example: Example, text_field: str = "text") -> str:
             "'attention_mask', 'completion_mask', 'assistant_masks'), or a formatting_func"
         )
     return found
+
+
+def read(example: Example, tokenizer: PreTrainedTokenizerBase, loss: Loss) -> Tokens:
+    """Ids of an example, and which of them the loss asks for; raises ValueError and TypeError."""
+    name = schema(example, loss.text_field)
+    if loss.elsewhere is None:
+        return SCHEMAS[name](example, tokenizer, loss)
+    if name in SPOKEN or name == "prompt/completion" and not _text(example["prompt"]):
+        return SCHEMAS[name](example, tokenizer, loss._replace(assistant_only=True))
+    tokens, mask = SCHEMAS[name](example, tokenizer, loss)
+    return tokens, loss.elsewhere(tokens, mask)
 
 
 def _plain(example: Example, tokenizer: PreTrainedTokenizerBase, loss: Loss) -> Tokens:
@@ -179,6 +195,19 @@ def _tokenised(example: Example, tokenizer: PreTrainedTokenizerBase, loss: Loss)
     return [tokens[i] for i in kept], [int(learnt[i]) for i in kept]
 
 
+def embedded(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase, vocab: int) -> None:
+    """Raises ValueError for a token that a model of `vocab` embedding rows has no row for."""
+    if max(tokens, default=0) < vocab:
+        return
+    first = next(token for token in tokens if token >= vocab)
+    raise ValueError(
+        f"token {tokenizer.convert_ids_to_tokens(first)!r} has the id {first}, but the model's "
+        f"vocabulary has {vocab} (ids 0 to {vocab - 1}), the tokenizer {len(tokenizer)}; take the "
+        "model's own tokenizer, or before get_peft_model add_new_tokens, or "
+        "model.resize_token_embeddings(len(tokenizer))"
+    )
+
+
 def _whole(token: Any) -> bool:
     return isinstance(token, Real) and math.isfinite(token) and int(token) == token
 
@@ -191,3 +220,4 @@ SCHEMAS = {
     "prompt/completion": _completion,
     "instruction/output": _instruction,
 }
+SPOKEN = ("messages", "conversations", "instruction/output")  # rows that are messages

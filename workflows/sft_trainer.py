@@ -1,14 +1,14 @@
 """SFTTrainer with the names of TRL and Unsloth."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import datasets
 from transformers import PreTrainedTokenizerBase
 
 from unsloth_jax.data import Row
-from workflows import objective, rows, streams, updates
+from workflows import evaluate, objective, rows, streams, updates
 from workflows.batching import Batches
 from workflows.keywords import say, settle, typed
 from workflows.model import Model
@@ -41,6 +41,7 @@ TRAINER_KINDS = {
     "formatting_func": Callable | None, "compute_metrics": Callable | None,
     "preprocess_logits_for_metrics": Callable | None, "eval_dataset": Iterable | Path | None,
 }  # fmt: skip
+Masking = Callable[[list[Row]], list[Row]]
 OLD_STYLE = ("dataset_text_field", "packing", "max_seq_length")
 
 
@@ -52,7 +53,8 @@ class SFTTrainer(Trainer):
         tokenizer, processing_class: by default the model's own.
         train_dataset: rows with text, messages, prompt and completion, or input_ids; a list, a
             data set of `datasets`, a file (.jsonl, .json, .csv, .parquet), a folder or a hub name.
-            A streaming data set is read as it is needed, in its order, if max_steps is given.
+            A streaming data set, or any other iterable that has no length, is read as it is
+            needed, in its order, if max_steps is given.
         args: an SFTConfig.
         formatting_func: makes text of examples, as in Unsloth's notebooks.
         eval_dataset: rows of the same kinds, or several such data sets by name.
@@ -91,7 +93,7 @@ class SFTTrainer(Trainer):
         if None not in (tokenizer, processing_class) and tokenizer is not processing_class:
             raise ValueError("SFTTrainer: give tokenizer or processing_class, got two that differ")
         args = settled(SFTConfig() if args is None else args, old)
-        self._how = reading(args, formatting_func)
+        self._how = reading(args, formatting_func) | {"vocab": model.config.vocab}
         tokenizer = next(x for x in (processing_class, tokenizer, model.tokenizer) if x is not None)
         tokenizer = speaking(tokenizer, args)
         self.optimizers = updates.handed(optimizers)
@@ -99,6 +101,7 @@ class SFTTrainer(Trainer):
         if peft_config is not None:
             adapt(model, peft_config, args.seed)
         self.model, self.args = model, args
+        self._datasets, self._masks = (train_dataset, eval_dataset), []
         super().__init__(model, args, tokenizer, train_dataset, eval_dataset, callbacks)
         self._check_metric(more=compute_metrics is not None)
 
@@ -109,16 +112,50 @@ class SFTTrainer(Trainer):
         return objective.sft(self.args.losses(dropout), self.args.seed)
 
     def _rows(self, dataset: Any) -> list[Row]:
-        return rows.rows(dataset, self.tokenizer, max_length=self.length, **self._how)
+        if isinstance(dataset, Iterator):
+            raise ValueError(
+                f"a {type(dataset).__name__} can be read only once: give a list of its rows, or an "
+                "object that begins anew each time, as one of a class with __iter__ does or "
+                "datasets.IterableDataset.from_generator(function)"
+            )
+        made = rows.rows(dataset, self.tokenizer, max_length=self.length, **self._how)
+        for mask in self._masks:
+            made = mask(made)
+        return made
+
+    def mask(self, mask: Masking) -> None:
+        """Masks the rows that are there, and all that are read from now on.
+
+        Raises ValueError where rows are streamed.
+        """
+        if callable(self.rows):
+            raise ValueError(
+                "markers need rows that are there; a streamed data set is masked without them: "
+                "train_on_responses_only(trainer)"
+            )
+        self.rows, self.eval_rows = mask(self.rows), evaluate.of_each(self.eval_rows, mask)
+        self._masks.append(mask)
+
+    def read_again(self, **how: Any) -> None:
+        """Makes the rows anew of the data sets given, with other settings of `rows.streamed`."""
+        train, held_out = self._datasets
+        with ExitStack() as unless_done:
+            unless_done.callback(setattr, self, "_how", self._how)
+            self._how = self._how | how
+            made = self.rows if callable(self.rows) else self._rows(train)
+            self.rows, self.eval_rows = made, self._held_out(held_out)
+            unless_done.pop_all()
 
     def _stream(self, dataset: Any) -> streams.Rows | None:
         """How each pass over a streaming data set makes rows; None where all are made at once."""
-        if not isinstance(dataset, datasets.IterableDataset) or self.args.max_steps <= 0:
+        known = isinstance(dataset, str | Path | Iterator) or hasattr(dataset, "__len__")
+        if known or self.args.max_steps <= 0:
             return None
         say("train_dataset is streamed: its rows come in their order (see dataset.shuffle)")
 
         def passed(number: int) -> Iterator[Row]:
-            dataset.set_epoch(number)
+            if hasattr(dataset, "set_epoch"):
+                dataset.set_epoch(number)
             return rows.streamed(dataset, self.tokenizer, max_length=self.length, **self._how)
 
         return passed

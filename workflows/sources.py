@@ -4,8 +4,9 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import datasets
 
@@ -57,8 +58,20 @@ def _file(path: Path) -> Iterator[Row]:
     return READERS[path.suffix](path)
 
 
+@contextmanager
+def _text(path: Path) -> Iterator[TextIO]:
+    """The file as text, a byte order mark left out. Raises ValueError where it is no UTF-8."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path.name} is no UTF-8 text: {error}; expected UTF-8, save the file in it"
+        ) from error
+
+
 def _json_lines(path: Path) -> Iterator[Row]:
-    with open(path, encoding="utf-8") as file:
+    with _text(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -69,8 +82,10 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 
 def _json(path: Path) -> Iterator[Row]:
+    with _text(path) as file:
+        text = file.read()
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(text)
     except ValueError as error:
         raise ValueError(
             f"{path.name} is no JSON: {error}; a file of one object a line ends in .jsonl"
@@ -81,7 +96,7 @@ def _json(path: Path) -> Iterator[Row]:
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    with open(path, encoding="utf-8", newline="") as file:
+    with _text(path) as file:
         for row in csv.DictReader(file):
             if None in row or None in row.values():
                 raise ValueError(f"{path.name}: the row {row} has not the header's cells")

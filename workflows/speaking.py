@@ -4,6 +4,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
+from bridge.tokenizer import end_in_pieces
+from workflows.keywords import say
 from workflows.sft_config import SFTConfig
 
 TOKENS = ("eos_token", "pad_token")
@@ -35,3 +39,21 @@ def _template(path: Path) -> str:
             "of a model or by name use get_chat_template"
         )
     return path.read_text(encoding="utf-8")
+
+
+def say_pieces(tokenizer: Any) -> None:
+    """Says where the chat template ends answers with text that is no token of the tokenizer."""
+    try:
+        end = end_in_pieces(tokenizer)
+    except (TemplateError, ValueError):
+        return  # rows of messages say what the template refuses, and rows of text need none
+    if end is not None:
+        say(
+            f"the chat template ends answers with {end!r}, which is no token of the tokenizer: it "
+            "is learnt in pieces, of which the last may be one token with the next turn's "
+            "beginning and is then not learnt, and answers don't stop there; take another "
+            f"template, or get_chat_template(tokenizer, (jinja_text, {end!r})), whose stop word "
+            f"takes the EOS token's place (map_eos_token), or tokenizer.add_tokens([{end!r}], "
+            "special_tokens=True) and model.resize_token_embeddings(len(tokenizer)) before "
+            "get_peft_model"
+        )

@@ -37,6 +37,7 @@ from workflows.objective import SFT, Objective
 from workflows.rows import Shown
 from workflows.run import Run, Saving, resumed, short_hash
 from workflows.sft_config import SFTConfig
+from workflows.speaking import say_pieces
 from workflows.user_metrics import Measured
 from workflows.watch import Watch
 
@@ -74,6 +75,7 @@ class Trainer:
         if train_dataset is None:
             raise ValueError(f"{type(self).__name__} needs a train_dataset")
         self.model, self.args, self.tokenizer = model, args, tokenizer
+        say_pieces(tokenizer)
         # Rows, or how a pass over a stream makes them.
         self.rows = self._stream(train_dataset) or self._rows(train_dataset)
         self.eval_rows = self._held_out(eval_dataset)
@@ -125,7 +127,7 @@ class Trainer:
         several = isinstance(given, Mapping)
         if several and not given:
             raise ValueError("eval_dataset is an empty dictionary: there is nothing to evaluate")
-        return {name: self._rows(d) for name, d in (given if several else {"": given}).items()}
+        return evaluate.of_each(given if several else {"": given}, self._rows)
 
     def _settle_evaluation(self) -> None:
         """Fills in when evaluations happen; raises ValueError where there is nothing for them."""
