@@ -20,7 +20,7 @@ from bridge.gguf_blocks import Choice, Format
 from bridge.gguf_source import ROPE_FACTORS
 from bridge.safetensors_file import Weight, check_space
 from bridge.source import Header
-from unsloth_jax.models import family
+from unsloth_jax.models import FAMILIES, family
 
 MANY_SUBSTITUTED = 0.05
 # llama.cpp reads these biases, by its architecture; any other stops it from loading the file.
@@ -116,6 +116,11 @@ def _plan(
     config: Mapping[str, Any], weights: list[Weight], folder: str | Path, fmt: Format
 ) -> Plan:
     model = family(config["model_type"])
+    if not hasattr(model, "GGUF_ARCH"):
+        able = sorted(name for name, one in FAMILIES.items() if hasattr(one, "GGUF_ARCH"))
+        raise ValueError(
+            f"a {config['model_type']!r} model can't be exported as GGUF yet; expected one of {able}"
+        )
     c = model.config(config)
     headers = {w.name: Header(tuple(w.shape), str(w.dtype)) for w in weights}
     hf.check(model, c, headers, "what is to be exported")

@@ -78,6 +78,9 @@ ROPES = {
     "yarn": rope.Rope(
         "yarn", 1e4, 32, factor=4.0, context=64, beta_fast=4.0, attention_factor=1.1
     ),
+    "longrope": rope.Rope(
+        "longrope", 1e4, 32, context=32, short=(1.5,) * 16, long=(3.0,) * 16, attention_factor=1.1
+    ),
 }  # fmt: skip
 READ = {
     "default": "theta width attention_factor",
@@ -85,18 +88,27 @@ READ = {
     "dynamic": "kind theta width factor context attention_factor",
     "llama3": "kind theta width factor context low high attention_factor",
     "yarn": "kind theta width factor context beta_fast beta_slow truncate attention_factor",
+    "longrope": "kind theta context attention_factor short long",
 }
 
 
 @pytest.mark.parametrize("kind", ROPES)
 def test_every_rope_field_changes_the_angles_of_the_kinds_that_read_it(kind):
     positions = jnp.arange(40, dtype=jnp.int32)[None]
-    turn = lambda r: np.stack(rope.angles(r, positions, jnp.full_like(positions, 40)))
+    lengths = jnp.where(positions < 20, 20, 40)
+    turn = lambda r: np.stack(rope.angles(r, positions, lengths))
     own = ROPES[kind]
     change = {"kind": "default", "truncate": False}
     for field in dataclasses.fields(own):
+        if (kind, field.name) == ("longrope", "width"):
+            continue  # its lists have a number for each pair
         value = getattr(own, field.name)
-        value = change[field.name] if field.name in change else (value or type(value)(1)) * 2
+        if isinstance(value, tuple):
+            value = tuple(2 * x for x in value) or (2.0,)
+        elif field.name in change:
+            value = change[field.name]
+        else:
+            value = (value or type(value)(1)) * 2
         other = turn(dataclasses.replace(own, **{field.name: value}))
         same = other.shape == turn(own).shape and np.allclose(other, turn(own), atol=1e-4)
         assert same != (field.name in READ[kind].split()), field.name
@@ -113,8 +125,8 @@ REFUSED = {
     "part of a head": ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5", "1"),
     "both directions": ("llama", dict(is_causal=False), "is_causal=False", "True"),
     "activation": ("qwen3", dict(hidden_act="swish2"), "'swish2'", "silu"),
-    "rope type": ("llama", dict(rope_scaling={"type": "su", "factor": 2.0}), "'su'", "llama3"),
-    "longrope": ("llama", dict(rope_parameters={"rope_type": "longrope"}), "'longrope'", "yarn"),
+    "rope type": ("llama", dict(rope_scaling={"type": "ntk", "factor": 2.0}), "'ntk'", "llama3"),
+    "longrope": ("llama", dict(rope_parameters={"rope_type": "longrope"}), "'longrope'", "short_"),
     "rope key": (
         "llama", dict(rope_parameters={"rope_type": "linear", "factor": 2.0, "alpha": 1.0}),
         "alpha", "factor"),
