@@ -119,7 +119,7 @@ def _plan(
     if not hasattr(model, "GGUF_ARCH"):
         able = sorted(name for name, one in FAMILIES.items() if hasattr(one, "GGUF_ARCH"))
         raise ValueError(
-            f"a {config['model_type']!r} model can't be exported as GGUF yet; expected one of {able}"
+            f"a {config['model_type']!r} model can't be exported as GGUF yet; these can: {able}"
         )
     c = model.config(config)
     headers = {w.name: Header(tuple(w.shape), str(w.dtype)) for w in weights}
