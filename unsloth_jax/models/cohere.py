@@ -16,6 +16,8 @@ from unsloth_jax.models.llama import embed as embed
 from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import kinds as kinds
 
+GGUF_ARCH = "command-r"
+
 NORMS = ("input_layernorm",)
 
 
@@ -104,3 +106,13 @@ def beside(
     y = layer_norm(w["input_layernorm"], x, c.eps)
     mixed, kept = llama.attention(c, a, y, by, attend, window, norms=norms, turn=rope.rotate_pairs)
     return x + mixed + mlp(w["mlp"], y, c.activation), kept
+
+
+def gguf_keys(c: Config) -> dict[str, Any]:
+    """Keys that llama.cpp's converter adds for this family, by gguf's names."""
+    return {"logit_scale": c.logit_scale, "rope_scaling_type": "none"}
+
+
+def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
+    """What llama.cpp has one value for: (this model's, that one)."""
+    return {f"use_qk_norm of {c.layers} layers": (c.qk_norm, c.layers >= 64)}

@@ -19,6 +19,8 @@ from unsloth_jax.models.llama import embed as embed
 from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import kinds as kinds
 
+GGUF_ARCH = "cohere2"
+
 OWN = ("sliding_window", "layer_types", "sliding_window_pattern", "order_of_interleaved_layers")
 
 
@@ -50,3 +52,14 @@ def block(
 ):
     """One layer: without a window it knows no positions."""
     return beside(c, window, w, x, None if window is None else by["all"], attend, mlp)
+
+
+def gguf_keys(c: Config) -> dict[str, Any]:
+    """Keys that llama.cpp's converter adds for this family, by gguf's names."""
+    return {
+        "logit_scale": c.logit_scale,
+        "sliding_window": c.windows[0],
+        "vocab_size": c.vocab,
+        "rope_dimension_count": c.rope.width,
+        "rope_scaling_type": "none",
+    }

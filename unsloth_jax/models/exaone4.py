@@ -19,6 +19,8 @@ from unsloth_jax.models.olmo2 import NORMS as NORMS
 from unsloth_jax.models.smollm3 import Config
 from unsloth_jax.models.smollm3 import kinds as kinds
 
+GGUF_ARCH = "exaone4"
+
 OWN = ("sliding_window", "sliding_window_pattern", "layer_types")
 
 
@@ -77,3 +79,21 @@ def block(
     y, kept = llama.attention(c, a, x, by, attend, window, norms=norms)
     x = checkpoint_name(x + unit("post_attention_layernorm", y), "mid")
     return x + unit("post_feedforward_layernorm", mlp(w["mlp"], x, c.activation)), kept
+
+
+def gguf_keys(c: Config) -> dict[str, Any]:
+    """Keys that llama.cpp's converter adds for this family, by gguf's names."""
+    window = next(filter(None, c.windows), None)
+    pattern = [one is not None for one in c.windows]
+    windows = {"sliding_window": window, "sliding_window_pattern": pattern}
+    return {"vocab_size": c.vocab} | (windows if window else {})
+
+
+def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
+    """What llama.cpp has one value for: (this model's, that one)."""
+    sliding = tuple(c.layers == 64 and (i + 1) % 4 != 0 for i in range(c.layers))
+    has_rope = sliding if any(sliding) else (True,) * c.layers
+    return {
+        "sliding windows": (tuple(w is not None for w in c.windows), sliding),
+        "layers with rope": (c.turned, has_rope),
+    }

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -17,6 +18,8 @@ from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import kinds as kinds
 from unsloth_jax.models.llama import scores as scores
 from unsloth_jax.models.llama import weights as weights
+
+GGUF_ARCH = "gemma"
 
 DEFAULTS = dict(head_dim=256, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True)
 OFFSET = 1.0  # norms store how far their factors are from it
@@ -77,3 +80,8 @@ def block(
 
     y = unit(c, w["post_attention_layernorm"], x)
     return x + mlp(w["mlp"], y, c.activation), kept
+
+
+def to_gguf(c: Config, path: str, w: np.ndarray) -> np.ndarray:
+    """llama.cpp's norms multiply by the factors themselves."""
+    return w + np.float32(OFFSET) if path.endswith("norm.weight") else w

@@ -12,11 +12,14 @@ from unsloth_jax.layers import Attend, Mlp, feed_forward
 from unsloth_jax.models import fields, gemma, llama
 from unsloth_jax.models.gemma import embed as embed
 from unsloth_jax.models.gemma import norm as norm
+from unsloth_jax.models.gemma import to_gguf as to_gguf
 from unsloth_jax.models.gemma import unit
 from unsloth_jax.models.llama import LAYERS as LAYERS
 from unsloth_jax.models.llama import angles as angles
 from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import kinds as kinds
+
+GGUF_ARCH = "gemma2"
 
 NORMS = (*llama.NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 OWN = (
@@ -92,3 +95,23 @@ def after(c: Config, w: Params, x: Float[Array, "B T D"], mlp: Mlp) -> Float[Arr
     """The layer's second half."""
     y = mlp(w["mlp"], unit(c, w["pre_feedforward_layernorm"], x), c.activation)
     return x + unit(c, w["post_feedforward_layernorm"], y)
+
+
+def gguf_keys(c: Config) -> dict[str, Any]:
+    """Keys that llama.cpp's converter adds for this family, by gguf's names."""
+    return {
+        "attn_logit_softcapping": c.attention_cap,
+        "final_logit_softcapping": c.logit_cap,
+        "sliding_window": c.windows[0],
+    }
+
+
+def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
+    """What llama.cpp has one value for: (this model's, that one)."""
+    capped = c.attention_cap is not None and c.logit_cap is not None
+    return {"scores' scale": (c.scale, llama_cpp_scale(c, 46)), "both soft-caps": (capped, True)}
+
+
+def llama_cpp_scale(c: Config, largest: int) -> float:
+    """llama.cpp knows the largest model, whose scale is another, by its number of layers."""
+    return (c.width // c.heads if c.layers == largest else c.head_width) ** -0.5

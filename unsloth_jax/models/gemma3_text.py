@@ -13,11 +13,14 @@ from unsloth_jax.layers import Attend, Mlp, feed_forward
 from unsloth_jax.models import fields, gemma2, llama
 from unsloth_jax.models.gemma import embed as embed
 from unsloth_jax.models.gemma import norm as norm
+from unsloth_jax.models.gemma import to_gguf as to_gguf
 from unsloth_jax.models.gemma import unit
 from unsloth_jax.models.gemma2 import after
 from unsloth_jax.models.gemma2 import scores as scores
 from unsloth_jax.models.llama import LAYERS as LAYERS
 from unsloth_jax.models.llama import head as head
+
+GGUF_ARCH = "gemma3"
 
 OWN = (*gemma2.OWN, "rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern")
 KINDS, THETAS = ("full_attention", "sliding_attention"), (1e6, 1e4)
@@ -103,3 +106,18 @@ def block(
     y, kept = llama.attention(c, a, y, turned, attend, window, norms=norms, scale=c.scale)
     x = checkpoint_name(x + unit(c, w["post_attention_layernorm"], y), "mid")
     return after(c, w, x, mlp), kept
+
+
+def gguf_keys(c: Config) -> dict[str, Any]:
+    """Keys that llama.cpp's converter adds for this family, by gguf's names."""
+    cap = {} if c.logit_cap is None else {"final_logit_softcapping": c.logit_cap}
+    return cap | {"sliding_window": c.windows[0]}
+
+
+def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
+    """What llama.cpp has one value for: (this model's, that one)."""
+    return {
+        "scores' scale": (c.scale, gemma2.llama_cpp_scale(c, 62)),
+        "attn_logit_softcapping": (c.attention_cap, None),
+        "rope of layers with a window": (c.local_rope.kind, "default"),
+    }

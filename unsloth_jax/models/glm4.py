@@ -19,6 +19,8 @@ from unsloth_jax.models.llama import kinds as kinds
 from unsloth_jax.models.llama import norm as norm
 from unsloth_jax.models.llama import scores as scores
 
+GGUF_ARCH = "glm4"
+
 NORMS = (*llama.NORMS, "post_self_attn_layernorm", "post_mlp_layernorm")
 DEFAULTS = dict(head_dim=128, rms_norm_eps=1.5625e-7, max_position_embeddings=131072)
 
@@ -71,3 +73,8 @@ def block(
     x = checkpoint_name(x + unit("post_self_attn_layernorm", y), "mid")
     y = mlp(w["mlp"], unit("post_attention_layernorm", x), c.activation)
     return x + unit("post_mlp_layernorm", y), kept
+
+
+def gguf_keys(c: Config) -> dict[str, Any]:
+    """Keys that llama.cpp's converter adds for this family, by gguf's names."""
+    return {"rope_dimension_count": c.rope.width}

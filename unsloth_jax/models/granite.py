@@ -15,7 +15,10 @@ from unsloth_jax.models.llama import angles as angles
 from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import kinds as kinds
 from unsloth_jax.models.llama import norm as norm
+from unsloth_jax.models.llama import to_gguf as to_gguf
 from unsloth_jax.models.llama import weights as weights
+
+GGUF_ARCH = "granite"
 
 SCALES = (
     "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"
@@ -79,3 +82,13 @@ def block(
 
     y = rms_norm(w["post_attention_layernorm"]["weight"], x, c.eps)
     return x + scaled(mlp(w["mlp"], y, c.activation), c.residual_scale), kept
+
+
+def gguf_keys(c: Config) -> dict[str, Any]:
+    """Keys that llama.cpp's converter adds for this family, by gguf's names."""
+    return llama.gguf_keys(c) | {
+        "attention_scale": c.scale,
+        "embedding_scale": c.embedding_scale,
+        "residual_scale": c.residual_scale,
+        "logit_scale": c.logit_divisor,
+    }

@@ -192,3 +192,8 @@ def to_gguf(c: Config, path: str, w: np.ndarray) -> np.ndarray:
     if heads is None:
         return w
     return w.reshape(heads, 2, -1, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+
+
+def gguf_keys(c: Config) -> dict[str, Any]:
+    """Keys that llama.cpp's converter adds for this family, by gguf's names."""
+    return {"vocab_size": c.vocab, "rope_dimension_count": c.head_width}

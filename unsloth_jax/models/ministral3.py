@@ -4,6 +4,7 @@ Queries beyond the first context are multiplied with 1 + beta log(1 + floor(posi
 as in Llama 4; transformers `modeling_ministral3`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,10 @@ from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import kinds as kinds
 from unsloth_jax.models.llama import norm as norm
 from unsloth_jax.models.llama import scores as scores
+from unsloth_jax.models.llama import to_gguf as to_gguf
 from unsloth_jax.models.llama import weights as weights
+
+GGUF_ARCH = "mistral3"
 
 DEFAULTS = dict(
     num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5, max_position_embeddings=262144
@@ -86,3 +90,12 @@ def block(
 
     y = rms_norm(w["post_attention_layernorm"]["weight"], x, c.eps)
     return x + mlp(w["mlp"], y, c.activation), kept
+
+
+def gguf_keys(c: Config) -> dict[str, Any]:
+    """Keys that llama.cpp's converter adds for this family, by gguf's names."""
+    growth, r = 0.1 * math.log(c.rope.factor), c.rope
+    # What llama.cpp makes an attention factor of, as YaRN does of mscale_all_dim beside mscale 1.
+    multiplier = ((1 + growth) / r.attention_factor - 1) / growth if growth > 0 else 0.0
+    own = {"rope_scaling_yarn_log_mul": multiplier, "attn_temperature_scale": c.beta}
+    return llama.gguf_keys(c) | own

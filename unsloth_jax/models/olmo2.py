@@ -17,6 +17,8 @@ from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import kinds as kinds
 from unsloth_jax.models.llama import scores as scores
 
+GGUF_ARCH = "olmo2"
+
 NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 

@@ -14,6 +14,8 @@ from unsloth_jax.models.llama import kinds as kinds
 from unsloth_jax.models.llama import norm as norm
 from unsloth_jax.models.llama import scores as scores
 
+GGUF_ARCH = "phi3"
+
 DEFAULTS = dict(
     rms_norm_eps=1e-5, max_position_embeddings=4096, original_max_position_embeddings=4096
 )
@@ -47,3 +49,8 @@ def weights(c: Config) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
         "mlp.down_proj": ((D, F), ("width", "mlp"), False),
     }
     return llama.weights(c, inner)
+
+
+def gguf_keys(c: Config) -> dict[str, Any]:
+    """Keys that llama.cpp's converter adds for this family, by gguf's names."""
+    return {"sliding_window": c.windows[0] or 0}

@@ -12,10 +12,14 @@ from unsloth_jax.models import fields, llama
 from unsloth_jax.models.llama import LAYERS as LAYERS
 from unsloth_jax.models.llama import angles as angles
 from unsloth_jax.models.llama import embed as embed
+from unsloth_jax.models.llama import gguf_keys as gguf_keys
 from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import norm as norm
 from unsloth_jax.models.llama import scores as scores
+from unsloth_jax.models.llama import to_gguf as to_gguf
 from unsloth_jax.models.llama import weights as weights
+
+GGUF_ARCH = "smollm3"
 
 OWN = (
     "attention_bias", "mlp_bias", "use_sliding_window", "sliding_window", "layer_types",
@@ -83,3 +87,8 @@ def block(
     """One layer. `attend` owns masks and caches; its second result is passed through."""
     turned, window = kind
     return llama.block(c, window, w, x, by if turned else {"all": None}, attend, mlp)
+
+
+def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
+    """What llama.cpp has one value for: (this model's, that one)."""
+    return {"layers with rope": (c.turned, tuple((i + 1) % 4 != 0 for i in range(c.layers)))}

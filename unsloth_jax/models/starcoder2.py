@@ -17,6 +17,8 @@ from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import kinds as kinds
 from unsloth_jax.models.llama import scores as scores
 
+GGUF_ARCH = "starcoder2"
+
 OWN = (
     "use_bias", "norm_epsilon", "sliding_window", "norm_type", "mlp_type",
     # Published checkpoints say 0.1 for pretraining; fine-tuning leaves dropout to adapters.
@@ -81,3 +83,8 @@ def block(
     return x + mlp(
         w["mlp"], layer_norm(w["post_attention_layernorm"], x, c.eps), c.activation
     ), kept
+
+
+def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
+    """What llama.cpp has one value for: (this model's, that one)."""
+    return {"use_bias": (c.qkv_bias, True)}
