@@ -95,6 +95,15 @@ TINY: dict[str, tuple[str, dict]] = {
     "exaone4": ("Exaone4", SMALL | WINDOWED | dict(rms_norm_eps=0.02)),
 }  # fmt: skip
 
+# One entry of each family, by its model_type.
+EACH = {
+    "llama": "llama", "ministral3": "ministral3", "mistral": "mistral", "qwen2": "qwen2",
+    "qwen3": "qwen3", "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3_text",
+    "phi3": "phi3", "granite": "granite", "cohere": "cohere", "cohere2": "cohere2",
+    "olmo2": "olmo2", "smollm3": "smollm3", "starcoder2": "starcoder2", "glm4": "glm4",
+    "exaone4": "exaone4",
+}  # fmt: skip
+
 
 def redraw(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Matrices N(0, 1.5/sqrt(fan in)), embeddings N(0, 1), norms U(0.5, 1.5), biases N(0, 0.5)."""

@@ -200,8 +200,8 @@ def rope(hf: Mapping[str, Any], width: int, partial: bool = False) -> Rope:
     width = int(width * share)
     if width % 2:
         raise ValueError(
-            f"{width} elements of a head turn, rope turns pairs: expected an even number, that is "
-            "an even head_dim"
+            f"rope turns pairs, and what it turns of a head is {width} wide: expected an even "
+            "head_dim"
         )
     kind, longest = r["rope_type"], hf.get("max_position_embeddings", 2048)
     own: dict[str, Any] = {}
