@@ -44,7 +44,7 @@ test-full: .venv/.dev
 # What the parity tests measure, as JSON.
 figures: .venv/.dev
 	$(OFFLINE) $(BIN)/python -m pytest -q -m "not gpu" --figures docs/results/parity.json \
-	  tests/test_models.py tests/test_lora.py tests/test_peft_adapter.py tests/test_train.py tests/test_smollm2.py tests/test_data.py tests/test_trl_sft.py
+	  tests/test_models.py tests/test_families.py tests/test_lora.py tests/test_peft_adapter.py tests/test_train.py tests/test_smollm2.py tests/test_data.py tests/test_trl_sft.py
 
 # Three trainings of the demo's task: about a quarter of an hour on two cores.
 seeds: .venv/.demo

@@ -96,6 +96,14 @@ def hyperparameters(file: GGUF) -> dict[str, Any]:
     return found
 
 
+def sizes(file: GGUF) -> dict[str, Any]:
+    """Counts of layers and heads, of any architecture."""
+    prefix = file.metadata["general.architecture"] + "."
+    names = ("block_count", "attention.head_count", "attention.head_count_kv")
+    found = {name: file.metadata.get(prefix + name) for name in names}
+    return {n: _uniform(file, prefix + n, v) for n, v in found.items() if v is not None}
+
+
 def config(
     file: GGUF,
     values: dict[str, Any],

@@ -16,19 +16,13 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
 from bridge import gguf_blocks, gguf_header, gguf_metadata, gguf_tokens, hf, verify_gguf
+from bridge.gguf_architectures import ARCHITECTURES
 from bridge.gguf_blocks import Choice, Format
-from bridge.gguf_source import ROPE_FACTORS
 from bridge.safetensors_file import Weight, check_space
 from bridge.source import Header
-from unsloth_jax.models import family
+from unsloth_jax.models import FAMILIES, family
 
 MANY_SUBSTITUTED = 0.05
-# llama.cpp reads these biases, by its architecture; any other stops it from loading the file.
-BIASES = {
-    "llama": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
-    "qwen2": ("attn_q", "attn_k", "attn_v"),
-    "qwen3": ("attn_q", "attn_k", "attn_v"),
-}
 
 
 class Report(NamedTuple):
@@ -116,11 +110,16 @@ def _plan(
     config: Mapping[str, Any], weights: list[Weight], folder: str | Path, fmt: Format
 ) -> Plan:
     model = family(config["model_type"])
+    if not hasattr(model, "GGUF_ARCH"):
+        able = sorted(name for name, one in FAMILIES.items() if hasattr(one, "GGUF_ARCH"))
+        raise ValueError(
+            f"a {config['model_type']!r} model can't be exported as GGUF yet; these can: {able}"
+        )
     c = model.config(config)
     headers = {w.name: Header(tuple(w.shape), str(w.dtype)) for w in weights}
     hf.check(model, c, headers, "what is to be exported")
-    notes = gguf_metadata.refuse_unspeakable(model.GGUF_ARCH, c, config)
-    tokens = gguf_tokens.read(folder, config)
+    notes = gguf_metadata.refuse_unspeakable(model, c, config)
+    tokens = gguf_tokens.read(folder, config, model.GGUF_ARCH)
     named = _named(model, c, weights)
     sizes = gguf_blocks.Sizes(model.GGUF_ARCH, c.layers, c.heads, c.kv_heads)
     choices = gguf_blocks.choose(fmt, {n: w.shape for n, w in named.items()}, sizes)
@@ -136,15 +135,14 @@ def _named(model: ModuleType, c: Any, weights: list[Weight]) -> dict[str, Weight
     """
     wanted = {name for path in model.weights(c) for name in hf.names(path, c.layers)}
     out = {}
-    factors = gguf_metadata.rope_factors(c.rope)
-    if factors is not None:
-        out[ROPE_FACTORS] = Weight(ROPE_FACTORS, factors.shape, factors.dtype, lambda: factors)
+    for name, w in gguf_metadata.rope_factors(c.rope).items():
+        out[name] = Weight(name, w.shape, w.dtype, lambda w=w: w)
     named = gguf_names(model.GGUF_ARCH, c.layers, wanted)
     for w in sorted(weights, key=lambda w: w.name):
         if w.name in wanted:
             out[named[w.name]] = w
-    biases = [n for n in out if n.endswith(".bias")]
-    lost = [n for n in biases if n.split(".")[-2] not in BIASES[model.GGUF_ARCH]]
+    biases, reads = [n for n in out if n.endswith(".bias")], ARCHITECTURES[model.GGUF_ARCH].biases
+    lost = [n for n in biases if n.split(".")[-2] not in reads]
     if lost:
         raise ValueError(
             f"llama.cpp's {model.GGUF_ARCH!r} has no place for {len(lost)} biases: {lost[0]}"
@@ -176,11 +174,12 @@ def _metadata(
 ) -> None:
     """All keys, in the converter's order; llama-quantize moves two of them to the end."""
     quantized = gguf_blocks.is_quantized(plan.fmt)
+    gguf_metadata.rope_attention(out, plan.config)
     gguf_metadata.general(out, folder, name, sum(math.prod(e.weight.shape) for e in plan.entries))
     gguf_metadata.architecture(out, plan.config, config)
     if not quantized:
         out.add_file_type(plan.fmt.file_type)
-    gguf_metadata.llama_only(out, plan.config)
+    gguf_metadata.family_keys(out, plan.model, plan.config)
     if not quantized:
         out.add_quantization_version(gguf.GGML_QUANT_VERSION)
     gguf_tokens.write(out, plan.tokens)
@@ -221,7 +220,7 @@ def _value(plan: Plan, e: Entry) -> np.ndarray:
     bad = w.size - int(np.count_nonzero(np.isfinite(w)))
     if bad:
         raise ValueError(f"{e.weight.name} has {bad} values that are not finite")
-    if e.name == ROPE_FACTORS or not hasattr(plan.model, "to_gguf"):
+    if e.weight.name == e.name or not hasattr(plan.model, "to_gguf"):
         return w
     return plan.model.to_gguf(plan.config, e.weight.name, w)
 

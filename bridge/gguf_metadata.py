@@ -4,36 +4,60 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import gguf
 import numpy as np
 
+from bridge.gguf_architectures import ARCHITECTURES, differences
+
 # Names in generation_config.json and in gguf's writer.
 SAMPLING = {"top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "temperature": "temp"}
+CONTEXTS = ("max_position_embeddings",)
+# The converter holds this one for what Command R was trained on.
+COHERE_CONTEXTS = ("model_max_length", *CONTEXTS)
 
-# Built into llama.cpp: for these families it reads neither of the keys that would change them.
-LLAMA_CPP_YARN = (32.0, 1.0, True)
 
-
-def refuse_unspeakable(arch: str, c: Any, config: Mapping[str, Any]) -> list[str]:
+def refuse_unspeakable(model: ModuleType, c: Any, config: Mapping[str, Any]) -> list[str]:
     """Raises ValueError for what llama.cpp would compute differently; returns what to be told."""
-    r, longest, notes = c.rope, config["max_position_embeddings"], []
-    wrong = None
-    if c.activation != "silu":
-        wrong = f"has the activation {c.activation!r} where llama.cpp has silu"
-    elif r.kind == "llama3" and arch != "llama":
-        wrong = "has rope type 'llama3', whose factors llama.cpp reads for llama only"
-    elif r.kind == "yarn" and (r.beta_fast, r.beta_slow, r.truncate) != LLAMA_CPP_YARN:
-        wrong = f"has yarn with other beta_fast, beta_slow, truncate than {LLAMA_CPP_YARN}"
+    arch, r, notes = model.GGUF_ARCH, c.rope, []
+    wrong = next(differences(arch, c, _declared(model, "gguf_fixed", c)), None)
     if wrong:
         raise ValueError(f"this model can't be a GGUF file of architecture {arch!r}: it {wrong}")
     if r.kind == "dynamic":
         notes.append(f"GGUF has no dynamic rope: llama.cpp does not rescale beyond {r.context}")
+    if r.kind == "longrope":
+        notes.append(
+            f"llama.cpp chooses longrope's factors by its own context: up to {r.context} tokens "
+            "the short ones, beyond that the long ones for texts of any length"
+        )
+    longest = context(config)
     window = min((w for w in c.windows if w is not None), default=longest)
-    if window < longest:
+    if window < longest and not _has_windows(model, c):
         notes.append(f"llama.cpp has no sliding window for {arch!r}: tokens see beyond {window}")
     return notes
+
+
+def _has_windows(model: ModuleType, c: Any) -> bool:
+    return "sliding windows" in _declared(model, "gguf_fixed", c) or bool(
+        ARCHITECTURES[model.GGUF_ARCH].period
+    )
+
+
+def context(config: Mapping[str, Any]) -> int:
+    """The longest text, in tokens; raises ValueError where the config doesn't say."""
+    names = COHERE_CONTEXTS if config["model_type"] == "cohere" else CONTEXTS
+    found = [config[name] for name in names if config.get(name) is not None]
+    if not found:
+        raise ValueError(f"config.json lacks {names[-1]}, which a GGUF file states")
+    return found[0]
+
+
+def rope_attention(out: gguf.GGUFWriter, c: Any) -> None:
+    """What longrope multiplies cos and sin by; the converter writes it before all else."""
+    if c.rope.kind == "longrope":
+        out.add_rope_scaling_attn_factors(c.rope.attention_factor)
 
 
 def general(out: gguf.GGUFWriter, folder: str | Path, name: str, parameters: int) -> None:
@@ -50,29 +74,49 @@ def general(out: gguf.GGUFWriter, folder: str | Path, name: str, parameters: int
 
 def architecture(out: gguf.GGUFWriter, c: Any, config: Mapping[str, Any]) -> None:
     """Sizes, norms and rope; `c` is the family's reading of `config`."""
-    out.add_block_count(c.layers)
-    out.add_context_length(config["max_position_embeddings"])
-    out.add_embedding_length(c.width)
-    out.add_feed_forward_length(c.mlp_width)
-    out.add_head_count(c.heads)
-    out.add_head_count_kv(c.kv_heads)
-    _rope(out, c.rope, config.get("rope_scaling") or config.get("rope_parameters") or {})
-    out.add_rope_freq_base(c.rope.theta)
-    out.add_layer_norm_rms_eps(c.eps)
-    if out.arch != "qwen2" or config.get("head_dim"):
+    for step in ARCHITECTURES[out.arch].keys:
+        STEPS[step](out, c, config)
+
+
+def family_keys(out: gguf.GGUFWriter, model: ModuleType, c: Any) -> None:
+    """What the family adds, after the file type."""
+    for name, value in _declared(model, "gguf_keys", c).items():
+        value = gguf.RopeScalingType(value) if name == "rope_scaling_type" else value
+        getattr(out, f"add_{name}")(value)
+
+
+def _declared(model: ModuleType, name: str, c: Any) -> dict[str, Any]:
+    return getattr(model, name)(c) if hasattr(model, name) else {}
+
+
+def _eps(out: gguf.GGUFWriter, c: Any, config: Mapping[str, Any]) -> None:
+    layer_norm = ARCHITECTURES[out.arch].layer_norm
+    (out.add_layer_norm_eps if layer_norm else out.add_layer_norm_rms_eps)(c.eps)
+
+
+def _head_lengths(out: gguf.GGUFWriter, c: Any, config: Mapping[str, Any]) -> None:
+    writes = ARCHITECTURES[out.arch].head_lengths
+    if writes or (writes is None and config.get("head_dim")):
         out.add_key_length(c.head_width)
         out.add_value_length(c.head_width)
 
 
-def llama_only(out: gguf.GGUFWriter, c: Any) -> None:
-    """Two keys that the converter writes for this architecture, after the file type."""
-    if out.arch == "llama":
-        out.add_vocab_size(c.vocab)
-        out.add_rope_dimension_count(c.head_width)
+def _rope_freq_base(out: gguf.GGUFWriter, c: Any, config: Mapping[str, Any]) -> None:
+    """Of full layers, and of those with a window where they have one of their own."""
+    out.add_rope_freq_base(c.rope.theta)
+    local = getattr(c, "local_rope", None)
+    if local is not None:
+        out.add_rope_freq_base_swa(local.theta)
 
 
-def _rope(out: gguf.GGUFWriter, r: Any, stated: Mapping[str, Any]) -> None:
+def _rope_context(out: gguf.GGUFWriter, c: Any, config: Mapping[str, Any]) -> None:
+    stated = config.get("original_max_position_embeddings")
+    out.add_rope_scaling_orig_ctx_len(c.rope.context or stated or context(config))
+
+
+def _rope_scaling(out: gguf.GGUFWriter, c: Any, config: Mapping[str, Any]) -> None:
     """Linear and yarn scaling; of yarn's options those that the config states."""
+    r, stated = c.rope, config.get("rope_scaling") or config.get("rope_parameters") or {}
     if r.kind not in ("linear", "yarn"):
         return
     out.add_rope_scaling_type(gguf.RopeScalingType(r.kind))
@@ -86,16 +130,44 @@ def _rope(out: gguf.GGUFWriter, r: Any, stated: Mapping[str, Any]) -> None:
         out.add_rope_scaling_yarn_beta_fast(r.beta_fast)
     if stated.get("beta_slow") is not None:
         out.add_rope_scaling_yarn_beta_slow(r.beta_slow)
-    # llama.cpp scales by 1 + 0.1 ln(factor) whatever the keys above say, and by this one besides.
+    # One that reads yarn's options has a key of its own for this.
+    if not ARCHITECTURES[out.arch].tunes_yarn:
+        _yarn_attention(out, r)
+
+
+def _yarn_attention(out: gguf.GGUFWriter, r: Any) -> None:
+    """llama.cpp scales by 1 + 0.1 ln(factor) whatever yarn's keys say, and by this one besides."""
     own = 1.0 + 0.1 * math.log(r.factor)
     if not math.isclose(r.attention_factor, own, rel_tol=1e-6):
         out.add_rope_scaling_attn_factors(r.attention_factor / own)
 
 
-def rope_factors(r: Any) -> np.ndarray | None:
-    """What Llama 3.1 divides each rope frequency by, float32 [h/2]; None for other kinds."""
-    if r.kind != "llama3":
-        return None
+STEPS = {
+    "block_count": lambda out, c, config: out.add_block_count(c.layers),
+    "context_length": lambda out, c, config: out.add_context_length(context(config)),
+    "embedding_length": lambda out, c, config: out.add_embedding_length(c.width),
+    "feed_forward_length": lambda out, c, config: out.add_feed_forward_length(c.mlp_width),
+    "head_count": lambda out, c, config: out.add_head_count(c.heads),
+    "head_count_kv": lambda out, c, config: out.add_head_count_kv(c.kv_heads),
+    "rope_scaling": _rope_scaling,
+    "rope_freq_base": _rope_freq_base,
+    "rope_context": _rope_context,
+    "rope_dimensions": lambda out, c, config: out.add_rope_dimension_count(c.rope.width),
+    "eps": _eps,
+    "head_lengths": _head_lengths,
+}
+
+
+def rope_factors(r: Any) -> dict[str, np.ndarray]:
+    """Tensors that rope's frequencies are divided by, float32 [h/2], by their GGUF names."""
+    if r.kind == "longrope":
+        lists = {"long": r.long, "short": r.short}
+        return {f"rope_factors_{k}.weight": np.asarray(v, np.float32) for k, v in lists.items()}
+    return {"rope_freqs.weight": _llama3(r)} if r.kind == "llama3" else {}
+
+
+def _llama3(r: Any) -> np.ndarray:
+    """What Llama 3.1 divides each rope frequency by."""
     one, each = np.float32(1), np.arange(0, r.width, 2, dtype=np.float32) / np.float32(r.width)
     length = np.float32(2 * math.pi) / (one / np.float32(r.theta) ** each)
     smooth = (np.float32(r.context) / length - np.float32(r.low)) / np.float32(r.high - r.low)

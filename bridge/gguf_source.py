@@ -27,8 +27,24 @@ LAYER_MODULES = (
     *("self_attn.q_norm", "self_attn.k_norm"),
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
+# Modules that only some architectures have; they win where gguf calls two of them the same.
+JOINED = ("self_attn.qkv_proj", "mlp.gate_up_proj")
+BEHIND = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+OWN_MODULES = {
+    "gemma2": BEHIND,
+    "gemma3": BEHIND,
+    "phi3": JOINED,
+    "olmo2": BEHIND[1:],
+    "exaone4": BEHIND[1:],
+    "glm4": ("post_self_attn_layernorm", "post_mlp_layernorm", JOINED[1]),
+    "starcoder2": ("mlp.c_fc", "mlp.c_proj"),
+}
+# Architectures whose q and k have their rows reordered, and those whose norms are stored with 1 added.
+PAIRED = ("llama", "granite", "smollm3", "mistral3")
+NORM_OFFSET = {"gemma": 1.0, "gemma2": 1.0, "gemma3": 1.0}
 CHUNK = 2**20  # values dequantised at a time
 ROPE_FACTORS = "rope_freqs.weight"
+NO_WEIGHTS = (ROPE_FACTORS, "rope_factors_long.weight", "rope_factors_short.weight")
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -40,14 +56,15 @@ class GGUFWeights:
     """
 
     def __init__(self, file: gguf_header.GGUF):
-        arch = gguf_config.architecture(file)
+        arch = file.metadata["general.architecture"]
         _refuse_parts(file)
         _refuse_types(file)
-        values = gguf_config.hyperparameters(file)
+        values = gguf_config.sizes(file)
         self.path, self.tensors = file.path, file.tensors
         self.stored = _stored_names(file, arch, values["block_count"])
         self._bytes = np.memmap(file.path, np.uint8, "r")
         self._heads = _permuted_heads(arch, values)
+        self._offset = NORM_OFFSET.get(arch, 0.0)
 
     def headers(self) -> dict[str, Header]:
         """Every weight by its full Hugging Face name; quantised blocks count as float32."""
@@ -68,6 +85,10 @@ class GGUFWeights:
         w = self.tensor(self.stored[name])
         heads = self._heads_of(name)
         return w if heads is None else halves_from_pairs(w, heads)
+
+    def offset(self, name: str) -> float:
+        """What the file's tensor is above the weight."""
+        return self._offset if name.endswith("norm.weight") else 0.0
 
     def tensor(self, stored: str) -> np.ndarray:
         """One tensor by the file's own name, rows in the file's order."""
@@ -102,13 +123,14 @@ class GGUFSource(GGUFWeights):
 
     def __init__(self, path: str | Path):
         file = gguf_header.read(path)
+        values = gguf_config.hyperparameters(file)
         super().__init__(file)
         if EMBEDDING not in self.stored:
             raise ValueError(f"{file.path}: no token_embd.weight")
         embedding = self.tensors[self.stored[EMBEDDING]]
         self.config = gguf_config.config(
             file,
-            gguf_config.hyperparameters(file),
+            values,
             set(self.stored),
             vocabulary=embedding.shape[0],
             dtype=_dtype(embedding.kind),
@@ -118,7 +140,7 @@ class GGUFSource(GGUFWeights):
 
 def _permuted_heads(arch: str, values: dict[str, Any]) -> dict[str, int]:
     """Heads of the projections whose rows llama.cpp's converter reorders."""
-    if arch != "llama":
+    if arch not in PAIRED:
         return {}
     heads = values["attention.head_count"]
     return {"q_proj": heads, "k_proj": values.get("attention.head_count_kv", heads)}
@@ -178,17 +200,18 @@ def _refuse_types(file: gguf_header.GGUF) -> None:
 def _stored_names(file: gguf_header.GGUF, arch: str, layers: int) -> dict[str, str]:
     """Hugging Face's name -> the file's. Raises ValueError listing the tensors that have none."""
     names = _hugging_face_names(arch, layers)
-    unknown = [name for name in file.tensors if name not in names and name != ROPE_FACTORS]
+    unknown = [name for name in file.tensors if name not in names and name not in NO_WEIGHTS]
     if unknown:
         raise ValueError(f"{file.path}: tensors without a place in {arch!r}: {sorted(unknown)}")
-    return {names[name]: name for name in file.tensors if name != ROPE_FACTORS}
+    return {names[name]: name for name in file.tensors if name not in NO_WEIGHTS}
 
 
 def _hugging_face_names(arch: str, layers: int) -> dict[str, str]:
     """GGUF's tensor name -> Hugging Face's, by inverting gguf's own map over our modules."""
     number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     to_gguf = gguf.get_tensor_name_map(number, layers)
-    modules = [f"model.layers.{i}.{module}" for i in range(layers) for module in LAYER_MODULES]
+    each = (*LAYER_MODULES, *OWN_MODULES.get(arch, ()))
+    modules = [f"model.layers.{i}.{module}" for i in range(layers) for module in each]
     pairs = {module: to_gguf.get_name(module) for module in (*MODULES, *modules)}
     return {
         f"{short}.{part}": f"{module}.{part}"

@@ -1,4 +1,4 @@
-"""A Hugging Face byte-level BPE tokenizer folder -> the tokenizer keys of a GGUF file.
+"""A Hugging Face tokenizer folder -> the tokenizer keys of a GGUF file.
 
 Keys and values are those of llama.cpp's converter, without running the tokenizer or torch.
 """
@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import gguf
 from gguf import TokenType
 
+from bridge import gguf_sentencepiece
+from bridge.gguf_architectures import ARCHITECTURES
 from bridge.gguf_tokenizer import SPLITTINGS
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -39,9 +41,20 @@ PRE_TOKENIZERS = {
     "tekken": PreTokenizer((_TEKKEN, "bytes"), True, True),
 }
 GRANITE_VOCABULARY = 49152  # the converter turns the first token off for llama models of this size
+END = "<|endoftext|>"
+# Architectures whose tokenizer.model is read, and what the converter does for some of them.
+BY_PIECES = ("gemma", "gemma2", "gemma3", "phi3")
+WITHOUT_SPACE = ("gemma", "gemma2", "gemma3")
+ADDED_OF_BOTH = ("phi3",)
+# Special tokens that are these where the folder names none.
+BY_TEXT = {
+    "glm4": {"eos": END, "eot": "<|user|>", "unk": END, "bos": END},
+}
+END_OF_TURN = {"gemma": {"eot": 107}}  # fixed ids, whatever the vocabulary
 SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 SENTENCEPIECE_SPACE = "\u2581"
+SENTENCEPIECE = "default"  # the name that the converter gives its splitting
 
 
 class Tokens(NamedTuple):
@@ -53,19 +66,24 @@ class Tokens(NamedTuple):
     special: gguf.SpecialVocab  # merges, ids of special tokens, chat template
     add_prefix_space: bool | None
     notes: list[str]
+    scores: list[float] | None = None  # of SentencePiece's pieces
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether llama.cpp begins a text with bos where no key says otherwise."""
+        return self.scores is not None or PRE_TOKENIZERS[self.pre].adds_bos
 
 
-def read(folder: str | Path, config: Mapping[str, Any]) -> Tokens:
+def read(folder: str | Path, config: Mapping[str, Any], arch: str = "llama") -> Tokens:
     """The tokenizer in `folder`, padded to the embedding's rows; ids it lacks are the config's.
 
-    Raises ValueError for SentencePiece, an unknown pre-tokenizer, more tokens than rows.
+    Raises ValueError for a tokenizer that GGUF or the converter's `arch` has no form for, and for
+    more tokens than rows.
     """
     folder, rows = Path(folder), config["vocab_size"]
-    spec = _tokenizer_json(folder)
-    settings = _json(folder / "tokenizer_config.json")
-    pre = pre_tokenizer(spec)
-    texts, types = _vocabulary(spec, settings, rows)
-    special = gguf.SpecialVocab(folder, load_merges=True)
+    by_pieces = arch in BY_PIECES and (folder / gguf_sentencepiece.MODEL).is_file()
+    found = (_pieces if by_pieces else _byte_level)(folder, rows, arch)
+    special = found.special
     special.chat_template = _template(folder, special.chat_template)
     for kind in SPECIAL:
         if isinstance(config.get(f"{kind}_token_id"), int):
@@ -73,23 +91,58 @@ def read(folder: str | Path, config: Mapping[str, Any]) -> Tokens:
     outside = {k: i for k, i in special.special_token_ids.items() if i >= rows}
     if outside:
         raise ValueError(f"special tokens outside the embedding's {rows} rows: {outside}")
-    return Tokens(texts, types, pre, special, settings.get("add_prefix_space"), _notes(spec))
+    for kind, text in BY_TEXT.get(arch, {}).items():
+        if text in found.texts:
+            special.special_token_ids.setdefault(kind, found.texts.index(text))
+    return found
+
+
+def _byte_level(folder: Path, rows: int, arch: str) -> Tokens:
+    spec = _tokenizer_json(folder)
+    settings = _json(folder / "tokenizer_config.json")
+    pre = pre_tokenizer(spec)
+    texts, types = _vocabulary(spec, settings, rows)
+    special = gguf.SpecialVocab(folder, load_merges=True)
+    space = settings.get("add_prefix_space") if ARCHITECTURES[arch].converter_llama else None
+    return Tokens(texts, types, pre, special, space, _notes(spec))
+
+
+def _pieces(folder: Path, rows: int, arch: str) -> Tokens:
+    """tokenizer.model with the tokens that the folder's other files add."""
+    spec, settings = (_json(folder / f"{n}.json") for n in ("tokenizer", "tokenizer_config"))
+    added = {int(i): t for i, t in settings.get("added_tokens_decoder", {}).items()}
+    if arch in ADDED_OF_BOTH or not added:
+        added |= {t["id"]: t for t in spec.get("added_tokens", [])}
+    looks = lambda t: arch not in ADDED_OF_BOTH and _looks_special(t["content"])
+    pieces = gguf_sentencepiece.read(folder)
+    texts, scores, types = gguf_sentencepiece.vocabulary(
+        pieces, added, rows, lambda t: bool(t.get("special") or looks(t))
+    )
+    special = gguf.SpecialVocab(folder, n_vocab=rows)
+    space = False if arch in WITHOUT_SPACE or not pieces.adds_space else None
+    return Tokens(texts, types, SENTENCEPIECE, special, space, _notes(spec), scores)
 
 
 def write(out: gguf.GGUFWriter, tokens: Tokens) -> None:
     """Adds the tokenizer's keys to `out`, in the converter's order."""
-    if out.arch == "llama" and tokens.add_prefix_space is not None:
-        out.add_add_space_prefix(tokens.add_prefix_space)
-    out.add_tokenizer_model("gpt2")
+    space = tokens.add_prefix_space
+    if space is not None and tokens.scores is None:
+        out.add_add_space_prefix(space)
+    out.add_tokenizer_model("gpt2" if tokens.scores is None else "llama")
     out.add_tokenizer_pre(tokens.pre)
     out.add_token_list(tokens.texts)
+    if tokens.scores is not None:
+        out.add_token_scores(tokens.scores)
     out.add_token_types(tokens.types)
     tokens.special.add_to_gguf(out, quiet=True)
-    granite = out.arch == "llama" and len(tokens.texts) == GRANITE_VOCABULARY
-    default = PRE_TOKENIZERS[tokens.pre].adds_bos
+    granite = ARCHITECTURES[out.arch].converter_llama and len(tokens.texts) == GRANITE_VOCABULARY
     # llama.cpp's own default must not add a token that this tokenizer doesn't.
-    if (granite or default) and "bos" not in tokens.special.add_special_token:
+    if (granite or tokens.adds_bos) and "bos" not in tokens.special.add_special_token:
         out.add_add_bos_token(False)
+    for name, i in END_OF_TURN.get(out.arch, {}).items():
+        getattr(out, f"add_{name}_token_id")(i)
+    if space is not None and tokens.scores is not None:
+        out.add_add_space_prefix(space)
 
 
 def pre_tokenizer(spec: dict[str, Any]) -> str:

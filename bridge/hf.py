@@ -65,8 +65,8 @@ def _same_head(source: Source, headers: dict[str, Header], c: Any) -> None:
 
 
 def is_linear(path: str) -> bool:
-    """Whether bitsandbytes would quantize this weight: a matrix inside a layer."""
-    return ".*." in path and path.endswith("_proj.weight")
+    """Whether bitsandbytes would quantize this weight: a matrix inside a layer, no norm's."""
+    return ".*." in path and path.endswith(".weight") and not tree.of_norm(path)
 
 
 def described(source: Source) -> tuple[ModuleType, Any]:

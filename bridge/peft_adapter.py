@@ -253,7 +253,7 @@ def modules(params: Params) -> dict[str, Module]:
     for path, leaf in tree.flatten(params).items():
         stacked, module = ".*." in path, path.removesuffix(".weight")
         shape = leaf.parts[0].shape if isinstance(leaf, Stacks) else leaf.shape
-        if module == path or len(shape) != 2 + stacked:
+        if module == path or tree.of_norm(path) or len(shape) != 2 + stacked:
             continue
         for i in _layers(leaf) if stacked else (None,):
             name = module if i is None else module.replace("*", str(i), 1)

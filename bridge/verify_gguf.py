@@ -97,6 +97,8 @@ def _verified(source: GGUFWeights, weight: Weight) -> Rounding:
     name = source.stored.get(weight.name, weight.name)
     kind, shape = source.tensors[name].kind, source.tensors[name].shape
     want = np.asarray(weight.read()).astype(np.float32, copy=False)
+    if source.offset(weight.name):
+        want = want + np.float32(source.offset(weight.name))
     if want.shape != shape:
         raise ValueError(f"{source.path}: {name} has shape {shape}, {weight.name} {want.shape}")
     error, block, others = _compared(source.pieces(weight.name), want, kind)

@@ -1,8 +1,8 @@
 """Attention of one new token a row over its cache, which takes the token's key and value in.
 
     keys[b, :, used[b]] = k[b],  values[b, :, used[b]] = v[b]
-    y[b, i] = softmax_s(q[b, i] . keys[b, i // G, s] * scale) @ values[b, i // G]
-    for used[b] - window < s <= used[b]
+    y[b, i] = softmax_s(cap(q[b, i] . keys[b, i // G, s] * scale)) @ values[b, i // G]
+    for used[b] - window < s <= used[b];  cap(s) = c tanh(s / c), or s
 
 Grouped queries (arXiv:2305.13245), running softmax (arXiv:2205.14135), long rows cut into parts
 that are joined by their maxima. The kernel (Pallas, Triton) reads what is filled of the cache and
@@ -39,6 +39,7 @@ def reference(
     used: Int[Array, " B"],
     scale: float,
     window: int | None = None,
+    cap: float | None = None,
 ) -> Attended:
     """(mixed values, keys and values with the new token), softmax in float32."""
     batch, heads, width = q.shape
@@ -51,10 +52,14 @@ def reference(
     )
     back = used[:, None] - jnp.arange(keys.shape[2], dtype=used.dtype)[None]
     seen = back >= 0 if window is None else (back >= 0) & (back < window)
-    scores = jnp.where(seen[:, None, None], scores * scale, HIDDEN)
+    scores = jnp.where(seen[:, None, None], _capped(scores * scale, cap), HIDDEN)
     chance = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     y = jnp.einsum("bkgs,bksh->bkgh", chance, values.astype(q.dtype))
     return y.reshape(batch, heads, width), keys, values
+
+
+def _capped(scores, cap):
+    return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
 def supports(q: Array, keys: Array) -> str | None:
@@ -86,6 +91,7 @@ def attend(
     *,
     scale: float,
     window: int | None = None,
+    cap: float | None = None,
     implementation: Implementation | None = None,
 ) -> Attended:
     """`reference`, in place where the caches are donated. Rows have `used` tokens each, below S.
@@ -94,8 +100,8 @@ def attend(
     """
     reasons = {"pallas": supports(q, keys), "xla": None}
     if _choice.pick("decode attention", implementation, reasons) == "xla":
-        return reference(q, k, v, keys, values, used, scale, window)
-    return _pallas(q, k, v, keys, values, used, scale, window)
+        return reference(q, k, v, keys, values, used, scale, window, cap)
+    return _pallas(q, k, v, keys, values, used, scale, window, cap)
 
 
 def parts(batch: int, heads: int, slots: int) -> int:
@@ -104,7 +110,7 @@ def parts(batch: int, heads: int, slots: int) -> int:
     return 1 << max(wanted, 1).bit_length() - 1
 
 
-def _pallas(q, k, v, keys, values, used, scale, window, cut=None, interpret=False):
+def _pallas(q, k, v, keys, values, used, scale, window, cap=None, cut=None, interpret=False):
     batch, heads, slots, width = keys.shape
     group = q.shape[1] // heads
     cut = cut or parts(batch, heads, slots)
@@ -114,7 +120,7 @@ def _pallas(q, k, v, keys, values, used, scale, window, cut=None, interpret=Fals
         mixed = [shape((batch, heads, cut, group, width), jnp.float32)]
         mixed += [shape((batch, heads, cut, group), jnp.float32)] * 2
     *mixed, keys, values = pl.pallas_call(
-        partial(_kernel, group, cut, scale, window),
+        partial(_kernel, group, cut, scale, window, cap),
         out_shape=[*mixed, shape(keys.shape, keys.dtype), shape(values.shape, values.dtype)],
         grid=(batch, heads, cut),
         input_output_aliases={4: len(mixed), 5: len(mixed) + 1},
@@ -133,7 +139,7 @@ def _pallas(q, k, v, keys, values, used, scale, window, cut=None, interpret=Fals
     return y.reshape(q.shape), keys, values
 
 
-def _kernel(group, cut, scale, window, used_ref, q_ref, k_ref, v_ref, _keys, _values, *refs):
+def _kernel(group, cut, scale, window, cap, used_ref, q_ref, k_ref, v_ref, _keys, _values, *refs):
     *out_refs, keys_ref, values_ref = refs
     row, head, part = (pl.program_id(axis) for axis in range(3))
     # Rows beyond the group repeat its last one: they compute and store the same numbers.
@@ -142,7 +148,7 @@ def _kernel(group, cut, scale, window, used_ref, q_ref, k_ref, v_ref, _keys, _va
     q, k, v = q_ref[row, head, lines, :], k_ref[row, head, :], v_ref[row, head, :]
     wide = lambda x: x.astype(jnp.float32)
     own = part == 0  # the part that holds the new token, which it takes from registers
-    top = jnp.sum(wide(q) * wide(k)[None], axis=1) * scale
+    top = _capped(jnp.sum(wide(q) * wide(k)[None], axis=1) * scale, cap)
     state = (
         jnp.where(own, top, HIDDEN),
         jnp.where(own, jnp.ones(ROWS, jnp.float32), 0.0),
@@ -155,7 +161,7 @@ def _kernel(group, cut, scale, window, used_ref, q_ref, k_ref, v_ref, _keys, _va
     def read(block, state):
         top, total, mixed = state
         here = pl.ds(block * BLOCK, BLOCK)
-        scores = _product(q, keys_ref[row, head, here, :], 1) * scale
+        scores = _capped(_product(q, keys_ref[row, head, here, :], 1) * scale, cap)
         slot = block * BLOCK + jnp.arange(BLOCK)
         seen = (slot >= first) & (slot < used)
         scores = jnp.where(seen[None], scores, HIDDEN)

@@ -40,7 +40,7 @@ def rewrite(folder: Path, change) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", tiny.EACH.values())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hf_to_ours_to_hf_has_equal_bytes(name, dtype, tmp_path):
     model = tiny.reference(name).to(dtype)

@@ -10,7 +10,6 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer, layers, leaves, lora, losses, tree
 from unsloth_jax.dims import Batch
-from unsloth_jax.models import llama
 from workflows import objective
 from workflows.user_metrics import labelled
 
@@ -137,7 +136,7 @@ def noised(config, alpha: float, segments: np.ndarray, seed: int) -> np.ndarray:
     zeros = np.zeros_like(segments)
     b = Batch(*[zeros] * 4, segments, None, objective.keys(seed, 1, 1)[0])
     params = tree.unflatten({"model.embed_tokens.weight": jnp.ones((2, 4096))})
-    return objective._noised(llama, config, params, jax.tree.map(jnp.asarray, b), alpha)
+    return objective._noised(params, jax.tree.map(jnp.asarray, b), alpha)
 
 
 def test_neftune_adds_uniform_noise_by_the_documents_length(base):
@@ -229,7 +228,7 @@ def test_tiles_and_chunks_of_a_head_draw_masks_of_their_own(base):
     node = {k: {n: leaves.layer(w, 0) for n, w in x.items()}
             for k, x in attached["model"]["layers"]["*"]["mlp"].items()}  # fmt: skip
     x = jnp.ones((1, 1, 64)) * jnp.ones((1, 8, 1))
-    tiles = np.asarray(layers.gated_mlp(node, x, "silu", 4)).reshape(4, -1)
+    tiles = np.asarray(layers.feed_forward(node, x, "silu", 4)).reshape(4, -1)
     assert len(np.unique(tiles, axis=0)) == 4
     head = {"weight": leaves.Lora(
         leaves.Apart(model.params["lm_head"]["weight"], None, jax.random.key(1), 0.5),

@@ -37,6 +37,14 @@ MIDDLE_WINDOWED = dict(
     use_sliding_window=True, sliding_window=8,
     layer_types=["full_attention", "sliding_attention", "full_attention"],
 )  # fmt: skip
+WINDOWED = dict(
+    sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+)
+CAPS = dict(query_pre_attn_scalar=20, attn_logit_softcapping=3.0, final_logit_softcapping=40.0)
+LONGROPE = dict(
+    rope_type="longrope", rope_theta=2e4, partial_rotary_factor=0.75,
+    short_factor=[1.0, 1.1, 1.2, 1.4, 1.7, 2.0], long_factor=[1.5, 2.0, 2.5, 3.0, 4.0, 6.0],
+)  # fmt: skip
 BIASED = dict(attention_bias=True, rms_norm_eps=0.02)
 
 TINY: dict[str, tuple[str, dict]] = {
@@ -56,6 +64,44 @@ TINY: dict[str, tuple[str, dict]] = {
     "qwen3_biased": (
         "Qwen3", SMALL | BIASED | MIDDLE_WINDOWED | dict(rope_parameters=YARN_TUNED),
     ),
+    "ministral3": (
+        "Ministral3", SMALL | dict(rope_parameters=YARN | dict(llama_4_scaling_beta=0.5)),
+    ),
+    "gemma": ("Gemma", SMALL | dict(rms_norm_eps=0.02, attention_bias=True)),
+    "gemma2": ("Gemma2", SMALL | CAPS | dict(sliding_window=8, rms_norm_eps=0.02)),
+    "gemma3_text": (
+        "Gemma3Text", SMALL | WINDOWED | dict(
+            query_pre_attn_scalar=20, tie_word_embeddings=False,
+            rope_parameters=dict(full_attention=LINEAR, sliding_attention=DEFAULT)),
+    ),
+    "phi3": (
+        "Phi3", PLAIN | dict(original_max_position_embeddings=48, rope_parameters=LONGROPE),
+    ),
+    "phi3_window": ("Phi3", PLAIN | dict(sliding_window=8, tie_word_embeddings=True)),
+    "granite": (
+        "Granite", PLAIN | BIASED | dict(
+            embedding_multiplier=3.0, attention_multiplier=0.4, residual_multiplier=0.4,
+            logits_scaling=4.0, mlp_bias=True),
+    ),
+    "cohere": ("Cohere", PLAIN | dict(use_qk_norm=True, layer_norm_eps=0.02, attention_bias=True)),
+    "cohere2": ("Cohere2", SMALL | WINDOWED | dict(layer_norm_eps=0.02)),
+    "olmo2": ("Olmo2", PLAIN | dict(rms_norm_eps=0.02)),
+    "smollm3": (
+        "SmolLM3", PLAIN | dict(
+            no_rope_layers=[1, 0, 1], use_sliding_window=True, sliding_window=8),
+    ),
+    "starcoder2": ("Starcoder2", PLAIN | dict(norm_epsilon=0.02, sliding_window=8)),
+    "glm4": ("Glm4", SMALL | dict(rms_norm_eps=0.02)),
+    "exaone4": ("Exaone4", SMALL | WINDOWED | dict(rms_norm_eps=0.02)),
+}  # fmt: skip
+
+# One entry of each family, by its model_type.
+EACH = {
+    "llama": "llama", "ministral3": "ministral3", "mistral": "mistral", "qwen2": "qwen2",
+    "qwen3": "qwen3", "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3_text",
+    "phi3": "phi3", "granite": "granite", "cohere": "cohere", "cohere2": "cohere2",
+    "olmo2": "olmo2", "smollm3": "smollm3", "starcoder2": "starcoder2", "glm4": "glm4",
+    "exaone4": "exaone4",
 }  # fmt: skip
 
 
@@ -66,7 +112,7 @@ def redraw(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         for name, p in model.named_parameters():
             if name.endswith("bias"):
                 value = rng.normal(0, 0.5, p.shape)
-            elif p.ndim == 1:
+            elif p.ndim == 1 or "norm" in name:
                 value = rng.uniform(0.5, 1.5, p.shape)
             elif "embed_tokens" in name:
                 value = rng.normal(0, 1, p.shape)
@@ -81,7 +127,8 @@ def reference(name: str, **changes) -> torch.nn.Module:
     family, fields = TINY[name]
     config = getattr(transformers, f"{family}Config")(**(fields | changes))
     config._attn_implementation = "eager"
-    return redraw(getattr(transformers, f"{family}ForCausalLM")(config).float().eval())
+    model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")
+    return redraw(model(config).float().eval())
 
 
 def save(model: torch.nn.Module, folder: Path, **options) -> Path:

@@ -45,7 +45,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 def save(folder: Path, family: str = "Llama", **changes) -> Path:
     """The folder, written: a redrawn model of `family` with the tiny tokenizer beside it."""
     config = getattr(transformers, f"{family}Config")(**(FIELDS | changes))
-    model = tiny.redraw(getattr(transformers, f"{family}ForCausalLM")(config).float())
+    model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")
+    model = tiny.redraw(model(config).float())
     model.to(torch.bfloat16).save_pretrained(folder)
     for name in TOKENIZER_FILES:
         shutil.copyfile(TOKENIZER / name, folder / name)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.attention import Rule
 from unsloth_jax import remat, tree
 from unsloth_jax.dims import Params
-from unsloth_jax.layers import gated_mlp, self_attention
+from unsloth_jax.layers import feed_forward, self_attention
 from unsloth_jax.leaves import Lora, Quantized, View, layer, scores, stacks
 from unsloth_jax.remat import Memory
 
@@ -185,7 +185,7 @@ def forward(
     # Quantized bytes read outside would be saved layer by layer: a second copy of the base.
     policy = remat.policy(memory.keep)
     wrap = partial(jax.checkpoint, prevent_cse=memory.unroll, policy=policy)
-    x = family.embed(c, params, tokens) if embedded is None else embedded
+    x = family.embed(c, params, tokens, embedded)
     return family.norm(c, params, scan_layers(family, c, params, x, body, wrap, memory.unroll))
 
 
@@ -193,13 +193,13 @@ def _layer(family, c, positions, segments, memory, documents):
     """fn(x, kind, weights, layer number) -> x for tokens that see each other."""
     by = family.angles(c, positions, document_lengths(segments))
 
-    def attend(q, k, v, *, scale, window):
-        rule = Rule(scale, window, documents=documents)
+    def attend(q, k, v, *, scale, window, cap=None):
+        rule = Rule(scale, window, cap, documents=documents)
         return self_attention(rule, q, k, v, segments, positions), None
 
     def layer(x, kind, w, i):
         x = checkpoint_name(x, remat.INPUT)
-        return family.block(c, kind, w, x, by, attend, partial(gated_mlp, tiles=memory.tiles))[0]
+        return family.block(c, kind, w, x, by, attend, partial(feed_forward, tiles=memory.tiles))[0]
 
     return layer
 
@@ -223,7 +223,7 @@ def finite_layers(
         x = step(x, kind, w, i)
         return x, ok.at[i].set(jnp.where(real, jnp.isfinite(x), True).all())
 
-    x = family.embed(c, params, tokens) if embedded is None else embedded
+    x = family.embed(c, params, tokens, embedded)
     return scan_layers(family, c, params, (x, jnp.ones(c.layers, bool)), body)[1]
 
 
@@ -231,4 +231,4 @@ def logits(
     family: ModuleType, c: Any, params: Params, hidden: Float[Array, "*B D"]
 ) -> Float[Array, "*B V"]:
     """Scores of every token of the vocabulary, float32."""
-    return scores(family.head(c, params), hidden)
+    return scores(family.head(c, params), hidden, family.scores(c))

@@ -31,6 +31,16 @@ class Batch(NamedTuple):
     beside: dict[str, Array] | None = None
 
 
+class Scores(NamedTuple):
+    """What is done to a head's scores: their factor, then c tanh(s / c) (arXiv:2408.00118)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+
+PLAIN = Scores()
+
+
 class Total(NamedTuple):
     """A sum that has not been divided yet, so that accumulation over batches stays exact."""
 

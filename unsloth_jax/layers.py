@@ -12,7 +12,7 @@ from pallas_kernels import attention as kernel
 from unsloth_jax.dims import Params
 from unsloth_jax.leaves import draws, folded, linear, linears
 
-# attend(q, k, v, *, scale, window) -> (mixed values [B, T, H*h], what the cache keeps)
+# attend(q, k, v, *, scale, window, cap) -> (mixed values [B, T, H*h], what the cache keeps)
 Attend = Callable[..., tuple[Array, Any]]
 # mlp(weights, x [B, T, D], activation) -> [B, T, D]
 Mlp = Callable[[Params, Array, str], Array]
@@ -25,26 +25,63 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def rms_norm(w: Float[Array, " D"], x: Float[Array, "*B D"], eps: float) -> Float[Array, "*B D"]:
-    """x / sqrt(mean(x^2) + eps) * w, the mean in float32 (arXiv:1910.07467)."""
+def rms_norm(
+    w: Float[Array, " D"], x: Float[Array, "*B D"], eps: float, offset: float | None = None
+) -> Float[Array, "*B D"]:
+    """x / sqrt(mean(x^2) + eps) * w, the mean in float32 (arXiv:1910.07467).
+
+    With `offset` the factor is w + offset, and the product is in float32 too.
+    """
     x32 = x.astype(jnp.float32)
     unit = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return unit.astype(x.dtype) * w.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    if offset is not None:
+        return (unit * (_last(w.astype(jnp.float32), x) + offset)).astype(x.dtype)
+    return unit.astype(x.dtype) * _last(w.astype(x.dtype), x)
 
 
-def gated_mlp(
+def layer_norm(node: Params, x: Float[Array, "*B D"], eps: float) -> Float[Array, "*B D"]:
+    """(x - mean) / sqrt(variance + eps) * weight + bias, in float32 (arXiv:1607.06450).
+
+    The bias may be absent; a weight [n, D] has a row for each head of x.
+    """
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - x32.mean(-1, keepdims=True)
+    unit = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    y = unit * _last(node["weight"].astype(jnp.float32), x)
+    if "bias" in node:
+        y = y + _last(node["bias"].astype(jnp.float32), x)
+    return y.astype(x.dtype)
+
+
+def _last(w: Array, x: Array) -> Array:
+    """w with as many axes as x."""
+    return w.reshape((1,) * (x.ndim - w.ndim) + w.shape)
+
+
+def scaled(x: Float[Array, "*B"], by: float) -> Float[Array, "*B"]:
+    """x * by, rounded once."""
+    return x if by == 1 else (x.astype(jnp.float32) * by).astype(x.dtype)
+
+
+def feed_forward(
     node: Params, x: Float[Array, "B T D"], activation: str, tiles: int = 1
 ) -> Float[Array, "B T D"]:
-    """down(act(gate(x)) * up(x)) (arXiv:2002.05202).
+    """down(act(gate(x)) * up(x)) (arXiv:2002.05202); without a gate c_proj(act(c_fc(x))).
 
     With `tiles` the tokens pass in as many parts, each computed again in the backward pass
     (arXiv:2501.01039). Raises ValueError unless they divide the tokens.
     """
     if tiles > 1:
-        return _tiled(lambda x, n: gated_mlp(folded(node, n), x, activation), x, tiles, node)
-    gate, up = linears((node["gate_proj"], node["up_proj"]), x)
+        return _tiled(lambda x, n: feed_forward(folded(node, n), x, activation), x, tiles, node)
+    act = ACTIVATIONS[activation]
+    if "c_fc" in node:
+        return linear(node["c_proj"], act(checkpoint_name(linear(node["c_fc"], x), "up")))
+    if "gate_up_proj" in node:
+        gate, up = jnp.split(linear(node["gate_up_proj"], x), 2, axis=-1)
+    else:
+        gate, up = linears((node["gate_proj"], node["up_proj"]), x)
     gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-    return linear(node["down_proj"], ACTIVATIONS[activation](gate) * up)
+    return linear(node["down_proj"], act(gate) * up)
 
 
 def _tiled(mlp: Callable[[Array, Any], Array], x: Array, tiles: int, node: Params) -> Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from unsloth_jax.dims import Params
+from unsloth_jax.dims import PLAIN, Params, Scores
 
 
 @runtime_checkable
@@ -279,13 +279,16 @@ def _product(w, x):
     return jnp.einsum("...i,oi->...o", x, w.astype(x.dtype))
 
 
-def scores(node: Params, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+def scores(node: Params, x: Float[Array, "*B I"], how: Scores = PLAIN) -> Float[Array, "*B O"]:
     """`linear` in float32 whatever x's dtype: for a head, whose 16-bit rounding would show."""
     w = node["weight"]
     if isinstance(w, Lora | Quantized):
-        return linear(node, x).astype(jnp.float32)
-    y = _wide(w, x)
-    return y + _across(node["bias"], y) if "bias" in node else y
+        y = linear(node, x).astype(jnp.float32)
+    else:
+        y = _wide(w, x)
+        y = y + _across(node["bias"], y) if "bias" in node else y
+    y = y if how.scale == 1 else y * how.scale
+    return y if how.cap is None else how.cap * jnp.tanh(y / how.cap)
 
 
 @jax.custom_vjp

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from pallas_kernels import cross_entropy
 from unsloth_jax import leaves
-from unsloth_jax.dims import Params, Total
+from unsloth_jax.dims import PLAIN, Params, Scores, Total
 
 CHUNK = cross_entropy.CHUNK
 
@@ -20,25 +20,28 @@ def token_logprobs(
     chunk: int = CHUNK,
     weights: Float[Array, "B T"] | None = None,
     smoothing: float | int = 0.0,
+    scores: Scores = PLAIN,
 ) -> Float[Array, "B T"]:
     """log p(target) of each token, float32, never holding more than `chunk` rows of scores.
 
     Tokens of weight 0 may be left out; then they hold 0. The gradient reaches the hidden states
     and the head alike. `smoothing` is the share of the mean log-probability over the vocabulary,
-    so that `sft` of what returns is transformers' `LabelSmoother`.
+    so that `sft` of what returns is transformers' `LabelSmoother`; `scores` is the family's.
     """
     batch, length, width = hidden.shape
     x, y = hidden.reshape(-1, width), targets.reshape(-1)
     if isinstance(head["weight"], jax.Array) and "bias" not in head:
         wanted = None if weights is None else weights.reshape(-1) != 0
-        rule = cross_entropy.Rule(chunk, smoothing=smoothing)
+        rule = cross_entropy.Rule(chunk, *scores, smoothing=smoothing)
         logps = cross_entropy.token_logprobs(x, head["weight"], y, wanted, rule).logps
     else:
-        logps = _recomputed(x, head, y, chunk, smoothing)
+        logps = _recomputed(x, head, y, chunk, smoothing, scores)
     return logps.reshape(batch, length)
 
 
-def _recomputed(x: Array, head: Params, y: Array, chunk: int, smoothing: float | int) -> Array:
+def _recomputed(
+    x: Array, head: Params, y: Array, chunk: int, smoothing: float | int, how: Scores
+) -> Array:
     """`token_logprobs` [N] under a head of any kind, by computing each chunk again backward."""
     rows = x.shape[0]
     chunk = min(chunk, rows)
@@ -46,7 +49,7 @@ def _recomputed(x: Array, head: Params, y: Array, chunk: int, smoothing: float |
 
     @jax.checkpoint
     def one(head: Any, x: Array, y: Array) -> Array:
-        scores = leaves.scores(head, x)
+        scores = leaves.scores(head, x, how)
         picked = jnp.take_along_axis(scores, y[:, None], axis=-1)[:, 0]
         picked = (1 - smoothing) * picked + smoothing * scores.mean(-1)
         return picked - jax.nn.logsumexp(scores, axis=-1)

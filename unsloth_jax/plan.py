@@ -208,8 +208,9 @@ def _kept(memory: Memory) -> tuple[str, ...]:
 
 def _flash(job: Job) -> bool:
     """Whether attention runs without its scores in memory."""
-    width = job.config.head_width
-    return job.platform == "gpu" and _item(job) == 2 and width % 8 == 0 and width <= 128
+    width, capped = job.config.head_width, job.config.attention_cap is not None
+    fits = width % 8 == 0 and width <= 128 and not capped
+    return job.platform == "gpu" and _item(job) == 2 and fits
 
 
 def _residuals(job: Job, memory: Memory) -> int:

@@ -1,7 +1,8 @@
 """Rotary position embedding: frequencies of every scaling kind, angles, rotation.
 
 RoFormer (arXiv:2104.09864); linear (kaiokendev), dynamic NTK (bloc97, emozilla), YaRN
-(arXiv:2309.00071), Llama 3.1's rescaling. Field names: transformers `rope_parameters`.
+(arXiv:2309.00071), LongRoPE (arXiv:2402.13753), Llama 3.1's rescaling. Field names: transformers
+`rope_parameters`.
 """
 
 import math
@@ -20,7 +21,7 @@ class Rope:
 
     kind: str
     theta: float
-    width: int  # of a head
+    width: int  # of the part of a head that turns
     factor: float = 1.0
     context: int = 0  # the length the model was first trained on
     low: float = 0.0  # llama3: turns within the context under which a frequency is divided
@@ -29,10 +30,12 @@ class Rope:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0  # multiplies cos and sin
+    short: tuple[float, ...] = ()  # longrope: divisors of documents within the context
+    long: tuple[float, ...] = ()  # longrope: divisors of longer ones
 
 
 def frequencies(r: Rope) -> np.ndarray:
-    """Radians a token, float32 [h/2]; for "dynamic" those of documents within the context."""
+    """Radians a token, float32 [h/2]; "dynamic" and "longrope" those of short documents."""
     plain = 1 / (np.float32(r.theta) ** (np.arange(0, r.width, 2, dtype=np.float32) / r.width))
     if r.kind == "linear":
         return plain / np.float32(r.factor)
@@ -42,6 +45,8 @@ def frequencies(r: Rope) -> np.ndarray:
         return plain * keep + plain / np.float32(r.factor) * (1 - keep)
     if r.kind == "yarn":
         return _yarn(r, plain)
+    if r.kind == "longrope":
+        return plain / np.asarray(r.short, np.float32)
     return plain
 
 
@@ -70,13 +75,36 @@ def angles(r: Rope, positions: Int[Array, "B T"], lengths: Int[Array, "B T"]) ->
         f = 1 / ((r.theta * growth)[..., None] ** exponent)
     else:
         f = jnp.asarray(frequencies(r))[None, None]
+    if r.kind == "longrope":
+        beyond = f * jnp.asarray(np.float32(r.short) / np.float32(r.long))[None, None]
+        f = jnp.where((lengths > r.context)[..., None], beyond, f)
     angle = positions[..., None].astype(jnp.float32) * f
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     return cos[:, :, None] * r.attention_factor, sin[:, :, None] * r.attention_factor
 
 
 def rotate(x: Float[Array, "B T n h"], by: Angles) -> Float[Array, "B T n h"]:
-    """Turns the two halves of each head against each other (Hugging Face's convention)."""
+    """Turns the two halves of each head against each other (Hugging Face's convention).
+
+    Of a head that is wider than the angles only the first part turns.
+    """
     cos, sin = by
-    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1).astype(x.dtype)
+    width = 2 * cos.shape[-1]
+    left, right = jnp.split(x[..., :width].astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
+    return _whole(x, turned, width)
+
+
+def rotate_pairs(x: Float[Array, "B T n h"], by: Angles) -> Float[Array, "B T n h"]:
+    """`rotate` of neighbouring elements instead of halves (RoFormer's own order)."""
+    cos, sin = by
+    width = 2 * cos.shape[-1]
+    pairs = x[..., :width].astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    left, right = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([left * cos - right * sin, right * cos + left * sin], -1)
+    return _whole(x, turned.reshape(*x.shape[:-1], width), width)
+
+
+def _whole(x: Array, turned: Array, width: int) -> Array:
+    turned = turned.astype(x.dtype)
+    return turned if width == x.shape[-1] else jnp.concatenate([turned, x[..., width:]], -1)

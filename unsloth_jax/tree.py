@@ -44,3 +44,8 @@ def matcher(targets: tuple[str, ...] | str) -> Callable[[str], bool]:
         return lambda path: whole.fullmatch(path) is not None
     ending = re.compile(rf"(^|\.)({'|'.join(map(re.escape, targets))})$")
     return lambda path: ending.search(path) is not None
+
+
+def of_norm(path: str) -> bool:
+    """Whether a weight belongs to a norm: some are tables [heads, head width] like a matrix."""
+    return path.split(".")[-2].endswith("norm")

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from unsloth_jax import decoder, lora, losses, plan, remat, train, tree
+from unsloth_jax import decoder, leaves, lora, losses, plan, remat, train, tree
 from unsloth_jax.dims import Batch, Params, Total
 from unsloth_jax.leaves import Hosted
 
@@ -83,10 +83,10 @@ def loss(
         params = attached(frozen, adapters, scale, b, options.dropout)
         hidden = decoder.forward(
             model, c, params, b.tokens, b.positions, b.segments, memory, documents,
-            _noised(model, c, params, b, options.neftune),
+            _noised(params, b, options.neftune),
         )  # fmt: skip
         head = model.head(c, params)
-        chunked = (memory.chunk, b.weights, options.smoothing)
+        chunked = (memory.chunk, b.weights, options.smoothing, model.scores(c))
         return total(losses.token_logprobs(hidden, head, b.targets, *chunked), b.weights)
 
     return fn
@@ -105,11 +105,13 @@ def _key(b: Batch, use: int) -> jax.Array:
     return jax.random.fold_in(jax.random.wrap_key_data(b.key, impl="threefry2x32"), use)
 
 
-def _noised(model: ModuleType, c: Any, params: Params, b: Batch, alpha: float) -> Any:
+def _noised(params: Params, b: Batch, alpha: float) -> Any:
     """Embeddings with NEFTune's noise; as the batch has them where nothing is drawn."""
     if b.key is None or not alpha:
         return b.embedded
-    rows = model.embed(c, params, b.tokens) if b.embedded is None else b.embedded
+    rows = b.embedded
+    if rows is None:
+        rows = leaves.embed({"weight": plan.table(params)[1]}, b.tokens)
     lengths = decoder.document_lengths(b.segments)
     return losses.neftune(_key(b, EMBEDDINGS), rows, alpha, lengths)
 

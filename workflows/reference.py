@@ -78,7 +78,12 @@ def token_logps(
             family, c, params, b.tokens, b.positions, b.segments, memory, documents, b.embedded
         )
         return losses.token_logprobs(
-            hidden, family.head(c, params), b.targets, memory.chunk, weights
+            hidden,
+            family.head(c, params),
+            b.targets,
+            memory.chunk,
+            weights,
+            scores=family.scores(c),
         )
 
     return fn

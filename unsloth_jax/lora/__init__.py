@@ -82,7 +82,8 @@ def _matrices(params: Params) -> dict[str, int]:
     out = {}
     for path, leaf in tree.flatten(params).items():
         stacked = ".*." in path
-        if path.endswith(".weight") and len(_shape(leaf)) == 2 + stacked:
+        matrix = path.endswith(".weight") and not tree.of_norm(path)
+        if matrix and len(_shape(leaf)) == 2 + stacked:
             out[path.removesuffix(".weight")] = sum(map(len, _parts(leaf))) if stacked else 0
     return out
 

@@ -6,20 +6,52 @@ A family is a module with:
     LAYERS                           the path under which the stacked layers lie
     kinds(c)                         what is static about each layer, one hashable value a layer
     angles(c, positions, lengths)    {kind: (cos, sin)}
-    embed(c, params, ids), norm(c, params, x), head(c, params)
-    block(c, kind, w, x, angles, attend) -> (x, what attend kept)
-    GGUF_ARCH, to_gguf(c, path, w)   the GGUF name; optional: weights stored in another order
+    embed(c, params, ids, rows)      what the first layer takes, of the table's rows if given
+    norm(c, params, x), head(c, params), scores(c)
+    block(c, kind, w, x, angles, attend, mlp) -> (x, what attend kept)
+    GGUF_ARCH, to_gguf(c, path, w)   optional: the GGUF name, and weights stored in another order
 """
 
 from types import ModuleType
 
-from unsloth_jax.models import llama, mistral, qwen2, qwen3
+from unsloth_jax.models import (
+    cohere,
+    cohere2,
+    exaone4,
+    gemma,
+    gemma2,
+    gemma3_text,
+    glm4,
+    granite,
+    llama,
+    ministral3,
+    mistral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+    starcoder2,
+)
 
 FAMILIES: dict[str, ModuleType] = {
+    "cohere": cohere,
+    "cohere2": cohere2,
+    "exaone4": exaone4,
+    "gemma": gemma,
+    "gemma2": gemma2,
+    "gemma3_text": gemma3_text,
+    "glm4": glm4,
+    "granite": granite,
     "llama": llama,
+    "ministral3": ministral3,
     "mistral": mistral,
+    "olmo2": olmo2,
+    "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "smollm3": smollm3,
+    "starcoder2": starcoder2,
 }
 
 

@@ -34,6 +34,9 @@ FIXED: dict[str, tuple] = {
     "partial_rotary_factor": (1, None),
     "use_mrope": (False, None),
     "is_causal": (True, None),
+    "use_bidirectional_attention": (False, None),
+    "resid_pdrop": (0, None),
+    "embd_pdrop": (0, None),
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
 }
@@ -49,9 +52,19 @@ COUNTS = (
     *REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings",
     "original_max_position_embeddings", "sliding_window",
 )  # fmt: skip
-SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+SWITCHES = (
+    "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_bias",
+    "use_qk_norm",
+)  # fmt: skip
+NUMBERS = (
+    "rms_norm_eps", "norm_epsilon", "layer_norm_eps", "query_pre_attn_scalar", "logit_scale",
+    "attn_logit_softcapping", "final_logit_softcapping", "embedding_multiplier",
+    "attention_multiplier", "residual_multiplier", "logits_scaling",
+)  # fmt: skip
 ROPE_ANY = frozenset("rope_type type rope_theta partial_rotary_factor".split())
 ROPE_WORDS = frozenset("rope_type type truncate finetuned".split())
+ROPE_LISTS = ("short_factor", "long_factor")
+OLD_ROPE_TYPES = {"su": "longrope"}
 # A zero stands for the default in transformers.
 ROPE_NULL = frozenset("beta_fast beta_slow mscale mscale_all_dim".split())
 # Rope type -> (keys that it needs, keys that it may have); a null counts as absent.
@@ -66,6 +79,10 @@ ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             mscale_all_dim truncate finetuned""".split()
         ),
     ),
+    "longrope": (
+        ROPE_LISTS,
+        ("factor", "attention_factor", "original_max_position_embeddings"),
+    ),
     "llama3": (
         ("factor", "low_freq_factor", "high_freq_factor"),
         ("original_max_position_embeddings",),
@@ -75,7 +92,8 @@ ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 def check(hf: Mapping[str, Any], own: Iterable[str] = ()) -> None:
     """Raises ValueError for a field that is unknown here or missing, or a value not honoured."""
-    known = HARMLESS | DENSE | set(FIXED) | set(own)
+    own = set(own)
+    known = HARMLESS | DENSE | set(FIXED) | own
     # Private names and token ids say how a file came about and what a sampler does.
     unknown = [
         k for k in sorted(set(hf) - known) if not (k.startswith("_") or k.endswith("_token_id"))
@@ -84,13 +102,13 @@ def check(hf: Mapping[str, Any], own: Iterable[str] = ()) -> None:
         raise ValueError(
             f"config of {hf.get('model_type')!r} has fields that are not understood: "
             + ", ".join(f"{k}={hf[k]!r}" for k in unknown)
-            + f"; understood: {sorted(DENSE | set(own))}"
+            + f"; understood: {sorted(DENSE | own)}"
         )
     missing = [name for name in REQUIRED if hf.get(name) is None]
     if missing:
         raise ValueError(f"config of {hf.get('model_type')!r} lacks {missing}, got {sorted(hf)}")
     for name, values in FIXED.items():
-        if name in hf and hf[name] not in values:
+        if name not in own and name in hf and hf[name] not in values:
             raise ValueError(
                 f"config field {name}={hf[name]!r} is not supported; supported: {values}"
             )
@@ -116,8 +134,13 @@ def _kinds(hf: Mapping[str, Any]) -> None:
         for name in SWITCHES
         if not isinstance(hf.get(name, False), bool | NoneType)
     ]
-    if not _number(hf.get("rms_norm_eps", 1e-6)):
-        wrong.append(f"rms_norm_eps={hf['rms_norm_eps']!r}, expected a number over 0")
+    wrong += [
+        f"{name}={hf[name]!r}, expected a number over 0"
+        for name in NUMBERS
+        if hf.get(name) is not None and not _number(hf[name])
+    ]
+    if "rms_norm_eps" in hf and hf["rms_norm_eps"] is None:
+        wrong.append("rms_norm_eps=None, expected a number over 0")
     if wrong:
         raise ValueError(f"config of {hf.get('model_type')!r} has " + "; ".join(wrong))
 
@@ -161,15 +184,25 @@ def sizes(hf: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def rope(hf: Mapping[str, Any], width: int) -> Rope:
+def rope(hf: Mapping[str, Any], width: int, partial: bool = False) -> Rope:
     """Rotary settings from `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling` (4).
 
-    Raises ValueError for an unknown type or key, or a missing one. Source: transformers
-    `modeling_rope_utils`.
+    `width` is a head's; with `partial` the config may have a share of it turn. Raises ValueError
+    for an unknown type or key, or a missing one. Source: transformers `modeling_rope_utils`.
     """
     r, context = _rope_fields(hf)
+    share = r.get("partial_rotary_factor", hf.get("partial_rotary_factor")) or 1
+    if share != 1 and not (partial and 0 < share < 1):
+        raise ValueError(
+            f"partial_rotary_factor={share} is not supported: "
+            + ("expected over 0 and at most 1" if partial else "only 1")
+        )
+    width = int(width * share)
     if width % 2:
-        raise ValueError(f"heads are {width} wide, rope turns pairs: expected an even head_dim")
+        raise ValueError(
+            f"rope turns pairs, and what it turns of a head is {width} wide: expected an even "
+            "head_dim"
+        )
     kind, longest = r["rope_type"], hf.get("max_position_embeddings", 2048)
     own: dict[str, Any] = {}
     if kind == "dynamic":
@@ -179,6 +212,8 @@ def rope(hf: Mapping[str, Any], width: int) -> Rope:
         own |= dict(context=context or longest)
     if kind == "yarn":
         own = _yarn(r) | dict(context=context or longest)
+    if kind == "longrope":
+        own = _longrope(r, width, context or longest)
     theta, factor = r.get("rope_theta") or hf.get("rope_theta") or 1e4, r.get("factor", 1.0)
     return Rope(kind, float(theta), width, factor=float(factor), **own)
 
@@ -195,7 +230,8 @@ def _rope_fields(hf: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
     if len(thetas) > 1:
         raise ValueError(f"config has rope_theta={hf['rope_theta']} and rope_parameters={new}")
     r = {key: value for key, value in (old or new or {}).items() if value is not None}
-    kind = r.setdefault("rope_type", r.get("type", "default"))
+    kind = r.get("rope_type", r.get("type", "default"))
+    kind = r["rope_type"] = OLD_ROPE_TYPES.get(kind, kind)
     if kind not in ROPE_KEYS:
         raise ValueError(f"rope type {kind!r} is not supported; supported: {list(ROPE_KEYS)}")
     needed, optional = ROPE_KEYS[kind]
@@ -206,14 +242,10 @@ def _rope_fields(hf: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
             f"understood: {sorted(ROPE_ANY | {*needed, *optional})}"
         )
     _rope_numbers(kind, r | {"rope_theta": r.get("rope_theta") or hf.get("rope_theta") or 1e4})
-    if r.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(
-            f"partial_rotary_factor={r['partial_rotary_factor']} is not supported: only 1"
-        )
     context = hf.get("original_max_position_embeddings") or r.get(
         "original_max_position_embeddings"
     )
-    if kind == "yarn" and context:
+    if kind in ("yarn", "longrope") and context:
         r.setdefault("factor", hf.get("max_position_embeddings", 2048) / context)
     missing = [key for key in needed if key not in r]
     if missing:
@@ -226,7 +258,9 @@ def _rope_numbers(kind: str, r: Mapping[str, Any]) -> None:
     wrong = [
         f"{key}={value!r}"
         for key, value in r.items()
-        if key not in ROPE_WORDS and not _number(value) and not (key in ROPE_NULL and value == 0)
+        if key not in (*ROPE_WORDS, *ROPE_LISTS)
+        and not _number(value)
+        and not (key in ROPE_NULL and value == 0)
     ]
     if wrong:
         raise ValueError(f"rope type {kind!r} has {', '.join(wrong)}; expected numbers over 0")
@@ -235,6 +269,21 @@ def _rope_numbers(kind: str, r: Mapping[str, Any]) -> None:
     low, high = r.get("low_freq_factor"), r.get("high_freq_factor")
     if low is not None and high is not None and low >= high:
         raise ValueError(f"high_freq_factor must be over low_freq_factor={low}, got {high}")
+
+
+def _longrope(r: Mapping[str, Any], width: int, context: int) -> dict[str, Any]:
+    for name in ROPE_LISTS:
+        numbers = r[name]
+        if not (isinstance(numbers, list | tuple) and all(map(_number, numbers))):
+            raise ValueError(f"rope key {name}={numbers!r}, expected a list of numbers over 0")
+        if len(numbers) != width // 2:
+            raise ValueError(f"{name} has {len(numbers)} numbers, expected {width // 2}")
+    attention = r.get("attention_factor")
+    if attention is None:
+        grown = r.get("factor", 1.0)
+        attention = 1.0 if grown <= 1 else math.sqrt(1 + math.log(grown) / math.log(context))
+    lists = {short: tuple(map(float, r[f"{short}_factor"])) for short in ("short", "long")}
+    return dict(attention_factor=float(attention), context=context, **lists)
 
 
 def _yarn(r: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,15 +307,23 @@ def windows(hf: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
     if kinds is None:
         first = hf.get("max_window_layers", 28)
         return tuple(window if window is not None and i >= first else None for i in range(layers))
-    known = {"full_attention": None, "sliding_attention": window}
+    if window is None and "sliding_attention" in kinds:
+        raise ValueError(
+            "layer_types has sliding_attention but use_sliding_window or sliding_window is not set"
+        )
+    return tuple(window if sliding else None for sliding in sliding_layers(hf, layers, 0))
+
+
+def sliding_layers(hf: Mapping[str, Any], layers: int, pattern: int) -> tuple[bool, ...]:
+    """Whether each layer has a window: by `layer_types`, or all but every `pattern`-th."""
+    kinds = hf.get("layer_types")
+    if kinds is None:
+        return tuple((i + 1) % pattern != 0 for i in range(layers))
+    known = ("full_attention", "sliding_attention")
     wrong = sorted(set(kinds) - set(known))
     if wrong or len(kinds) != layers:
         raise ValueError(
             f"layer_types must be {layers} of {sorted(known)}, "
             f"got {len(kinds)} with {wrong or 'no unknown'}"
         )
-    if window is None and "sliding_attention" in kinds:
-        raise ValueError(
-            "layer_types has sliding_attention but use_sliding_window or sliding_window is not set"
-        )
-    return tuple(known[kind] for kind in kinds)
+    return tuple(kind == "sliding_attention" for kind in kinds)

@@ -3,22 +3,25 @@
 Llama 2 (arXiv:2307.09288), Llama 3 (arXiv:2407.21783); transformers `modeling_llama`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from unsloth_jax import leaves, rope
-from unsloth_jax.dims import Params
-from unsloth_jax.layers import Attend, Mlp, gated_mlp, rms_norm
+from unsloth_jax.dims import Params, Scores
+from unsloth_jax.layers import Attend, Mlp, feed_forward, rms_norm
 from unsloth_jax.leaves import linear, linears
 from unsloth_jax.models import fields
 
 GGUF_ARCH = "llama"
 LAYERS = "model.layers"
+NORMS = ("input_layernorm", "post_attention_layernorm")
+Matrices = Mapping[str, tuple[tuple[int, ...], tuple[str, ...], bool]]
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Config:
     o_bias: bool
     mlp_bias: bool
     windows: tuple[int | None, ...]
+    attention_cap: float | None = None
 
 
 def config(hf: Mapping[str, Any]) -> Config:
@@ -56,10 +60,10 @@ def config(hf: Mapping[str, Any]) -> Config:
     )
 
 
-def weights(c: Config) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-    """Hugging Face name (`*` for the layer) -> (shape, logical axes) of each weight."""
+def matrices(c: Config) -> Matrices:
+    """Name within a layer -> (shape, logical axes, whether it has a bias)."""
     q, kv, D, F = c.heads * c.head_width, c.kv_heads * c.head_width, c.width, c.mlp_width
-    matrices = {
+    return {
         "self_attn.q_proj": ((q, D), ("heads", "width"), c.qkv_bias),
         "self_attn.k_proj": ((kv, D), ("kv_heads", "width"), c.qkv_bias),
         "self_attn.v_proj": ((kv, D), ("kv_heads", "width"), c.qkv_bias),
@@ -68,12 +72,22 @@ def weights(c: Config) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
         "mlp.up_proj": ((F, D), ("mlp", "width"), c.mlp_bias),
         "mlp.down_proj": ((D, F), ("width", "mlp"), c.mlp_bias),
     }
+
+
+def weights(
+    c: Config, inner: Matrices | None = None, norms: Sequence[str] = NORMS
+) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Hugging Face name (`*` for the layer) -> (shape, logical axes) of each weight.
+
+    `inner` are a layer's matrices, `norms` its norms of the model's width.
+    """
+    D = c.width
     out = {"model.embed_tokens.weight": ((c.vocab, D), ("vocab", "width"))}
-    for name, (shape, axes, bias) in matrices.items():
+    for name, (shape, axes, bias) in (inner or matrices(c)).items():
         out[f"{LAYERS}.*.{name}.weight"] = (shape, axes)
         if bias:
             out[f"{LAYERS}.*.{name}.bias"] = (shape[:1], axes[:1])
-    for name in ("input_layernorm", "post_attention_layernorm"):
+    for name in norms:
         out[f"{LAYERS}.*.{name}.weight"] = ((D,), ("width",))
     out["model.norm.weight"] = ((D,), ("width",))
     return out if c.tied else out | {"lm_head.weight": ((c.vocab, D), ("vocab", "width"))}
@@ -91,8 +105,11 @@ def angles(
     return {"all": rope.angles(c.rope, positions, lengths)}
 
 
-def embed(c: Config, params: Params, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    return leaves.embed(params["model"]["embed_tokens"], ids)
+def embed(
+    c: Config, params: Params, ids: Int[Array, "B T"], rows: Float[Array, "B T D"] | None = None
+) -> Float[Array, "B T D"]:
+    """What the first layer takes; `rows` of the table where they are known already."""
+    return leaves.embed(params["model"]["embed_tokens"], ids) if rows is None else rows
 
 
 def norm(c: Config, params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -104,6 +121,53 @@ def head(c: Config, params: Params) -> Params:
     return params["model"]["embed_tokens"] if c.tied else params["lm_head"]
 
 
+def scores(c: Config) -> Scores:
+    """What is done to the head's scores: here nothing."""
+    return Scores()
+
+
+def attention(
+    c: Config,
+    a: Params,
+    y: Float[Array, "B T D"],
+    by: rope.Angles | None,
+    attend: Attend,
+    window: int | None,
+    *,
+    norms: Callable[[Array, str], Array] | None = None,
+    turn: Callable[[Array, rope.Angles], Array] = rope.rotate,
+    scale: float | None = None,
+    query_scale: Float[Array, "B T 1 1"] | None = None,
+):
+    """A layer's attention of y [B, T, D], and what `attend` kept.
+
+    `norms(x, name)` normalizes queries and keys [B, T, n, h] by the weight of that name; `by` None
+    leaves them unturned. Projections may be one, `qkv_proj`.
+    """
+    heads = lambda x: x.reshape(*y.shape[:2], -1, c.head_width)
+    q, k, v = map(heads, _projected(c, a, y))
+    if norms is not None:
+        # Before their norms, which need their inputs to be differentiated.
+        q, k, v = (checkpoint_name(x, name) for x, name in zip((q, k, v), "qkv", strict=True))
+        q, k = norms(q, "q_norm"), norms(k, "k_norm")
+    if by is not None:
+        q, k = turn(q, by), turn(k, by)
+    if query_scale is not None:
+        q = q * query_scale.astype(q.dtype)
+    if norms is None:
+        q, k, v = (checkpoint_name(x, name) for x, name in zip((q, k, v), "qkv", strict=True))
+    scale = c.head_width**-0.5 if scale is None else scale
+    y, kept = attend(q, k, v, scale=scale, window=window, cap=c.attention_cap)
+    return linear(a["o_proj"], y), kept
+
+
+def _projected(c: Config, a: Params, y: Array) -> list[Array]:
+    if "qkv_proj" not in a:
+        return linears((a["q_proj"], a["k_proj"], a["v_proj"]), y)
+    q, kv = c.heads * c.head_width, c.kv_heads * c.head_width
+    return jnp.split(linear(a["qkv_proj"], y), (q, q + kv), axis=-1)
+
+
 def block(
     c: Config,
     window: int | None,
@@ -111,18 +175,12 @@ def block(
     x: Float[Array, "B T D"],
     by,
     attend: Attend,
-    mlp: Mlp = gated_mlp,
+    mlp: Mlp = feed_forward,
 ):
     """One layer. `attend` owns masks and caches; its second result is passed through."""
-    a = w["self_attn"]
-    heads = lambda y: y.reshape(*x.shape[:2], -1, c.head_width)
-
     y = rms_norm(w["input_layernorm"]["weight"], x, c.eps)
-    q, k, v = map(heads, linears((a["q_proj"], a["k_proj"], a["v_proj"]), y))
-    q, k = (checkpoint_name(rope.rotate(x, by["all"]), n) for x, n in ((q, "q"), (k, "k")))
-    v = checkpoint_name(v, "v")
-    y, kept = attend(q, k, v, scale=c.head_width**-0.5, window=window)
-    x = checkpoint_name(x + linear(a["o_proj"], y), "mid")
+    y, kept = attention(c, w["self_attn"], y, by["all"], attend, window)
+    x = checkpoint_name(x + y, "mid")
 
     y = rms_norm(w["post_attention_layernorm"]["weight"], x, c.eps)
     return x + mlp(w["mlp"], y, c.activation), kept
@@ -134,3 +192,8 @@ def to_gguf(c: Config, path: str, w: np.ndarray) -> np.ndarray:
     if heads is None:
         return w
     return w.reshape(heads, 2, -1, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+
+
+def gguf_keys(c: Config) -> dict[str, Any]:
+    """Keys that llama.cpp's converter adds for this family, by gguf's names."""
+    return {"vocab_size": c.vocab, "rope_dimension_count": c.head_width}

@@ -10,9 +10,11 @@ from unsloth_jax.models.llama import Config
 from unsloth_jax.models.llama import angles as angles
 from unsloth_jax.models.llama import block as block
 from unsloth_jax.models.llama import embed as embed
+from unsloth_jax.models.llama import gguf_keys as gguf_keys
 from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import kinds as kinds
 from unsloth_jax.models.llama import norm as norm
+from unsloth_jax.models.llama import scores as scores
 from unsloth_jax.models.llama import to_gguf as to_gguf
 from unsloth_jax.models.llama import weights as weights
 

@@ -12,6 +12,7 @@ from unsloth_jax.models.llama import embed as embed
 from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import kinds as kinds
 from unsloth_jax.models.llama import norm as norm
+from unsloth_jax.models.llama import scores as scores
 from unsloth_jax.models.llama import weights as weights
 
 GGUF_ARCH = "qwen2"

@@ -6,10 +6,8 @@ from typing import Any
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from unsloth_jax import rope
 from unsloth_jax.dims import Params
-from unsloth_jax.layers import Attend, Mlp, gated_mlp, rms_norm
-from unsloth_jax.leaves import linear, linears
+from unsloth_jax.layers import Attend, Mlp, feed_forward, rms_norm
 from unsloth_jax.models import fields, llama, qwen2
 from unsloth_jax.models.llama import LAYERS, Config
 from unsloth_jax.models.llama import angles as angles
@@ -17,6 +15,7 @@ from unsloth_jax.models.llama import embed as embed
 from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import kinds as kinds
 from unsloth_jax.models.llama import norm as norm
+from unsloth_jax.models.llama import scores as scores
 
 GGUF_ARCH = "qwen3"
 
@@ -53,20 +52,15 @@ def block(
     x: Float[Array, "B T D"],
     by,
     attend: Attend,
-    mlp: Mlp = gated_mlp,
+    mlp: Mlp = feed_forward,
 ):
     """One layer. `attend` owns masks and caches; its second result is passed through."""
     a = w["self_attn"]
-    heads = lambda y: y.reshape(*x.shape[:2], -1, c.head_width)
+    norms = lambda x, name: rms_norm(a[name]["weight"], x, c.eps)
 
     y = rms_norm(w["input_layernorm"]["weight"], x, c.eps)
-    q, k, v = map(heads, linears((a["q_proj"], a["k_proj"], a["v_proj"]), y))
-    # Before their norms, which need their inputs to be differentiated.
-    q, k, v = (checkpoint_name(x, name) for x, name in zip((q, k, v), "qkv", strict=True))
-    q = rope.rotate(rms_norm(a["q_norm"]["weight"], q, c.eps), by["all"])
-    k = rope.rotate(rms_norm(a["k_norm"]["weight"], k, c.eps), by["all"])
-    y, kept = attend(q, k, v, scale=c.head_width**-0.5, window=window)
-    x = checkpoint_name(x + linear(a["o_proj"], y), "mid")
+    y, kept = llama.attention(c, a, y, by["all"], attend, window, norms=norms)
+    x = checkpoint_name(x + y, "mid")
 
     y = rms_norm(w["post_attention_layernorm"]["weight"], x, c.eps)
     return x + mlp(w["mlp"], y, c.activation), kept

@@ -1,0 +1,243 @@
+"""What llama.cpp's converter writes for each further family: tests/data/gguf_families.json.
+
+    python tests/oracles/gguf_families.py LLAMA_CPP_DIR LIBRARIES [case ...]
+
+Arguments as of gguf_answers.py; with cases named, only these are made anew. Needs torch.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from bridge import hf
+from tests.oracles import gguf_answers as base
+from unsloth_jax.models import family
+
+ANSWERS = base.DATA / "gguf_families.json"
+SENTENCEPIECE = base.DATA / "tiny_sentencepiece"
+PLAIN = {k: v for k, v in base.SMALL.items() if k != "hidden_act"} | dict(dtype="float32")
+SMALL, TIED = PLAIN | dict(hidden_act="silu"), base.TIED
+WITHOUT_RMS = {k: v for k, v in PLAIN.items() if k != "rms_norm_eps"}
+
+
+def named(model_type: str, architecture: str) -> dict[str, Any]:
+    return dict(model_type=model_type, architectures=[f"{architecture}ForCausalLM"])
+
+
+def rope(theta: float, **more: Any) -> dict[str, Any]:
+    """rope as transformers 5 writes it."""
+    return {"rope_type": "default", "rope_theta": theta} | more
+
+
+GELU = dict(hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh")
+IDS = dict(bos_token_id=2, eos_token_id=1, pad_token_id=0)
+GEMMA = PLAIN | GELU | TIED | IDS | dict(head_dim=32, rms_norm_eps=1e-6)
+GEMMA2 = GEMMA | dict(
+    query_pre_attn_scalar=32,
+    sliding_window=32,
+    attn_logit_softcapping=3.0,
+    final_logit_softcapping=20.0,
+)
+GEMMA3 = GEMMA | dict(
+    num_hidden_layers=7,
+    query_pre_attn_scalar=32,
+    sliding_window=32,
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+)
+LINEAR = rope(1e6, rope_type="linear", factor=8.0)
+GRANITE = SMALL | dict(
+    embedding_multiplier=3.0,
+    attention_multiplier=0.15,
+    residual_multiplier=0.4,
+    logits_scaling=1.5,
+)
+LONG = dict(
+    short_factor=[1.0, 1.1, 1.2, 1.3, 1.5, 1.7, 1.9, 2.0],
+    long_factor=[1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0],
+)
+PHI3 = SMALL | IDS | dict(sliding_window=32, original_max_position_embeddings=256)
+COHERE = (
+    WITHOUT_RMS
+    | TIED
+    | dict(hidden_act="silu", layer_norm_eps=1e-5, logit_scale=0.5, rope_theta=1e4)
+)
+SLIDING = ["sliding_attention"] * 3 + ["full_attention"]
+YARN = dict(
+    rope_type="yarn",
+    factor=4.0,
+    original_max_position_embeddings=64,
+    beta_fast=16.0,
+    beta_slow=2.0,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+    llama_4_scaling_beta=0.3,
+)
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gemma2": GEMMA2 | named("gemma2", "Gemma2") | dict(rope_theta=1e4),
+    "gemma3": GEMMA3
+    | named("gemma3_text", "Gemma3")
+    | dict(rope_theta=5e5, rope_local_base_freq=2e4),
+    "gemma3_linear": GEMMA3
+    | named("gemma3_text", "Gemma3")
+    | dict(rope_parameters=dict(full_attention=LINEAR, sliding_attention=rope(1e4)))
+    | dict(tie_word_embeddings=False, final_logit_softcapping=20.0),
+    "gemma": GEMMA | named("gemma", "Gemma") | dict(rope_theta=1e4),
+    "phi3": PHI3 | named("phi3", "Phi3") | dict(rope_theta=2e4),
+    "phi3_long": PHI3
+    | named("phi3", "Phi3")
+    | dict(max_position_embeddings=512, original_max_position_embeddings=256)
+    | dict(sliding_window=None)
+    | dict(rope_parameters=rope(2e4, rope_type="longrope", **LONG)),
+    "granite": GRANITE | named("granite", "Granite") | TIED | dict(rope_theta=2e4),
+    "granite_biases": GRANITE
+    | named("granite", "Granite")
+    | dict(attention_bias=True, mlp_bias=True, rope_theta=1e4),
+    "olmo2": SMALL | named("olmo2", "Olmo2") | dict(rope_theta=5e5),
+    "smollm3": SMALL
+    | named("smollm3", "SmolLM3")
+    | dict(pad_token_id=0)
+    | TIED
+    | dict(num_hidden_layers=4, no_rope_layers=[1, 1, 1, 0], use_sliding_window=False)
+    | dict(rope_theta=2e6),
+    "cohere2": COHERE
+    | named("cohere2", "Cohere2")
+    | dict(num_hidden_layers=4, head_dim=16, rotary_pct=1.0, sliding_window=32)
+    | dict(layer_types=SLIDING),
+    "cohere": COHERE | named("cohere", "Cohere"),
+    "cohere_plus": COHERE
+    | named("cohere", "Cohere")
+    | dict(num_hidden_layers=64, hidden_size=32, use_qk_norm=True, model_max_length=512),
+    "starcoder2": WITHOUT_RMS
+    | named("starcoder2", "Starcoder2")
+    | TIED
+    | dict(hidden_act="gelu_pytorch_tanh", norm_epsilon=1e-5, use_bias=True, sliding_window=32)
+    | dict(rope_theta=1e5),
+    "glm4": SMALL
+    | named("glm4", "Glm4")
+    | dict(pad_token_id=0)
+    | dict(head_dim=32, attention_bias=True, partial_rotary_factor=0.5, rope_theta=2e4),
+    "exaone4": SMALL
+    | named("exaone4", "Exaone4")
+    | TIED
+    | dict(sliding_window=None, layer_types=["full_attention"] * 2, rope_parameters=base.LLAMA3),
+    "exaone4_windows": SMALL
+    | named("exaone4", "Exaone4")
+    | dict(num_hidden_layers=64, hidden_size=32, sliding_window=32, head_dim=8)
+    | dict(layer_types=SLIDING * 16, rope_theta=1e6),
+    "ministral3": SMALL
+    | named("ministral3", "Ministral3")
+    | dict(head_dim=32, rope_parameters=rope(1e6, **YARN)),
+}
+WIDE = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=8)
+CONFIGS |= {
+    "wide_gemma2": CONFIGS["gemma2"] | WIDE,
+    "wide_phi3": CONFIGS["phi3"] | WIDE,
+    "wide_cohere2": CONFIGS["cohere2"] | WIDE | dict(layer_types=SLIDING * 2, head_dim=32),
+    "wide_starcoder2": CONFIGS["starcoder2"] | WIDE,
+    "wide_glm4": CONFIGS["glm4"] | WIDE,
+}
+BY_SENTENCEPIECE = ("gemma", "gemma2", "gemma3_text", "phi3")
+FORMATS = {name: ("f32",) for name in CONFIGS} | {"gemma2": ("f32", "bf16")}
+QUANTIZED = {name: ("q4_k_m",) for name in CONFIGS if name.startswith("wide_")}
+QUANTIZED |= {"wide_phi3": ("q4_k_m", "q5_k_m", "q8_0")}
+WITHOUT_PREFIX, WITH_PREFIX = b"\x18\x00", b"\x18\x01"  # add_dummy_prefix of the normalizer
+USER = "<|user|>"  # the converter looks for it in GLM-4's vocabulary
+
+
+def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every weight of the checkpoint, by its Hugging Face name."""
+    model = family(config["model_type"])
+    c = model.config(config)
+    return {
+        name: shape
+        for path, (shape, _) in model.weights(c).items()
+        for name in hf.names(path, c.layers)
+    }
+
+
+def values(config: dict[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """As gguf_answers.py draws them; Gemma's norms store what they differ from 1 by."""
+    w = base.values(name, shape).astype(np.float32)
+    if not name.endswith("norm.weight"):
+        return w
+    w = 1 + w / 4 if len(shape) > 1 else w
+    return w - 1 if config["model_type"].startswith("gemma") else w
+
+
+def weights(config: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {name: values(config, name, shape) for name, shape in shapes(config).items()}
+
+
+def tokenizer(config: dict[str, Any], path: Path) -> Path:
+    """The tokenizer of a checkpoint, in a new folder."""
+    sentencepiece = config["model_type"] in BY_SENTENCEPIECE
+    shutil.copytree(SENTENCEPIECE if sentencepiece else base.TOKENIZER, path)
+    if config["model_type"] == "phi3":
+        _with_space(path)
+    if config["model_type"] == "glm4":
+        file = path / "tokenizer.json"
+        spec = json.loads(file.read_text())
+        spec["added_tokens"].append(spec["added_tokens"][0] | {"id": 482, "content": USER})
+        file.write_text(json.dumps(spec))
+    return path
+
+
+def _with_space(path: Path) -> None:
+    """Puts a space before each text, as Phi-3's tokenizer does."""
+    model, spec = path / "tokenizer.model", path / "tokenizer.json"
+    pieces, own = model.read_bytes().rsplit(WITHOUT_PREFIX, 1)
+    model.write_bytes(pieces + WITH_PREFIX + own)
+    changed = json.loads(spec.read_text())
+    prepend = {"type": "Prepend", "prepend": "\u2581"}
+    changed["normalizer"] = {"type": "Sequence", "normalizers": [prepend, changed["normalizer"]]}
+    spec.write_text(json.dumps(changed))
+
+
+def folder(name: str, path: Path) -> Path:
+    """The checkpoint of a case, with tokenizer, as a Hugging Face folder."""
+    config = CONFIGS[name]
+    tokenizer(config, path)
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+    save_file(weights(config), path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def answers(work: Path, libraries: Path, names: list[str]) -> dict[str, Any]:
+    quantize, out = base.quantizer(libraries), {}
+    for name in names:
+        source = folder(name, work / name)
+        out[name] = {}
+        for fmt in FORMATS[name]:
+            file = work / f"{name}.{fmt}.gguf"
+            base.convert(source, file, fmt)
+            out[name][fmt] = base.described(file)
+        for fmt in QUANTIZED.get(name, ()):
+            file = work / f"{name}.{fmt}.gguf"
+            quantize(work / f"{name}.f32.gguf", file, base.FILES[fmt])
+            out[name][fmt] = base.described(file)
+    return out
+
+
+if __name__ == "__main__":
+    llama_cpp, libraries, names = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    sys.path[:0] = [str(llama_cpp), str(llama_cpp / "gguf-py")]
+    from conversion.base import TextModel
+
+    TextModel.get_vocab_base_pre = lambda self, tokenizer: base.PRE
+    found = json.loads(ANSWERS.read_text()) if names and ANSWERS.is_file() else {}
+    with tempfile.TemporaryDirectory() as work:
+        found |= answers(Path(work), libraries, names or list(CONFIGS))
+    found = {name: found[name] for name in CONFIGS if name in found}
+    lines = lambda answer: ",\n".join(f"  {json.dumps(k)}: {json.dumps(answer[k])}" for k in answer)
+    cases = ",\n".join(f" {json.dumps(k)}: {{\n{lines(found[k])}\n }}" for k in found)
+    ANSWERS.write_text("{\n" + cases + "\n}\n")
+    print(f"{ANSWERS}: {len(found)} checkpoints, {ANSWERS.stat().st_size} bytes")

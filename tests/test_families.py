@@ -1,0 +1,131 @@
+"""Every family with adapters and in 4 bits: against PEFT and torch, and bitsandbytes' own files."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import tiny_chat
+import torch
+import transformers
+from adapted import LORA, in_peft, scale
+
+from bridge import hf, peft_adapter
+from bridge.safetensors_file import SafetensorsSource
+from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer, lora, quant, tree
+from unsloth_jax.leaves import layer
+
+ROW = tiny.draw(21, 48)
+TOLERANCE = 1e-3  # of a gradient's norm
+# All of them in `make test-full`, the oddest in `make test` too.
+FAST = ("gemma2", "phi3")
+FAMILIES = [
+    name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
+    for name in tiny.EACH.values()
+]
+
+
+def their_gradients(model: torch.nn.Module) -> tuple[float, dict[str, np.ndarray]]:
+    """(mean cross entropy of ROW, its gradient by each of PEFT's parameters)."""
+    trained = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    for p in trained.values():
+        p.requires_grad_(True)
+    loss = model(torch.tensor([ROW]), labels=torch.tensor([ROW])).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.numpy() for name, p in trained.items()}
+
+
+def our_gradients(pair: tiny.Pair, adapters, factor: float) -> tuple[float, dict]:
+    tokens, positions, segments = tiny.padded([ROW], len(ROW))
+
+    def loss(adapters):
+        params = lora.attach(pair.params, adapters, factor)
+        scores = tiny.logits.__wrapped__(*pair[1:3], params, tokens, positions, segments)
+        chances = jax.nn.log_softmax(scores[:, :-1])
+        return -jnp.take_along_axis(chances, tokens[:, 1:, None], -1).mean()
+
+    value, found = jax.jit(jax.value_and_grad(loss))(adapters)
+    return float(value), tree.flatten(found)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_gradient_of_every_pair_is_pefts(name, tmp_path, figure):
+    pair, settings = tiny.pair(name), LORA[name]
+    model = in_peft(name, settings)
+    model.save_pretrained(tmp_path)
+    adapters, read = peft_adapter.load(tmp_path, pair.params)
+    wanted_loss, wanted = their_gradients(model)
+    loss, found = our_gradients(pair, adapters, scale(read))
+    assert abs(loss - wanted_loss) <= 1e-4 * wanted_loss
+    apart = []
+    for path, ids in lora.modules(pair.params, settings.targets, settings.layers).items():
+        for side, kind in (("a", "lora_A"), ("b", "lora_B")):
+            ours = found[f"{path}.{side}"]
+            for i in ids or (None,):
+                module = path if i is None else path.replace("*", str(i), 1)
+                theirs = wanted[f"base_model.model.{module}.{kind}.default.weight"]
+                mine = np.asarray(ours if i is None else layer(ours, i))
+                apart.append(np.linalg.norm(mine - theirs) / np.linalg.norm(theirs))
+    assert len(apart) == len(wanted)
+    said = f"gradient of every LoRA pair against PEFT, {pair.model.config.model_type}"
+    figure(f"{said}, share of its norm", max(apart), TOLERANCE)
+
+
+def opened(folder, **options) -> torch.nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, device_map="cpu", attn_implementation="eager", **options
+        )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_file_of_bitsandbytes_gives_its_own_logits(name, tmp_path, figure):
+    plain = tiny.save(tiny.reference(name), tmp_path / "plain")
+    how = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32",
+        llm_int8_skip_modules=["lm_head"],
+    )  # fmt: skip
+    opened(plain, quantization_config=how).save_pretrained(tmp_path / "four")
+    source = SafetensorsSource(tmp_path / "four")
+    family, c, params = hf.load(source, quantize="nf4")
+    packed = {p for p, leaf in tree.flatten(params).items() if isinstance(leaf, quant.nf4.NF4)}
+    assert packed == {path for path in family.weights(c) if hf.is_linear(path)}
+    found = np.asarray(tiny.logits(family, c, params, *tiny.padded([ROW], len(ROW))))
+    with torch.no_grad():
+        expected = opened(tmp_path / "four")(torch.tensor([ROW])).logits.numpy()
+    said = f"logits of bitsandbytes' 4-bit file, {source.config['model_type']}, share of std"
+    figure(said, np.abs(found - expected).max() / expected.std(), 1e-4)
+    exact = np.asarray(tiny.logits(*tiny.pair(name)[1:], *tiny.padded([ROW], len(ROW))))
+    assert np.abs(found - exact).max() > 0.01 * expected.std()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_trained_model_is_merged_into_what_transformers_computes(name, tmp_path):
+    kind, fields = tiny.TINY[name]
+    own = fields | dict(vocab_size=tiny_chat.VOCAB)
+    folder = tiny_chat.save(tmp_path / "base", kind, **own)
+    model, tokenizer = tiny_chat.load(folder, max_seq_length=60)
+    FastLanguageModel.get_peft_model(model, r=4, target_modules="all-linear")
+    args = SFTConfig(
+        per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=2e-2,
+        lr_scheduler_type="constant", max_length=60, max_steps=3, packing=True,
+        output_dir=str(tmp_path / "run"), save_strategy="no",
+    )  # fmt: skip
+    ids = np.asarray([ROW[:24]])
+    before = model(ids)
+    losses = SFTTrainer(
+        model=model, tokenizer=tokenizer, train_dataset=tiny_chat.MESSAGES, args=args
+    ).train()
+    trained = model(ids)
+    assert np.isfinite(losses.training_loss)
+    assert np.abs(trained - before).max() > 0.01 * before.std()
+    model.save_pretrained_merged(str(tmp_path / "merged"), tokenizer)
+    with torch.no_grad():
+        theirs = tiny_chat.reference(tmp_path / "merged")(torch.tensor(ids)).logits.numpy()
+    again, _ = tiny_chat.load(tmp_path / "merged", max_seq_length=60)
+    assert np.abs(again(ids) - theirs).max() <= 2e-4 * theirs.std()
+    # Sums of base and adapters are rounded to 16 bits in the file, here they are not.
+    assert np.abs(trained - theirs).mean() <= 0.1 * theirs.std()

@@ -1,0 +1,56 @@
+"""Phi-3, 3.5 and 4: Llama's layer with joined projections, LongRoPE (arXiv:2404.14219)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from unsloth_jax.models import fields, llama
+from unsloth_jax.models.llama import LAYERS as LAYERS
+from unsloth_jax.models.llama import Config
+from unsloth_jax.models.llama import angles as angles
+from unsloth_jax.models.llama import block as block
+from unsloth_jax.models.llama import embed as embed
+from unsloth_jax.models.llama import head as head
+from unsloth_jax.models.llama import kinds as kinds
+from unsloth_jax.models.llama import norm as norm
+from unsloth_jax.models.llama import scores as scores
+
+GGUF_ARCH = "phi3"
+
+DEFAULTS = dict(
+    rms_norm_eps=1e-5, max_position_embeddings=4096, original_max_position_embeddings=4096
+)
+
+
+def config(hf: Mapping[str, Any]) -> Config:
+    """Raises ValueError for a field or value that is not understood."""
+    hf = DEFAULTS | dict(hf)
+    fields.check(hf, own=("sliding_window", "attention_bias", "partial_rotary_factor"))
+    if hf.get("attention_bias"):
+        raise ValueError("phi3 has no biases, got attention_bias=True")
+    common = fields.sizes(hf)
+    return Config(
+        **common,
+        rope=fields.rope(hf, common["head_width"], partial=True),
+        tied=hf.get("tie_word_embeddings", False),
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        windows=(hf.get("sliding_window"),) * common["layers"],
+    )
+
+
+def weights(c: Config) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Hugging Face name (`*` for the layer) -> (shape, logical axes) of each weight."""
+    q, kv, D, F = c.heads * c.head_width, c.kv_heads * c.head_width, c.width, c.mlp_width
+    inner = {
+        "self_attn.qkv_proj": ((q + 2 * kv, D), ("heads", "width"), False),
+        "self_attn.o_proj": ((D, q), ("width", "heads"), False),
+        "mlp.gate_up_proj": ((2 * F, D), ("mlp", "width"), False),
+        "mlp.down_proj": ((D, F), ("width", "mlp"), False),
+    }
+    return llama.weights(c, inner)
+
+
+def gguf_keys(c: Config) -> dict[str, Any]:
+    """Keys that llama.cpp's converter adds for this family, by gguf's names."""
+    return {"sliding_window": c.windows[0] or 0}

@@ -1,0 +1,75 @@
+"""Writes the table of docs/families.md from what `make figures` measured.
+
+python -m workflows.family_table docs/families.md
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from unsloth_jax.models import FAMILIES
+from workflows.option_table import BEGIN, END
+
+FIGURES = Path(__file__).parents[1] / "docs" / "results" / "parity.json"
+# Column -> how the figure's name begins; behind it stands the model_type.
+MEASURED = {
+    "logits": "logits against transformers",
+    "packed": "packed rows against separate ones",
+    "decode": "scores through the cache",
+    "LoRA gradients": "gradient of every LoRA pair against PEFT",
+    "4-bit file": "logits of bitsandbytes' 4-bit file",
+}
+TOLD = {
+    "gemma2": "soft-caps: on a GPU attention goes through XLA, with all scores in memory",
+    "gemma3_text": "text only",
+    "llama": "see [performance](performance.md)",
+    "ministral3": "text only",
+    "phi3": "LongRoPE's factors are chosen by a document's length when it starts",
+    "starcoder2": "dropout of the base, 0.1 in its configs, is not applied",
+}
+
+
+def figures(path: Path = FIGURES) -> dict[str, dict[str, float]]:
+    """{model_type: {column: the worst that was measured}}."""
+    out: dict[str, dict[str, float]] = {name: {} for name in FAMILIES}
+    for row in json.loads(path.read_text())["figures"]:
+        for column, start in MEASURED.items():
+            found = re.fullmatch(f"{re.escape(start)}, (\\w+)(, .*)?", row["what"])
+            if found and found[1] in out:
+                own = out[found[1]]
+                own[column] = max(row["measured"], own.get(column, 0.0))
+    return out
+
+
+def table(path: Path = FIGURES) -> str:
+    """A line a family; raises ValueError for one that lacks a figure."""
+    lines = ["| family | models | " + " | ".join(MEASURED) + " | GGUF | limits |"]
+    lines.append("|---" * (len(MEASURED) + 4) + "|")
+    for name, own in figures(path).items():
+        missing = [column for column in MEASURED if column not in own]
+        if missing:
+            raise ValueError(f"{path} has no figures of {name} for {missing}: run `make figures`")
+        models = FAMILIES[name].__doc__.splitlines()[0].partition(":")[0]
+        gguf = getattr(FAMILIES[name], "GGUF_ARCH", "refused")
+        cells = [f"{own[column]:.1e}" for column in MEASURED]
+        told = TOLD.get(name, "")
+        lines.append("| " + " | ".join([f"`{name}`", models, *cells, gguf, told]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def filled(text: str, path: Path = FIGURES) -> str:
+    """The page with its table anew; raises ValueError where it has no place."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"the page needs one {BEGIN} and after it one {END}")
+    return f"{text.split(BEGIN)[0]}{BEGIN}\n\n{table(path)}\n{END}{text.split(END)[1]}"
+
+
+def main(line: list[str]) -> None:
+    (name,) = line
+    page = Path(name)
+    page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
