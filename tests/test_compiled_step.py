@@ -101,6 +101,16 @@ def test_the_compiled_step_holds_no_large_constant_no_full_scores_and_no_copy_of
     assert donated.count("-alias") >= 3 * len(jax.tree.leaves(adapters))
 
 
+def test_the_compiled_evaluation_holds_no_full_scores_and_no_copy_of_the_base():
+    family, c, params, adapters = big()
+    whole = lambda dtype: jax.ShapeDtypeStruct((LINES, LENGTH), dtype)
+    batch = Batch(*(whole(d) for d in (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)))
+    loss = jax.jit(objective.SFT.alone(family, c, SCALE, documents=1))
+    program = loss.lower(adapters, params, batch)
+    hlo = program.compile(compiler_options={"xla_backend_optimization_level": 0}).as_text()
+    assert large_constants(hlo) == full_scores(hlo) == whole_stacks(hlo) == set()
+
+
 def test_a_step_that_breaks_these_rules_is_noticed():
     family, c, _, _ = big()
     mask = np.random.default_rng(0).random((LINES, LENGTH, 320), np.float32)

@@ -353,3 +353,11 @@ def test_the_mean_loss_of_a_row_spans_a_crash(fresh, tmp_path):
         lines = [json.loads(line) for line in open(tmp_path / str(crash) / "metrics.jsonl")]
         rows.append([(row["step"], row["loss"]) for row in lines])
     assert rows[0] == rows[1] == rows[2] and len(rows[0]) == 2
+
+
+@pytest.mark.parametrize("greater", [True, False])
+def test_a_metric_that_is_no_number_is_never_best(greater):
+    best = None
+    for step, metric in enumerate([math.nan, 0.5, math.nan, 0.5]):
+        best = evaluate.better(best, metric, step, {}, greater)
+    assert (best.step, best.metric) == (1, 0.5)

@@ -10,6 +10,7 @@ import pytest
 import tiny_chat
 
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer
+from workflows import facts
 
 SAME = dict(
     per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=2e-2,
@@ -146,3 +147,26 @@ def test_what_a_callback_asks_for_does_not_mix_with_an_earlier_run(fresh, out, m
     run.add_callback(Asking)
     with pytest.raises(FileExistsError, match="checkpoint 4 of an earlier run"):
         run.train()
+
+
+CHANGED = {
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "learning_rate": 1e-3,
+    "lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"num_cycles": 2}, "weight_decay": 0.5,
+    "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-3, "max_grad_norm": 3.0,
+    "optim": "lion", "optim_args": "k=1", "embedding_learning_rate": 1e-5,
+    "loraplus_lr_ratio": 4.0, "packing": True, "seed": 7, "packing_strategy": "bfd_split",
+    "train_sampling_strategy": "sequential", "group_by_length": True, "pad_to_multiple_of": 32,
+}  # fmt: skip
+
+
+def test_every_setting_that_changes_the_next_batch_or_update_is_a_fact(fresh, tmp_path):
+    run = trainer(fresh, tmp_path)
+    same = facts.of(run, 4, {})
+    assert set(CHANGED) == set(facts.DECISIVE)
+    for name, value in CHANGED.items():
+        before = getattr(run.args, name)
+        setattr(run.args, name, value)
+        found = facts.of(run, 4, {})
+        setattr(run.args, name, before)
+        assert {k for k in found if found[k] != same[k]} == {name}
+    assert facts.of(run, 5, {}) != same != facts.of(run, 4, {"data": "another"})

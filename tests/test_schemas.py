@@ -58,6 +58,11 @@ SPOKEN = [{"role": "user", "content": [IMAGE, {"type": "text", "text": "What?"}]
 BAD = [
     ({"messages": SPOKEN}, r"message 0 holds \['image'\]; the model reads text alone"),
     ({"messages": TALK, "images": ["a.png"]}, "column 'images' holds what is no text"),
+    ({"text": "a b", "image": "a.png"}, "column 'image' holds what is no text"),
+    (
+        {"prompt": "a", "completion": "b", "images": ["a.png"]},
+        "column 'images' holds what is no text",
+    ),
     ({"prompt": SPOKEN[:1], "completion": TALK[3:]}, r"message 0 holds \['image'\]"),
     ({"conversations": [{"from": "human", "value": [IMAGE]}]}, r"message 0 holds \['image'\]"),
     (ALPACA | {"output": 4}, r"columns \['output'\] hold no text; expected text in \['system'"),

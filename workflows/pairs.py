@@ -186,6 +186,7 @@ def _messages(given: Any, name: str) -> list[dict[str, Any]]:
 
 def _row(prompt, answer, example, tokenizer, vocab) -> Row:
     """Prompt and answer, the answer's tokens supervised, by the same road as SFT's rows."""
+    schemas.no_pictures(example)
     tools = {name: example[name] for name in ("tools", "chat_template_kwargs") if name in example}
     whole = {"prompt": prompt, "completion": answer, **tools}
     tokens, mask = schemas.SCHEMAS["prompt/completion"](whole, tokenizer, ANSWERS)

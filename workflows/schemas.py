@@ -47,6 +47,7 @@ def schema(example: Example, text_field: str = "text") -> str:
         "instruction/output": {"instruction", "output"},
     }
     found = next((name for name, columns in needs.items() if columns <= has), None)
+    no_pictures(example)
     if found is None:
         empty = sorted(name for name, value in example.items() if value is None)
         raise ValueError(
@@ -67,6 +68,13 @@ def read(example: Example, tokenizer: PreTrainedTokenizerBase, loss: Loss) -> To
         return SCHEMAS[name](example, tokenizer, loss._replace(assistant_only=True))
     tokens, mask = SCHEMAS[name](example, tokenizer, loss)
     return tokens, loss.elsewhere(tokens, mask)
+
+
+def no_pictures(example: Example) -> None:
+    """Raises ValueError for a column with an image and the like."""
+    for column in PICTURES:
+        if example.get(column):
+            raise ValueError(f"column {column!r} holds what is no text; {READS}")
 
 
 def _plain(example: Example, tokenizer: PreTrainedTokenizerBase, loss: Loss) -> Tokens:
@@ -102,9 +110,6 @@ def _spoken(messages, first, answers_only, example, tokenizer, loss) -> Tokens:
     """Ids of a conversation; all tokens learnt, or the answers from message `first` on."""
     if not messages:
         raise ValueError("the conversation is empty")
-    for column in PICTURES:
-        if example.get(column):
-            raise ValueError(f"column {column!r} holds what is no text; {READS}")
     messages = [_texts_only(n, message) for n, message in enumerate(messages)]
     template = {**(example.get("chat_template_kwargs") or {})}
     if example.get("tools"):
