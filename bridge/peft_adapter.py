@@ -28,6 +28,11 @@ PREFIX = "base_model.model."
 SIDES = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 ALL_LINEAR = "all-linear"
 EMBEDDING = "embed_tokens"
+NOTES = {  # on a saved adapter, by its start
+    starts.LOFTQ: "after LoftQ the adapter belongs to the base in NF4 (load_in_4bit=True; exactly "
+    "for loftq_iter=1 without double quantization): on 16-bit weights it answers otherwise, "
+    "save_pretrained_merged(..., base='dequant4') holds all that was trained",
+}
 
 
 class Settings(NamedTuple):

@@ -61,7 +61,7 @@ def off(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("name", [slow(n) if n not in ("dora", "pissa") else n for n in KINDS])
-def test_what_is_trained_is_what_peft_and_we_read_back(folder, tmp_path, name, figure):
+def test_what_is_trained_is_what_peft_and_we_read_back(folder, tmp_path, name, figure, capsys):
     model, _ = tiny_chat.load(folder)
     base = logits(model)
     FastLanguageModel.get_peft_model(model, **{"r": 4} | KINDS[name])
@@ -73,6 +73,7 @@ def test_what_is_trained_is_what_peft_and_we_read_back(folder, tmp_path, name, f
     model.save_pretrained(tmp_path / "a")
     there = peft.PeftModel.from_pretrained(tiny_chat.reference(folder), tmp_path / "a")
     again, _ = tiny_chat.load(tmp_path / "a", load_in_4bit=name == "loftq")
+    assert ("belongs to the base in NF4" in capsys.readouterr().out) == (name == "loftq")
     if name == "loftq":  # Its pair is for 4 bits, whose statistics the loader nests.
         assert off(logits(again), trained) < 0.1 < off(theirs(there), trained)
         assert model.params["model"]["layers"]["*"]["mlp"]["up_proj"]["weight"].shape[0] == 1

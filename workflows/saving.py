@@ -15,7 +15,6 @@ from bridge import tokenizer as text
 from bridge.gguf_blocks import FORMATS
 from bridge.gguf_source import GGUFSource
 from bridge.source import Source
-from unsloth_jax.lora import starts
 from workflows import agreement, divergence, vocabulary
 from workflows.divergence import Trained
 from workflows.keywords import say, shown, typed, written
@@ -45,11 +44,8 @@ SAVE_IGNORED = {
     "num_calibration_samples": "nothing is calibrated",
     "max_seq_length": "nothing is calibrated",
 }
-GGUF_LATER = SAVE_LATER | {
-    "first_conversion": (None,),
-    "imatrix_file": (None, False),
-    "save_method": (None,),
-}
+GGUF_ONLY = {"first_conversion": (None,), "imatrix_file": (None, False), "save_method": (None,)}
+GGUF_LATER = SAVE_LATER | GGUF_ONLY
 GGUF_IGNORED = SAVE_IGNORED | {
     "max_shard_size": "each format is one file",
     "merge_is_disposable": "no merged folder is made on the way to GGUF",
@@ -86,12 +82,8 @@ def adapter(model: "Model", target: str | Path, tokenizer: Any, overwrite: bool)
     config = export.text_hash(json.dumps(model.source.config, sort_keys=True))
     metadata = {"config_sha256": config} | ({"chat_template_sha256": template} if template else {})
     settings = model.peft._replace(base=model.name, metadata=metadata)
-    if model.peft.start == starts.LOFTQ:
-        say(
-            "after LoftQ the adapter belongs to the base in NF4 (load_in_4bit=True; exactly for "
-            "loftq_iter=1 without double quantization): on 16-bit weights it answers otherwise, "
-            "save_pretrained_merged(..., base='dequant4') holds all that was trained"
-        )
+    if note := peft_adapter.NOTES.get(model.peft.start):
+        say(note)
     with export.complete(Path(target), overwrite) as folder:
         peft_adapter.save(folder, model.adapters, settings, model.initial)
         copy_tokenizer(model, folder, tokenizer)
