@@ -125,7 +125,7 @@ def _pieces(folder: Path, rows: int, arch: str) -> Tokens:
     if unknown or pieces.normalizes:
         raise ValueError(
             f"{folder}: llama.cpp cuts texts into SentencePiece's pieces as they are, the "
-            f"tokenizer changes them first: {unknown or 'by the rules in ' + gguf_sentencepiece.MODEL}"
+            f"tokenizer changes them first: {unknown or 'by rules in ' + gguf_sentencepiece.MODEL}"
         )
     texts, scores, types = gguf_sentencepiece.vocabulary(
         pieces, added, rows, lambda t: bool(t.get("special") or looks(t))
@@ -213,8 +213,8 @@ def _tokenizer_json(folder: Path) -> dict[str, Any]:
 def _sentencepiece(folder: Path) -> str:
     return (
         f"{folder} has a SentencePiece tokenizer, which can be written to GGUF for {BY_PIECES} "
-        "only (not for Llama 2, TinyLlama, Yi, Mistral); byte-level BPE can. The model can be saved as "
-        "safetensors."
+        "only (not for Llama 2, TinyLlama, Yi, Mistral); byte-level BPE can. The model can be "
+        "saved as safetensors."
     )
 
 

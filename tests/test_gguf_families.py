@@ -265,7 +265,7 @@ def charsmap(folder):
         (cut_short, "is no SentencePiece model.*beyond the file"),
         (unigram, "model type 1, expected BPE"),
         (lowercase, "changes them first.*Lowercase"),
-        (charsmap, "changes them first: by the rules in tokenizer.model"),
+        (charsmap, "changes them first: by rules in tokenizer.model"),
     ],
 )
 def test_sentencepiece_that_gguf_cannot_hold_is_refused(change, message, tmp_path):
