@@ -39,9 +39,19 @@ PRE_TOKENIZERS = {
     "smollm": PreTokenizer(("digits", "bytes of words")),
     "qwen2": PreTokenizer((_WORDS + _REST, "bytes")),
     "llama-bpe": PreTokenizer((_WORDS + "{1,3}" + _REST, "bytes"), True, True),
+    "dbrx": PreTokenizer((_WORDS + "{1,3}" + _REST, "bytes")),
     "tekken": PreTokenizer((_TEKKEN, "bytes"), True, True),
 }
 GRANITE_VOCABULARY = 49152  # the converter turns the first token off for llama models of this size
+# What the converter calls the same splitting in models of some architectures.
+OTHER_NAMES = {
+    "granite": {"smollm": "refact"},
+    "starcoder2": {"smollm": "starcoder"},
+    "command-r": {"smollm": "command-r"},
+    "cohere2": {"smollm": "command-r"},
+    "exaone4": {"gpt-2": "exaone4"},
+    "glm4": {"dbrx": "glm4"},
+}
 END = "<|endoftext|>"
 # Architectures whose SentencePiece vocabularies are read, and what is particular to some.
 BY_PIECES = ("gemma", "gemma2", "gemma3", "phi3")
@@ -71,7 +81,8 @@ class Tokens(NamedTuple):
     @property
     def adds_bos(self) -> bool:
         """Whether llama.cpp begins a text with bos where no key says otherwise."""
-        return self.scores is not None or PRE_TOKENIZERS[self.pre].adds_bos
+        known = PRE_TOKENIZERS.get(self.pre)
+        return self.scores is not None or (known is not None and known.adds_bos)
 
 
 def read(folder: str | Path, config: Mapping[str, Any], arch: str = "llama") -> Tokens:
@@ -106,6 +117,7 @@ def _byte_level(folder: Path, rows: int, arch: str) -> Tokens:
     spec = _tokenizer_json(folder)
     settings = _json(folder / "tokenizer_config.json")
     pre = pre_tokenizer(spec)
+    pre = OTHER_NAMES.get(arch, {}).get(pre, pre)
     texts, types = _vocabulary(spec, settings, rows)
     special = gguf.SpecialVocab(folder, load_merges=True)
     space = settings.get("add_prefix_space") if ARCHITECTURES[arch].converter_llama else None

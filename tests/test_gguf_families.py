@@ -5,18 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch
-from gguf import TokenType
+from gguf import GGUFReader, TokenType
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bridge import gguf_file, gguf_tokens
 from bridge.safetensors_file import Weight
 from tests import llama_server
-from tests.gguf_writing import serving
+from tests.gguf_writing import serving, tokenizer_folder
 from tests.oracles import gguf_answers as base
 from tests.oracles import gguf_families as made
 from tests.test_gguf_file import next_logprobs, speaking
-from tests.test_gguf_tokens import CONVERSATIONS, texts
+from tests.test_gguf_tokens import CONVERSATIONS, respell, texts
 from unsloth_jax.models import gemma2
 
 ANSWERS = json.loads(made.ANSWERS.read_text())
@@ -283,3 +283,17 @@ def test_a_norm_without_its_offset_is_found_when_the_file_is_read_again(tmp_path
     with pytest.raises(ValueError, match="norm.weight came back"):
         written(tmp_path, made.CONFIGS["gemma2"])
     assert not (tmp_path / "model.gguf").exists()
+
+
+@pytest.mark.parametrize(("name", "pre"), [("olmo2", "dbrx"), ("glm4", "glm4")])
+def test_llama_cpps_token_ids_equal_the_tokenizers_under_the_familys_name(name, pre, tmp_path):
+    config = made.CONFIGS[name]
+    folder = tokenizer_folder(tmp_path / "tokenizer", respell("dbrx"))
+    path = tmp_path / "model.gguf"
+    gguf_file.save(path, config, weights_of(config), folder, "f32", name=base.NAME)
+    assert GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == pre
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    server = serving(path)
+    for text in texts():
+        ids = llama_server.token_ids(server, text, add_special=True)
+        assert ids == tokenizer.encode(text).ids, text
