@@ -20,9 +20,8 @@ class Format(NamedTuple):
 
     file_type: LlamaFileType
     base: Kind  # every matrix that neither of the two below names
-    more: Kind  # attn_v and ffn_down of the layers that `needs_more_bits` picks
+    more: Kind  # attn_v (attn_qkv) and ffn_down of layers that `needs_more_bits` picks
     head: Kind  # output, or the embedding where it is the output too
-    joined: Kind | None = None  # attn_qkv, where it is not the base
 
 
 FORMATS = {
@@ -30,8 +29,8 @@ FORMATS = {
     "f16": Format(LlamaFileType.MOSTLY_F16, Kind.F16, Kind.F16, Kind.F16),
     "bf16": Format(LlamaFileType.MOSTLY_BF16, Kind.BF16, Kind.BF16, Kind.BF16),
     "q8_0": Format(LlamaFileType.MOSTLY_Q8_0, Kind.Q8_0, Kind.Q8_0, Kind.Q8_0),
-    "q4_k_m": Format(LlamaFileType.MOSTLY_Q4_K_M, Kind.Q4_K, Kind.Q6_K, Kind.Q6_K, Kind.Q5_K),
-    "q5_k_m": Format(LlamaFileType.MOSTLY_Q5_K_M, Kind.Q5_K, Kind.Q6_K, Kind.Q6_K, Kind.Q6_K),
+    "q4_k_m": Format(LlamaFileType.MOSTLY_Q4_K_M, Kind.Q4_K, Kind.Q6_K, Kind.Q6_K),
+    "q5_k_m": Format(LlamaFileType.MOSTLY_Q5_K_M, Kind.Q5_K, Kind.Q6_K, Kind.Q6_K),
     "q6_k": Format(LlamaFileType.MOSTLY_Q6_K, Kind.Q6_K, Kind.Q6_K, Kind.Q6_K),
 }
 # Where a row isn't whole blocks of the wanted type: one with blocks of 32, and F16 after that.
@@ -92,9 +91,7 @@ def choose(fmt: Format, shapes: Mapping[str, tuple[int, ...]], sizes: Sizes) -> 
 
 
 def _wanted(fmt: Format, name: str, sizes: Sizes) -> Kind:
-    if name.endswith("attn_qkv.weight"):
-        return fmt.joined or fmt.base
-    if not name.endswith(("attn_v.weight", "ffn_down.weight")):
+    if not name.endswith(("attn_v.weight", "attn_qkv.weight", "ffn_down.weight")):
         return fmt.base
     if needs_more_bits(int(name.split(".")[1]), sizes.layers):
         return fmt.more

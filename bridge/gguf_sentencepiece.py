@@ -1,8 +1,10 @@
-"""A SentencePiece vocabulary (tokenizer.model) -> texts, scores and types as GGUF has them.
+"""A SentencePiece vocabulary -> texts, scores and types as GGUF has them.
 
-Values are those of llama.cpp's converter, without the sentencepiece package.
+From tokenizer.model the values are those of llama.cpp's converter, without the sentencepiece
+package; from tokenizer.json, which transformers 5 saves alone, scores are the merges' order.
 """
 
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +20,16 @@ BPE = 2  # of TrainerSpec.model_type
 TYPES = {4: TokenType.NORMAL}
 
 
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+SPACE = "\u2581"  # SentencePiece's sign for one
+NORMALIZERS = {"Prepend", "Replace"}  # which put that sign
+# Pre-tokenizers that never cut where pieces could join.
+WHOLE = (
+    {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"},
+    {"type": "Metaspace", "replacement": SPACE, "split": False},
+)
+
+
 class Pieces(NamedTuple):
     """The vocabulary by id, and what is done to a text before it is cut."""
 
@@ -25,6 +37,7 @@ class Pieces(NamedTuple):
     scores: list[float]
     types: list[TokenType]
     adds_space: bool  # before the first word
+    normalizes: bool  # rewrites characters
 
 
 def read(folder: Path) -> Pieces:
@@ -50,7 +63,32 @@ def read(folder: Path) -> Pieces:
         [piece.get(2, 0.0) for piece in pieces],
         [TYPES.get(kind, TokenType(kind)) for kind in kinds],
         bool(normalizer.get(3, 1)),
+        bool(normalizer.get(2)),
     )
+
+
+def from_json(spec: Mapping[str, Any]) -> Pieces:
+    """The pieces of tokenizer.json's BPE; raises ValueError for one that cuts texts into words."""
+    model, pre = spec["model"], spec.get("pre_tokenizer") or {}
+    if pre and not any(known.items() <= pre.items() for known in WHOLE):
+        raise ValueError(f"llama.cpp has no pre-tokenizer beside SentencePiece, got {pre}")
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(model["merges"]):
+        ranks.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
+    texts = sorted(model["vocab"], key=model["vocab"].get)
+    if [model["vocab"][text] for text in texts] != list(range(len(texts))):
+        raise ValueError(f"tokenizer.json's {len(texts)} tokens have ids that leave some out")
+    kinds = {model.get("unk_token"): TokenType.UNKNOWN}
+    kind = lambda text: TokenType.BYTE if BYTE.fullmatch(text) else TokenType.NORMAL
+    adds_space = "Prepend" in normalizers(spec) or pre.get("prepend_scheme", "never") != "never"
+    types = [kinds.get(text, kind(text)) for text in texts]
+    return Pieces(texts, [-float(ranks.get(t, 0)) for t in texts], types, adds_space, False)
+
+
+def normalizers(spec: Mapping[str, Any]) -> list[str]:
+    """What tokenizer.json does to a text first, by type."""
+    parts = spec.get("normalizer") or {"type": "Sequence", "normalizers": []}
+    return [p["type"] for p in parts.get("normalizers", [parts])]
 
 
 def vocabulary(
@@ -73,7 +111,7 @@ def vocabulary(
     for i, token in added.items():
         text = token["content"]
         types[i] = TokenType.CONTROL if control(token) else TokenType.USER_DEFINED
-        texts[i] = text if control(token) else text.replace("\u2581", " ")
+        texts[i] = text if control(token) else text.replace(SPACE, " ")
         scores[i] = ADDED_SCORE
     return texts, scores, types
 

@@ -39,7 +39,7 @@ OWN_MODULES = {
     "glm4": ("post_self_attn_layernorm", "post_mlp_layernorm", JOINED[1]),
     "starcoder2": ("mlp.c_fc", "mlp.c_proj"),
 }
-# Architectures whose q and k have their rows reordered, and those whose norms are stored with 1 added.
+# Architectures whose rows of q and k are reordered, and those whose norms have 1 added.
 PAIRED = ("llama", "granite", "smollm3", "mistral3")
 NORM_OFFSET = {"gemma": 1.0, "gemma2": 1.0, "gemma3": 1.0}
 CHUNK = 2**20  # values dequantised at a time

@@ -13,6 +13,7 @@ from gguf import TokenType
 
 from bridge import gguf_sentencepiece
 from bridge.gguf_architectures import ARCHITECTURES
+from bridge.gguf_sentencepiece import SPACE, normalizers
 from bridge.gguf_tokenizer import SPLITTINGS
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -38,11 +39,21 @@ PRE_TOKENIZERS = {
     "smollm": PreTokenizer(("digits", "bytes of words")),
     "qwen2": PreTokenizer((_WORDS + _REST, "bytes")),
     "llama-bpe": PreTokenizer((_WORDS + "{1,3}" + _REST, "bytes"), True, True),
+    "dbrx": PreTokenizer((_WORDS + "{1,3}" + _REST, "bytes")),
     "tekken": PreTokenizer((_TEKKEN, "bytes"), True, True),
 }
 GRANITE_VOCABULARY = 49152  # the converter turns the first token off for llama models of this size
+# What the converter calls the same splitting in models of some architectures.
+OTHER_NAMES = {
+    "granite": {"smollm": "refact"},
+    "starcoder2": {"smollm": "starcoder"},
+    "command-r": {"smollm": "command-r"},
+    "cohere2": {"smollm": "command-r"},
+    "exaone4": {"gpt-2": "exaone4"},
+    "glm4": {"dbrx": "glm4"},
+}
 END = "<|endoftext|>"
-# Architectures whose tokenizer.model is read, and what the converter does for some of them.
+# Architectures whose SentencePiece vocabularies are read, and what is particular to some.
 BY_PIECES = ("gemma", "gemma2", "gemma3", "phi3")
 WITHOUT_SPACE = ("gemma", "gemma2", "gemma3")
 ADDED_OF_BOTH = ("phi3",)
@@ -53,7 +64,6 @@ BY_TEXT = {
 END_OF_TURN = {"gemma": {"eot": 107}}  # fixed ids, whatever the vocabulary
 SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
-SENTENCEPIECE_SPACE = "\u2581"
 SENTENCEPIECE = "default"  # the name that the converter gives its splitting
 
 
@@ -71,7 +81,8 @@ class Tokens(NamedTuple):
     @property
     def adds_bos(self) -> bool:
         """Whether llama.cpp begins a text with bos where no key says otherwise."""
-        return self.scores is not None or PRE_TOKENIZERS[self.pre].adds_bos
+        known = PRE_TOKENIZERS.get(self.pre)
+        return self.scores is not None or (known is not None and known.adds_bos)
 
 
 def read(folder: str | Path, config: Mapping[str, Any], arch: str = "llama") -> Tokens:
@@ -81,8 +92,7 @@ def read(folder: str | Path, config: Mapping[str, Any], arch: str = "llama") -> 
     more tokens than rows.
     """
     folder, rows = Path(folder), config["vocab_size"]
-    by_pieces = arch in BY_PIECES and (folder / gguf_sentencepiece.MODEL).is_file()
-    found = (_pieces if by_pieces else _byte_level)(folder, rows, arch)
+    found = (_pieces if _has_pieces(folder, arch) else _byte_level)(folder, rows, arch)
     special = found.special
     special.chat_template = _template(folder, special.chat_template)
     for kind in SPECIAL:
@@ -97,10 +107,17 @@ def read(folder: str | Path, config: Mapping[str, Any], arch: str = "llama") -> 
     return found
 
 
+def _has_pieces(folder: Path, arch: str) -> bool:
+    model = _json(folder / "tokenizer.json").get("model", {})
+    stored = (folder / gguf_sentencepiece.MODEL).is_file() or model.get("byte_fallback")
+    return arch in BY_PIECES and bool(stored)
+
+
 def _byte_level(folder: Path, rows: int, arch: str) -> Tokens:
     spec = _tokenizer_json(folder)
     settings = _json(folder / "tokenizer_config.json")
     pre = pre_tokenizer(spec)
+    pre = OTHER_NAMES.get(arch, {}).get(pre, pre)
     texts, types = _vocabulary(spec, settings, rows)
     special = gguf.SpecialVocab(folder, load_merges=True)
     space = settings.get("add_prefix_space") if ARCHITECTURES[arch].converter_llama else None
@@ -108,13 +125,20 @@ def _byte_level(folder: Path, rows: int, arch: str) -> Tokens:
 
 
 def _pieces(folder: Path, rows: int, arch: str) -> Tokens:
-    """tokenizer.model with the tokens that the folder's other files add."""
+    """The pieces with the tokens that the folder's other files add."""
     spec, settings = (_json(folder / f"{n}.json") for n in ("tokenizer", "tokenizer_config"))
     added = {int(i): t for i, t in settings.get("added_tokens_decoder", {}).items()}
     if arch in ADDED_OF_BOTH or not added:
         added |= {t["id"]: t for t in spec.get("added_tokens", [])}
     looks = lambda t: arch not in ADDED_OF_BOTH and _looks_special(t["content"])
-    pieces = gguf_sentencepiece.read(folder)
+    stored = (folder / gguf_sentencepiece.MODEL).is_file()
+    pieces = gguf_sentencepiece.read(folder) if stored else gguf_sentencepiece.from_json(spec)
+    unknown = sorted({*normalizers(spec)} - gguf_sentencepiece.NORMALIZERS)
+    if unknown or pieces.normalizes:
+        raise ValueError(
+            f"{folder}: llama.cpp cuts texts into SentencePiece's pieces as they are, the "
+            f"tokenizer changes them first: {unknown or 'by rules in ' + gguf_sentencepiece.MODEL}"
+        )
     texts, scores, types = gguf_sentencepiece.vocabulary(
         pieces, added, rows, lambda t: bool(t.get("special") or looks(t))
     )
@@ -193,21 +217,17 @@ def _tokenizer_json(folder: Path) -> dict[str, Any]:
     extras = {k: model[k] for k in AFFIXES if model.get(k)}
     if extras:
         raise ValueError(f"{folder}: llama.cpp's BPE has no {extras}")
-    if _normalizers(spec) not in ([], ["NFC"]):
+    if normalizers(spec) not in ([], ["NFC"]):
         raise ValueError(f"{folder}: normalizer {spec['normalizer']} has no GGUF form; known: NFC")
     return spec
 
 
 def _sentencepiece(folder: Path) -> str:
     return (
-        f"{folder} has a SentencePiece tokenizer (Llama 2, TinyLlama, Yi, Mistral), which can't be "
-        "written to GGUF yet; byte-level BPE can. The model can be saved as safetensors."
+        f"{folder} has a SentencePiece tokenizer, which can be written to GGUF for {BY_PIECES} "
+        "only (not for Llama 2, TinyLlama, Yi, Mistral); byte-level BPE can. The model can be "
+        "saved as safetensors."
     )
-
-
-def _normalizers(spec: dict[str, Any]) -> list[str]:
-    parts = spec.get("normalizer") or {"type": "Sequence", "normalizers": []}
-    return [p["type"] for p in parts.get("normalizers", [parts])]
 
 
 def _vocabulary(
@@ -231,7 +251,7 @@ def _vocabulary(
         elif i in added:
             control = added[i].get("special") or _looks_special(text)
             kind = TokenType.CONTROL if control else TokenType.USER_DEFINED
-            text = text if control else text.replace(SENTENCEPIECE_SPACE, " ")
+            text = text if control else text.replace(SPACE, " ")
         texts.append(text)
         types.append(kind)
     return texts, types
@@ -253,7 +273,7 @@ def _template(folder: Path, found: Any) -> Any:
 
 def _notes(spec: dict[str, Any]) -> list[str]:
     notes = []
-    if _normalizers(spec):
+    if "NFC" in normalizers(spec):
         notes.append("llama.cpp does not apply the tokenizer's NFC: decomposed text gets other ids")
     sticky = [
         t["content"]

@@ -149,6 +149,8 @@ BY_SENTENCEPIECE = ("gemma", "gemma2", "gemma3_text", "phi3")
 FORMATS = {name: ("f32",) for name in CONFIGS} | {"gemma2": ("f32", "bf16")}
 QUANTIZED = {name: ("q4_k_m",) for name in CONFIGS if name.startswith("wide_")}
 QUANTIZED |= {"wide_phi3": ("q4_k_m", "q5_k_m", "q8_0")}
+# As the converter calls the splitting of these families' tokenizers, which is the tiny one's too.
+PRES = dict(granite="refact", starcoder2="starcoder", cohere="command-r", cohere2="command-r")
 WITHOUT_PREFIX, WITH_PREFIX = b"\x18\x00", b"\x18\x01"  # add_dummy_prefix of the normalizer
 USER = "<|user|>"  # the converter looks for it in GLM-4's vocabulary
 
@@ -232,7 +234,9 @@ if __name__ == "__main__":
     sys.path[:0] = [str(llama_cpp), str(llama_cpp / "gguf-py")]
     from conversion.base import TextModel
 
-    TextModel.get_vocab_base_pre = lambda self, tokenizer: base.PRE
+    TextModel.get_vocab_base_pre = lambda self, tokenizer: PRES.get(
+        self.hparams["model_type"], base.PRE
+    )
     found = json.loads(ANSWERS.read_text()) if names and ANSWERS.is_file() else {}
     with tempfile.TemporaryDirectory() as work:
         found |= answers(Path(work), libraries, names or list(CONFIGS))

@@ -9,7 +9,10 @@ A family is a module with:
     embed(c, params, ids, rows)      what the first layer takes, of the table's rows if given
     norm(c, params, x), head(c, params), scores(c)
     block(c, kind, w, x, angles, attend, mlp) -> (x, what attend kept)
-    GGUF_ARCH, to_gguf(c, path, w)   optional: the GGUF name, and weights stored in another order
+and, where llama.cpp has the family,
+    GGUF_ARCH, to_gguf(c, path, w)   its name there, and weights that it stores otherwise (optional)
+    gguf_keys(c)                     keys of its own, by the names of gguf's writer (optional)
+    gguf_fixed(c)                    {what: (this model's, the only one of llama.cpp)} (optional)
 """
 
 from types import ModuleType
