@@ -1,6 +1,7 @@
 """Every family with adapters and in 4 bits: against PEFT and torch, and bitsandbytes' own files."""
 
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from bridge import hf, peft_adapter
 from bridge.safetensors_file import SafetensorsSource
 from unsloth_jax import FastLanguageModel, SFTConfig, SFTTrainer, lora, quant, tree
 from unsloth_jax.leaves import layer
+from workflows import family_table
 
 ROW = tiny.draw(21, 48)
 TOLERANCE = 1e-3  # of a gradient's norm
@@ -129,3 +131,14 @@ def test_a_trained_model_is_merged_into_what_transformers_computes(name, tmp_pat
     assert np.abs(again(ids) - theirs).max() <= 2e-4 * theirs.std()
     # Sums of base and adapters are rounded to 16 bits in the file, here they are not.
     assert np.abs(trained - theirs).mean() <= 0.1 * theirs.std()
+
+
+def test_the_page_of_families_shows_what_was_measured():
+    page = (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")
+    assert family_table.filled(page) == page
+
+
+def test_a_family_without_figures_is_named(tmp_path):
+    (tmp_path / "parity.json").write_text('{"figures": []}')
+    with pytest.raises(ValueError, match="no figures of cohere for .*run `make figures`"):
+        family_table.table(tmp_path / "parity.json")

@@ -24,7 +24,7 @@ LONG, SHORT = tiny.draw(1, LENGTH), tiny.draw(2, 40)
 PROMPTS = [tiny.draw(3, 24), tiny.draw(4, 5), tiny.draw(5, 13)]
 
 
-@pytest.fixture(scope="module", params=tiny.TINY)
+@pytest.fixture(scope="module", params=tiny.entries(tiny.TINY))
 def pair(request):
     return tiny.pair(request.param)
 
@@ -77,14 +77,16 @@ def answer(pair: tiny.Pair, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarr
     return scores.argmax(-1), scores
 
 
-def test_logits_equal_transformers(pair, figure):
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_logits_equal_transformers(name, figure):
     """Also that each row's length decides its own dynamic factor: one is within the context."""
+    pair = tiny.pair(name)
     found = score(pair, [LONG, SHORT])
     for ours, row in zip(found, (LONG, SHORT), strict=True):
         want = theirs(pair.model, row)
         off = np.abs(ours[: len(row)] - want).max() / want.std()
-        name = f"logits against transformers, {pair.model.config.model_type}, {len(row)} tokens"
-        figure(f"{name}, share of std", off, TOLERANCE)
+        said = f"logits against transformers, {pair.model.config.model_type}, {len(row)} tokens"
+        figure(f"{said}, share of std", off, TOLERANCE)
 
 
 def test_packed_rows_equal_separate_rows(pair, figure):

@@ -17,7 +17,7 @@ from bridge import peft_adapter
 from bridge.peft_adapter import Settings
 
 
-@pytest.mark.parametrize("name", LORA)
+@pytest.mark.parametrize("name", tiny.entries(LORA))
 def test_saved_files_hold_the_names_and_fields_that_peft_writes(name, tmp_path):
     pair, s = tiny.pair(name), LORA[name]
     peft_adapter.save(tmp_path / "ours", drawn(pair.params, s), s)
@@ -35,7 +35,7 @@ def arrays_equal(x, y) -> bool:
     return jax.tree.structure(x) == jax.tree.structure(y) and all(jax.tree.leaves(same))
 
 
-@pytest.mark.parametrize("name", LORA)
+@pytest.mark.parametrize("name", tiny.entries(LORA))
 def test_saved_adapters_load_bit_for_bit_with_their_settings(name, tmp_path):
     pair = tiny.pair(name)
     notes = {"chat_template_sha256": "12ab"}

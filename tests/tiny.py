@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 import transformers
 
@@ -103,6 +104,16 @@ EACH = {
     "olmo2": "olmo2", "smollm3": "smollm3", "starcoder2": "starcoder2", "glm4": "glm4",
     "exaone4": "exaone4",
 }  # fmt: skip
+# Entries whose parts others have too: all their tests but the logits' go to `make test-full`.
+LESSER = (
+    "ministral3", "gemma", "phi3_window", "granite", "cohere", "olmo2", "smollm3", "exaone4"
+)  # fmt: skip
+
+
+def entries(names) -> list:
+    """Entries as parameters of a test, LESSER ones marked slow."""
+    slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
+    return [slow(name) if name in LESSER else name for name in names]
 
 
 def redraw(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

@@ -21,12 +21,14 @@ MEASURED = {
     "4-bit file": "logits of bitsandbytes' 4-bit file",
 }
 TOLD = {
+    "exaone4": "GGUF with windows for 64 layers alone, as llama.cpp has it",
+    "gemma": "heads of 256: on a GPU attention goes through XLA, with all scores in memory",
     "gemma2": "soft-caps: on a GPU attention goes through XLA, with all scores in memory",
-    "gemma3_text": "text only",
+    "gemma3_text": "text only; heads of 256, as gemma",
     "llama": "see [performance](performance.md)",
     "ministral3": "text only",
-    "phi3": "LongRoPE's factors are chosen by a document's length when it starts",
-    "starcoder2": "dropout of the base, 0.1 in its configs, is not applied",
+    "phi3": "LongRoPE's factors by a document's length; no windows in GGUF, which is told",
+    "starcoder2": "dropout of the base, 0.1 in its configs, is not applied; windows as phi3",
 }
 
 
