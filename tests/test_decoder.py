@@ -140,8 +140,8 @@ def unrolled(module, c, params, b: Batch):
 
     for i, window in enumerate(module.kinds(c)):
 
-        def attend(q, k, v, *, scale, window):
-            y = reference(Rule(scale, window), q, k, v, b.segments, b.positions)
+        def attend(q, k, v, *, scale, window, cap=None):
+            y = reference(Rule(scale, window, cap), q, k, v, b.segments, b.positions)
             return y.reshape(*q.shape[:2], -1), None
 
         w = tree.unflatten({path: leaves.layer(leaf, i) for path, leaf in stacked.items()})

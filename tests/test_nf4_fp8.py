@@ -236,7 +236,7 @@ def test_without_a_fitting_gpu_naming_the_kernel_raises(monkeypatch):
     with pytest.raises(ValueError, match="needs a GPU"):
         nf4_fp8.products(*args, "pallas")
     monkeypatch.setattr(_choice, "capability", lambda: 8.0)
-    with _choice.target("gpu"), pytest.raises(ValueError, match="8.9 .*this GPU has 8.0"):
+    with _choice.target("gpu"), pytest.raises(ValueError, match="8.9, this GPU has 8.0"):
         nf4_fp8.products(*args, "pallas")
 
 

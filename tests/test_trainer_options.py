@@ -103,7 +103,7 @@ def test_settings_of_an_optimizer_are_checked_and_stand_in_checkpoints(base):
     run = trainer(fresh(base), optim="sgd", optim_args="momentums=0.9", max_steps=1)
     with pytest.raises(ValueError, match="'momentums' is not supported; nearest: momentum"):
         run.train()
-    facts = run._facts(1)
+    facts = run._facts({})
     names = {"optim_args", "embedding_learning_rate", "loraplus_lr_ratio", "initial pairs"}
     assert names <= facts.keys() and facts["optim_args"] == "momentums=0.9"
 

@@ -78,7 +78,7 @@ def test_thirty_steps_equal_trls_with_peft(base, way, figure):
     named = f"of 30 steps of SmolLM2 against TRL with PEFT, {way}"
     figure(f"losses {named}", furthest(run, way, "loss"), EXACT)
     figure(f"gradient norms {named}", furthest(run, way, "grad_norm"), EXACT)
-    figure(f"final adapters {named}", adapters_off(base.adapters, way), 2e-2)
+    figure(f"final adapters {named}", adapters_off(base.adapters, way), 2e-3)
 
 
 def test_adapters_with_another_scale_do_not_equal_trls(base):
