@@ -131,6 +131,12 @@ REFUSED = {
     "part of a head": ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5", "1"),
     "both directions": ("llama", dict(is_causal=False), "is_causal=False", "True"),
     "activation": ("qwen3", dict(hidden_act="swish2"), "'swish2'", "silu"),
+    "biases of joined projections": ("phi3", dict(attention_bias=True), "attention_bias", "False"),
+    "another kind of norm": ("starcoder2", dict(norm_type="rms"), "norm_type='rms'", "layer_norm"),
+    "a share of a head": ("cohere2", dict(rotary_pct=0.5), "rotary_pct=0.5", "1"),
+    "full layers first": (
+        "cohere2", dict(order_of_interleaved_layers="global_attn_first"), "global_attn_first",
+        "local_attn_first"),
     "rope type": ("llama", dict(rope_scaling={"type": "ntk", "factor": 2.0}), "'ntk'", "llama3"),
     "longrope": ("llama", dict(rope_parameters={"rope_type": "longrope"}), "'longrope'", "short_"),
     "rope key": (

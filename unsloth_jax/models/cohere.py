@@ -30,7 +30,7 @@ class Config(llama.Config):
 def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
     hf = {"rope_theta": 5e5, "max_position_embeddings": 8192} | _without_theta(hf)
-    common = read(hf, ("use_qk_norm",))
+    common = read(hf, ("use_qk_norm",), {})
     return Config(
         **common,
         rope=fields.rope(hf, common["head_width"]),
@@ -45,9 +45,9 @@ def _without_theta(hf: Mapping[str, Any]) -> dict[str, Any]:
     return dict(hf) | ({} if theta is None else {"rope_theta": theta})
 
 
-def read(hf: Mapping[str, Any], own: tuple[str, ...]) -> dict[str, Any]:
-    """The fields of `Config` that Cohere's models name alike."""
-    fields.check(hf, ("attention_bias", "layer_norm_eps", "logit_scale", *own))
+def read(hf: Mapping[str, Any], own: tuple[str, ...], only: dict[str, tuple]) -> dict[str, Any]:
+    """The fields of `Config` that Cohere's models name alike; `own`, `only` as `fields.check`'s."""
+    fields.check(hf, ("attention_bias", "layer_norm_eps", "logit_scale", *own), only)
     bias = hf.get("attention_bias", False)
     return fields.sizes(hf) | dict(
         eps=hf.get("layer_norm_eps", 1e-5),

@@ -21,15 +21,19 @@ from unsloth_jax.models.llama import kinds as kinds
 
 GGUF_ARCH = "cohere2"
 
-OWN = ("sliding_window", "layer_types", "sliding_window_pattern", "order_of_interleaved_layers")
+OWN = ("sliding_window", "layer_types", "sliding_window_pattern")
+ONLY = {
+    "order_of_interleaved_layers": ("local_attn_first",),
+    "position_embedding_type": ("rope_gptj",),
+    "rotary_pct": (1,),
+    "use_embedding_sharing": (True,),
+}
 
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
     hf = {"head_dim": 128, "max_position_embeddings": 8192, "sliding_window": 4096} | dict(hf)
-    common = cohere.read(
-        hf, (*OWN, "rotary_pct", "position_embedding_type", "use_embedding_sharing")
-    )
+    common = cohere.read(hf, OWN, ONLY)
     pattern = hf.get("sliding_window_pattern") or 4
     sliding = fields.sliding_layers(hf, common["layers"], pattern)
     if hf["sliding_window"] is None:

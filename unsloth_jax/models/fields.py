@@ -90,9 +90,17 @@ ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-def check(hf: Mapping[str, Any], own: Iterable[str] = ()) -> None:
-    """Raises ValueError for a field that is unknown here or missing, or a value not honoured."""
-    own = set(own)
+def check(
+    hf: Mapping[str, Any], own: Iterable[str] = (), only: dict[str, tuple] | None = None
+) -> None:
+    """Raises ValueError for a field that is unknown here or missing, or a value not honoured.
+
+    `own` are fields that the family reads itself, whatever their value; of those in `only` it
+    knows these values.
+    """
+    own, only = set(own), only or {}
+    fixed = {name: values for name, values in FIXED.items() if name not in own} | only
+    own |= set(only)
     known = HARMLESS | DENSE | set(FIXED) | own
     # Private names and token ids say how a file came about and what a sampler does.
     unknown = [
@@ -107,8 +115,8 @@ def check(hf: Mapping[str, Any], own: Iterable[str] = ()) -> None:
     missing = [name for name in REQUIRED if hf.get(name) is None]
     if missing:
         raise ValueError(f"config of {hf.get('model_type')!r} lacks {missing}, got {sorted(hf)}")
-    for name, values in FIXED.items():
-        if name not in own and name in hf and hf[name] not in values:
+    for name, values in fixed.items():
+        if name in hf and hf[name] not in values:
             raise ValueError(
                 f"config field {name}={hf[name]!r} is not supported; supported: {values}"
             )

@@ -24,9 +24,7 @@ DEFAULTS = dict(
 def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
     hf = DEFAULTS | dict(hf)
-    fields.check(hf, own=("sliding_window", "attention_bias", "partial_rotary_factor"))
-    if hf.get("attention_bias"):
-        raise ValueError("phi3 has no biases, got attention_bias=True")
+    fields.check(hf, ("sliding_window", "partial_rotary_factor"), {"attention_bias": (False, None)})
     common = fields.sizes(hf)
     return Config(
         **common,
