@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 from unsloth_jax.models import FAMILIES
-from workflows.option_table import BEGIN, END
+from workflows.marked import between
 
+BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 FIGURES = Path(__file__).parents[1] / "docs" / "results" / "parity.json"
 # Column -> how the figure's name begins; behind it stands the model_type.
 MEASURED = {
@@ -62,9 +63,7 @@ def table(path: Path = FIGURES) -> str:
 
 def filled(text: str, path: Path = FIGURES) -> str:
     """The page with its table anew; raises ValueError where it has no place."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"the page needs one {BEGIN} and after it one {END}")
-    return f"{text.split(BEGIN)[0]}{BEGIN}\n\n{table(path)}\n{END}{text.split(END)[1]}"
+    return between(text, BEGIN, END, f"\n\n{table(path)}\n")
 
 
 def main(line: list[str]) -> None:

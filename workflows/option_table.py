@@ -4,7 +4,6 @@ python -m workflows.option_table docs/sft.md
 """
 
 import inspect
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 from workflows import face_keywords, sft_config, sft_trainer
 from workflows.face import FastLanguageModel
+from workflows.marked import between
 from workflows.sft_config import SFTConfig
 from workflows.sft_trainer import SFTTrainer
 
@@ -78,10 +78,7 @@ def _shown(value: Any) -> str:
 
 def filled(text: str) -> str:
     """The page's text with its tables replaced; raises ValueError where it has no place."""
-    whole = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    if not whole.search(text):
-        raise ValueError(f"the page has no part from {BEGIN} to {END}")
-    return whole.sub(lambda _: f"{BEGIN}\n{page()}{END}", text)
+    return between(text, BEGIN, END, f"\n{page()}")
 
 
 def main(line: list[str]) -> None:

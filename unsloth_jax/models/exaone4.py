@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from unsloth_jax.dims import Params
-from unsloth_jax.layers import Attend, Mlp, feed_forward, rms_norm
+from unsloth_jax.layers import Attend, Mlp, feed_forward
 from unsloth_jax.models import fields, llama
 from unsloth_jax.models.llama import LAYERS as LAYERS
 from unsloth_jax.models.llama import angles as angles
@@ -16,6 +15,7 @@ from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import norm as norm
 from unsloth_jax.models.llama import scores as scores
 from unsloth_jax.models.olmo2 import NORMS as NORMS
+from unsloth_jax.models.olmo2 import post_normed
 from unsloth_jax.models.smollm3 import Config
 from unsloth_jax.models.smollm3 import kinds as kinds
 
@@ -72,13 +72,10 @@ def block(
 ):
     """One layer. `attend` owns masks and caches; its second result is passed through."""
     (turned, window), a = kind, w["self_attn"]
-    norms = lambda x, name: rms_norm(a[name]["weight"], x, c.eps)
-    unit = lambda name, x: rms_norm(w[name]["weight"], x, c.eps)
-
+    norms = lambda x, name: llama.unit(c, a[name], x)
     by = by["all"] if turned else None
-    y, kept = llama.attention(c, a, x, by, attend, window, norms=norms)
-    x = checkpoint_name(x + unit("post_attention_layernorm", y), "mid")
-    return x + unit("post_feedforward_layernorm", mlp(w["mlp"], x, c.activation)), kept
+    mixed = llama.attention(c, a, x, by, attend, window, norms=norms)
+    return post_normed(c, w, x, mixed, mlp, llama.unit)
 
 
 def gguf_keys(c: Config) -> dict[str, Any]:

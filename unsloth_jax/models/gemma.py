@@ -5,7 +5,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from unsloth_jax.dims import Params
@@ -74,12 +73,8 @@ def block(
     mlp: Mlp = feed_forward,
 ):
     """One layer. `attend` owns masks and caches; its second result is passed through."""
-    y = unit(c, w["input_layernorm"], x)
-    y, kept = llama.attention(c, w["self_attn"], y, by["all"], attend, window)
-    x = checkpoint_name(x + y, "mid")
-
-    y = unit(c, w["post_attention_layernorm"], x)
-    return x + mlp(w["mlp"], y, c.activation), kept
+    mix = lambda y: llama.attention(c, w["self_attn"], y, by["all"], attend, window)
+    return llama.pre_normed(c, w, x, mix, mlp, unit)
 
 
 def to_gguf(c: Config, path: str, w: np.ndarray) -> np.ndarray:

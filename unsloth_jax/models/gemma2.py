@@ -1,6 +1,6 @@
 """Gemma 2: norms before and after, soft-caps, windows on every other layer (arXiv:2408.00118)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,16 +85,23 @@ def block(
     mlp: Mlp = feed_forward,
 ):
     """One layer. `attend` owns masks and caches; its second result is passed through."""
-    y = unit(c, w["input_layernorm"], x)
-    y, kept = llama.attention(c, w["self_attn"], y, by["all"], attend, window, scale=c.scale)
+    a = w["self_attn"]
+    mix = lambda y: llama.attention(c, a, y, by["all"], attend, window, scale=c.scale)
+    return between_norms(c, w, x, mix, mlp)
+
+
+def between_norms(
+    c: Config,
+    w: Params,
+    x: Float[Array, "B T D"],
+    mix: Callable[[Array], tuple[Array, Any]],
+    mlp: Mlp,
+):
+    """A layer that normalizes what attention and MLP read and give; `mix` as `pre_normed`'s."""
+    y, kept = mix(unit(c, w["input_layernorm"], x))
     x = checkpoint_name(x + unit(c, w["post_attention_layernorm"], y), "mid")
-    return after(c, w, x, mlp), kept
-
-
-def after(c: Config, w: Params, x: Float[Array, "B T D"], mlp: Mlp) -> Float[Array, "B T D"]:
-    """The layer's second half."""
     y = mlp(w["mlp"], unit(c, w["pre_feedforward_layernorm"], x), c.activation)
-    return x + unit(c, w["post_feedforward_layernorm"], y)
+    return x + unit(c, w["post_feedforward_layernorm"], y), kept
 
 
 def gguf_keys(c: Config) -> dict[str, Any]:

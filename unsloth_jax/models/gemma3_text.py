@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from unsloth_jax import rope
@@ -15,7 +14,6 @@ from unsloth_jax.models.gemma import embed as embed
 from unsloth_jax.models.gemma import norm as norm
 from unsloth_jax.models.gemma import to_gguf as to_gguf
 from unsloth_jax.models.gemma import unit
-from unsloth_jax.models.gemma2 import after
 from unsloth_jax.models.gemma2 import scores as scores
 from unsloth_jax.models.llama import LAYERS as LAYERS
 from unsloth_jax.models.llama import head as head
@@ -99,13 +97,9 @@ def block(
 ):
     """One layer. `attend` owns masks and caches; its second result is passed through."""
     (sliding, window), a = kind, w["self_attn"]
-    norms = lambda x, name: unit(c, a[name], x)
-
-    y = unit(c, w["input_layernorm"], x)
-    turned = by["local" if sliding else "full"]
-    y, kept = llama.attention(c, a, y, turned, attend, window, norms=norms, scale=c.scale)
-    x = checkpoint_name(x + unit(c, w["post_attention_layernorm"], y), "mid")
-    return after(c, w, x, mlp), kept
+    norms, by = lambda x, name: unit(c, a[name], x), by["local" if sliding else "full"]
+    mix = lambda y: llama.attention(c, a, y, by, attend, window, norms=norms, scale=c.scale)
+    return gemma2.between_norms(c, w, x, mix, mlp)
 
 
 def gguf_keys(c: Config) -> dict[str, Any]:

@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from unsloth_jax.dims import Params, Scores
-from unsloth_jax.layers import Attend, Mlp, feed_forward, rms_norm, scaled
+from unsloth_jax.layers import Attend, Mlp, feed_forward, scaled
 from unsloth_jax.models import fields, llama
 from unsloth_jax.models.llama import LAYERS as LAYERS
 from unsloth_jax.models.llama import angles as angles
@@ -76,12 +75,9 @@ def block(
     mlp: Mlp = feed_forward,
 ):
     """One layer. `attend` owns masks and caches; its second result is passed through."""
-    y = rms_norm(w["input_layernorm"]["weight"], x, c.eps)
-    y, kept = llama.attention(c, w["self_attn"], y, by["all"], attend, window, scale=c.scale)
-    x = checkpoint_name(x + scaled(y, c.residual_scale), "mid")
-
-    y = rms_norm(w["post_attention_layernorm"]["weight"], x, c.eps)
-    return x + scaled(mlp(w["mlp"], y, c.activation), c.residual_scale), kept
+    a = w["self_attn"]
+    mix = lambda y: llama.attention(c, a, y, by["all"], attend, window, scale=c.scale)
+    return llama.pre_normed(c, w, x, mix, mlp, scale=c.residual_scale)
 
 
 def gguf_keys(c: Config) -> dict[str, Any]:

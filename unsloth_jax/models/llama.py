@@ -14,13 +14,14 @@ from jaxtyping import Array, Float, Int
 
 from unsloth_jax import leaves, rope
 from unsloth_jax.dims import Params, Scores
-from unsloth_jax.layers import Attend, Mlp, feed_forward, rms_norm
+from unsloth_jax.layers import Attend, Mlp, feed_forward, rms_norm, scaled
 from unsloth_jax.leaves import linear, linears
 from unsloth_jax.models import fields
 
 GGUF_ARCH = "llama"
 LAYERS = "model.layers"
 NORMS = ("input_layernorm", "post_attention_layernorm")
+Unit = Callable[[Any, Params, Array], Array]
 Matrices = Mapping[str, tuple[tuple[int, ...], tuple[str, ...], bool]]
 
 
@@ -112,8 +113,13 @@ def embed(
     return leaves.embed(params["model"]["embed_tokens"], ids) if rows is None else rows
 
 
+def unit(c: Config, node: Params, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """RMSNorm by the node's weight."""
+    return rms_norm(node["weight"], x, c.eps)
+
+
 def norm(c: Config, params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    return rms_norm(params["model"]["norm"]["weight"], x, c.eps)
+    return unit(c, params["model"]["norm"], x)
 
 
 def head(c: Config, params: Params) -> Params:
@@ -178,12 +184,27 @@ def block(
     mlp: Mlp = feed_forward,
 ):
     """One layer. `attend` owns masks and caches; its second result is passed through."""
-    y = rms_norm(w["input_layernorm"]["weight"], x, c.eps)
-    y, kept = attention(c, w["self_attn"], y, by["all"], attend, window)
-    x = checkpoint_name(x + y, "mid")
+    mix = lambda y: attention(c, w["self_attn"], y, by["all"], attend, window)
+    return pre_normed(c, w, x, mix, mlp)
 
-    y = rms_norm(w["post_attention_layernorm"]["weight"], x, c.eps)
-    return x + mlp(w["mlp"], y, c.activation), kept
+
+def pre_normed(
+    c: Config,
+    w: Params,
+    x: Float[Array, "B T D"],
+    mix: Callable[[Array], tuple[Array, Any]],
+    mlp: Mlp,
+    unit: Unit = unit,
+    scale: float = 1.0,
+):
+    """A layer that normalizes what attention and MLP read; what they give is times `scale`.
+
+    `mix` is attention, with what it kept; `unit(c, node, x)` the norm by a node's weights.
+    """
+    y, kept = mix(unit(c, w["input_layernorm"], x))
+    x = checkpoint_name(x + scaled(y, scale), "mid")
+    y = unit(c, w["post_attention_layernorm"], x)
+    return x + scaled(mlp(w["mlp"], y, c.activation), scale), kept
 
 
 def to_gguf(c: Config, path: str, w: np.ndarray) -> np.ndarray:

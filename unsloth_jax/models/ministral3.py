@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from unsloth_jax.dims import Params
-from unsloth_jax.layers import Attend, Mlp, feed_forward, rms_norm
+from unsloth_jax.layers import Attend, Mlp, feed_forward
 from unsloth_jax.models import fields, llama
 from unsloth_jax.models.llama import LAYERS as LAYERS
 from unsloth_jax.models.llama import embed as embed
@@ -82,14 +81,9 @@ def block(
     mlp: Mlp = feed_forward,
 ):
     """One layer. `attend` owns masks and caches; its second result is passed through."""
-    y = rms_norm(w["input_layernorm"]["weight"], x, c.eps)
-    y, kept = llama.attention(
-        c, w["self_attn"], y, by["all"], attend, window, query_scale=by["queries"]
-    )
-    x = checkpoint_name(x + y, "mid")
-
-    y = rms_norm(w["post_attention_layernorm"]["weight"], x, c.eps)
-    return x + mlp(w["mlp"], y, c.activation), kept
+    a, grown = w["self_attn"], by["queries"]
+    mix = lambda y: llama.attention(c, a, y, by["all"], attend, window, query_scale=grown)
+    return llama.pre_normed(c, w, x, mix, mlp)
 
 
 def gguf_keys(c: Config) -> dict[str, Any]:

@@ -70,6 +70,22 @@ def block(
     a = w["self_attn"]
     across = lambda x, name: unit(c, a[name], x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
-    y, kept = llama.attention(c, a, x, by["all"], attend, window, norms=across)
+    mixed = llama.attention(c, a, x, by["all"], attend, window, norms=across)
+    return post_normed(c, w, x, mixed, mlp, unit)
+
+
+def post_normed(
+    c: Any,
+    w: Params,
+    x: Float[Array, "B T D"],
+    mixed: tuple[Array, Any],
+    mlp: Mlp,
+    unit: llama.Unit,
+):
+    """A layer that normalizes what attention and MLP give.
+
+    `mixed` is attention of x, with what it kept; `unit` as `llama.pre_normed`'s.
+    """
+    y, kept = mixed
     x = checkpoint_name(x + unit(c, w["post_attention_layernorm"], y), "mid")
     return x + unit(c, w["post_feedforward_layernorm"], mlp(w["mlp"], x, c.activation)), kept

@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from unsloth_jax.dims import Params
-from unsloth_jax.layers import Attend, Mlp, feed_forward, rms_norm
+from unsloth_jax.layers import Attend, Mlp, feed_forward
 from unsloth_jax.models import fields, llama, qwen2
 from unsloth_jax.models.llama import LAYERS, Config
 from unsloth_jax.models.llama import angles as angles
@@ -56,11 +55,6 @@ def block(
 ):
     """One layer. `attend` owns masks and caches; its second result is passed through."""
     a = w["self_attn"]
-    norms = lambda x, name: rms_norm(a[name]["weight"], x, c.eps)
-
-    y = rms_norm(w["input_layernorm"]["weight"], x, c.eps)
-    y, kept = llama.attention(c, a, y, by["all"], attend, window, norms=norms)
-    x = checkpoint_name(x + y, "mid")
-
-    y = rms_norm(w["post_attention_layernorm"]["weight"], x, c.eps)
-    return x + mlp(w["mlp"], y, c.activation), kept
+    norms = lambda x, name: llama.unit(c, a[name], x)
+    mix = lambda y: llama.attention(c, a, y, by["all"], attend, window, norms=norms)
+    return llama.pre_normed(c, w, x, mix, mlp)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from unsloth_jax.dims import Params
@@ -60,8 +59,13 @@ def weights(c: Config) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
     return out | {path.replace(".weight", ".bias"): out[path] for path in norms}
 
 
+def unit(c: Config, node: Params, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """Layer norm by the node's weight and bias."""
+    return layer_norm(node, x, c.eps)
+
+
 def norm(c: Config, params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    return layer_norm(params["model"]["norm"], x, c.eps)
+    return unit(c, params["model"]["norm"], x)
 
 
 def block(
@@ -74,12 +78,8 @@ def block(
     mlp: Mlp = feed_forward,
 ):
     """One layer. `attend` owns masks and caches; its second result is passed through."""
-    y = layer_norm(w["input_layernorm"], x, c.eps)
-    y, kept = llama.attention(c, w["self_attn"], y, by["all"], attend, window)
-    x = checkpoint_name(x + y, "mid")
-    return x + mlp(
-        w["mlp"], layer_norm(w["post_attention_layernorm"], x, c.eps), c.activation
-    ), kept
+    mix = lambda y: llama.attention(c, w["self_attn"], y, by["all"], attend, window)
+    return llama.pre_normed(c, w, x, mix, mlp, unit)
 
 
 def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workflows.bench import rows
+from workflows.marked import between
 
 DOCS = Path(__file__).parents[2] / "docs"
 START = "<!-- table: python -m workflows.bench.performance -->"
@@ -69,10 +70,7 @@ def text(found: Sequence[rows.Row]) -> str:
 
 def put(page: str, table: str) -> str:
     """The page with the table between the two markers; raises ValueError where they are not."""
-    if page.count(START) != 1 or page.count(END) != 1 or page.index(START) > page.index(END):
-        raise ValueError(f"the page needs one {START} and after it one {END}")
-    before, rest = page.split(START)
-    return f"{before}{START}\n\n{table}\n\n{END}{rest.split(END)[1]}"
+    return between(page, START, END, f"\n\n{table}\n\n")
 
 
 def main(line: list[str] | None = None) -> None:
