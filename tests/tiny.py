@@ -2,6 +2,7 @@
 
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 import transformers
 
-from unsloth_jax import decoder, tree
-from unsloth_jax.models import family as family_of
+from bridge import hf
+from bridge.safetensors_file import SafetensorsSource
+from unsloth_jax import decoder
 
 SMALL = dict(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
@@ -158,14 +160,9 @@ class Pair(NamedTuple):
 
 
 def ours(model: torch.nn.Module) -> tuple[ModuleType, Any, dict]:
-    """(family, config, parameters) of transformers' model, without going through files."""
-    hf = model.config.to_dict()
-    family = family_of(hf["model_type"])
-    c = family.config(hf)
-    state = {name: p.numpy() for name, p in model.state_dict().items()}
-    stack = lambda path: np.stack([state[path.replace("*", str(i))] for i in range(c.layers)])
-    flat = {p: jnp.asarray(stack(p) if "*" in p else state[p]) for p in family.weights(c)}
-    return family, c, tree.unflatten(flat)
+    """(family, config, parameters) of transformers' model, read from what it saves."""
+    with TemporaryDirectory() as folder:
+        return hf.load(SafetensorsSource(save(model, Path(folder))))
 
 
 @cache
