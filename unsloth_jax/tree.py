@@ -56,9 +56,13 @@ ROUTERS = ("gate", "router")
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
 
+def of_router(path: str) -> bool:
+    """Whether a weight decides which experts a token goes to: these stay in float32."""
+    return path.split(".")[-2] in ROUTERS
+
+
 def of_linear(path: str) -> bool:
     """Whether a path is a linear module's weight or all experts' matrices in one."""
-    owner, _, last = path.rpartition(".")
-    if last == "weight":
-        return not of_norm(path) and owner.rpartition(".")[2] not in ROUTERS
+    if path.endswith(".weight"):
+        return not of_norm(path) and not of_router(path)
     return path.endswith(EXPERTS)
