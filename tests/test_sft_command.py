@@ -160,7 +160,7 @@ def test_a_dry_run_of_a_plan_that_fits_nowhere_says_what_would(there, capsys):
         ("system_message: hi", "system_message needs a chat_template"),
         ("instruction_part: hi", "need train_on_responses_only"),
         ("eval_dataset: [a.jsonl, b.jsonl]", "need a name each, as name=path"),
-        ("load_in_8bit: true", "load_in_8bit=True is not supported yet"),
+        ("load_in_fp8: true", "load_in_fp8=True is not supported yet"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named_before_anything_is_trained(there, text, error):
