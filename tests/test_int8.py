@@ -384,6 +384,30 @@ def test_what_we_write_is_read_by_transformers_with_its_own_logits(folder, their
     np.testing.assert_array_equal(got, want)
 
 
+FAMILIES = [
+    name if name == "llama" else pytest.param(name, marks=pytest.mark.slow)
+    for name in tiny.EACH.values()
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_transformers_8_bit_folder_of_each_family_gives_its_dequantized_logits(name, tmp_path):
+    tiny.reference(name).save_pretrained(tmp_path / "plain")
+    how = dict(quantization_config=eight_bits())
+    opened(tmp_path / "plain", **how).save_pretrained(tmp_path / "eight")
+    source = SafetensorsSource(tmp_path / "eight")
+    family, c, params = hf.load(source, jnp.float32, "int8")
+    found, linear = the_leaves(params), [p for p in family.weights(c) if hf.is_linear(p)]
+    assert len(found) == len(linear) >= 4
+    rows = [tiny.draw(1, 20)]
+    model = opened(tmp_path / "eight").dequantize(torch.float32).float()
+    want = their_logits(model, rows)
+    got = tiny.logits(family, c, params, *tiny.padded(rows, 20))
+    assert np.abs(got - want).max() <= 1e-4 * want.std()
+    plainly = their_logits(opened(tmp_path / "plain"), rows)
+    assert np.abs(plainly - want).max() > 1e-3 * want.std()
+
+
 def changed(folder, change):
     """The folder with its tensors changed in place."""
     tensors = load_file(folder / "model.safetensors")
