@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from functools import partial
 from types import ModuleType
 
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from transformers.activations import ACT2FN
 
 from unsloth_jax import decoder, decoding, rope, tree
 from unsloth_jax.layers import ACTIVATIONS
-from unsloth_jax.models import fields, llama
+from unsloth_jax.leaves import map_stacks
+from unsloth_jax.models import fields, layers_of, llama
 
 LENGTH = 96  # beyond every window and every rope context of TINY
 TOLERANCE = 1e-4  # of the logits' standard deviation
@@ -110,12 +112,13 @@ def weight_mutations(params: dict):
     flat = tree.flatten(params)
     for path, w in flat.items():
         if path.endswith("bias"):
-            wrong = jnp.zeros_like(w)
+            wrong = jnp.zeros_like
         elif "norm" in path:
-            wrong = jnp.ones_like(w)
+            wrong = jnp.ones_like
         else:
-            wrong = jnp.roll(w, 1, axis=-2)
-        yield path, tree.unflatten(flat | {path: wrong})
+            # Of a convolution the taps, of a layer's vectors those of another layer.
+            wrong = partial(jnp.roll, shift=1, axis=-1 if "conv1d" in path else -2)
+        yield path, tree.unflatten(flat | {path: map_stacks(wrong, w)})
 
 
 SHARED = {field.name for field in dataclasses.fields(llama.Config)}
@@ -125,6 +128,7 @@ CAPPED = tiny.CAPS["final_logit_softcapping"]
 def config_mutations(pair):
     """(what, changed config) for every switch that leaves the weights' shapes alone."""
     c, weights = pair.config, pair.family.weights
+    paths = weights(c)
     if any(c.windows):
         other = 9 if all(c.windows) else 8
         yield "no window", dataclasses.replace(c, windows=(None,) * c.layers)
@@ -141,7 +145,9 @@ def config_mutations(pair):
         if field.name not in SHARED and getattr(c, field.name) is not None:
             value = left_out(getattr(c, field.name))
             changed = dataclasses.replace(c, **{field.name: value})
-            if weights(changed) == weights(c):
+            alike = lambda path, c=changed: layers_of(pair.family, c, path)
+            same = all(alike(path) == layers_of(pair.family, pair.config, path) for path in paths)
+            if weights(changed) == weights(c) and same:
                 yield field.name, changed
     if c.attention_cap is not None:
         yield "attention_cap", dataclasses.replace(c, attention_cap=None)
@@ -275,6 +281,8 @@ def spelled_as_transformers_4(hf: dict, kind: str) -> dict:
     scaling = dict(hf["rope_parameters"])
     name = scaling.pop("rope_type")
     old |= {"rope_theta": scaling.pop("rope_theta"), "torch_dtype": "float32"}
+    if name == "default" and "partial_rotary_factor" in scaling:
+        old["partial_rotary_factor"] = scaling["partial_rotary_factor"]
     return old | {"rope_scaling": None if name == "default" else {kind: name} | scaling}
 
 

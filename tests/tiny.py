@@ -12,8 +12,9 @@ import pytest
 import torch
 import transformers
 
-from unsloth_jax import decoder, tree
+from unsloth_jax import decoder
 from unsloth_jax.models import family as family_of
+from unsloth_jax.models import layers_of, tree_of
 
 SMALL = dict(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
@@ -45,6 +46,10 @@ CAPS = dict(query_pre_attn_scalar=20, attn_logit_softcapping=3.0, final_logit_so
 LONGROPE = dict(
     rope_type="longrope", rope_theta=2e4, partial_rotary_factor=0.75,
     short_factor=[1.0, 1.1, 1.2, 1.4, 1.7, 2.0], long_factor=[1.5, 2.0, 2.5, 3.0, 4.0, 6.0],
+)  # fmt: skip
+MAMBA = dict(
+    mamba_d_ssm=96, mamba_n_heads=6, mamba_n_groups=2, mamba_d_state=16, mamba_d_conv=3,
+    mamba_chunk_size=16, num_hidden_layers=2,
 )  # fmt: skip
 BIASED = dict(attention_bias=True, rms_norm_eps=0.02)
 
@@ -94,6 +99,25 @@ TINY: dict[str, tuple[str, dict]] = {
     "starcoder2": ("Starcoder2", PLAIN | dict(norm_epsilon=0.02, sliding_window=8)),
     "glm4": ("Glm4", SMALL | dict(rms_norm_eps=0.02)),
     "exaone4": ("Exaone4", SMALL | WINDOWED | dict(rms_norm_eps=0.02)),
+    "qwen3_5_text": (
+        "Qwen3_5Text", SMALL | dict(
+            num_hidden_layers=4, rms_norm_eps=0.02, attention_bias=True,
+            layer_types=[*["linear_attention"] * 2, "full_attention", "linear_attention"],
+            rope_parameters=DEFAULT | dict(partial_rotary_factor=0.5, mrope_section=[3, 3, 2]),
+            linear_conv_kernel_dim=3, linear_key_head_dim=16, linear_value_head_dim=24,
+            linear_num_key_heads=2, linear_num_value_heads=4),
+    ),
+    "falcon_h1": (
+        "FalconH1", SMALL | MAMBA | BIASED | dict(
+            mlp_bias=True, mamba_proj_bias=True, projectors_bias=True, mamba_rms_norm=True,
+            embedding_multiplier=0.6, lm_head_multiplier=0.5, key_multiplier=0.7,
+            attention_in_multiplier=1.3, attention_out_multiplier=0.8, ssm_in_multiplier=0.9,
+            ssm_out_multiplier=1.2, mlp_multipliers=[1.4, 0.7],
+            ssm_multipliers=[1.3, 0.8, 0.7, 1.2, 0.6]),
+    ),
+    "falcon_h1_plain": (
+        "FalconH1", PLAIN | MAMBA | dict(mamba_conv_bias=False, tie_word_embeddings=True),
+    ),
 }  # fmt: skip
 
 # One entry of each family, by its model_type.
@@ -102,7 +126,7 @@ EACH = {
     "qwen3": "qwen3", "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3_text",
     "phi3": "phi3", "granite": "granite", "cohere": "cohere", "cohere2": "cohere2",
     "olmo2": "olmo2", "smollm3": "smollm3", "starcoder2": "starcoder2", "glm4": "glm4",
-    "exaone4": "exaone4",
+    "exaone4": "exaone4", "qwen3_5_text": "qwen3_5_text", "falcon_h1": "falcon_h1",
 }  # fmt: skip
 # Entries whose parts others have too: all their tests but the logits' go to `make test-full`.
 LESSER = (
@@ -123,6 +147,11 @@ def redraw(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         for name, p in model.named_parameters():
             if name.endswith("bias"):
                 value = rng.normal(0, 0.5, p.shape)
+            elif name.endswith("A_log"):
+                # States that fade within some tens of tokens, as trained ones do.
+                value = rng.uniform(-3, 0, p.shape)
+            elif "conv1d" in name:
+                value = rng.normal(0, 1.5 / np.sqrt(p.shape[-1]), p.shape)
             elif p.ndim == 1 or "norm" in name:
                 value = rng.uniform(0.5, 1.5, p.shape)
             elif "embed_tokens" in name:
@@ -163,9 +192,13 @@ def ours(model: torch.nn.Module) -> tuple[ModuleType, Any, dict]:
     family = family_of(hf["model_type"])
     c = family.config(hf)
     state = {name: p.numpy() for name, p in model.state_dict().items()}
-    stack = lambda path: np.stack([state[path.replace("*", str(i))] for i in range(c.layers)])
-    flat = {p: jnp.asarray(stack(p) if "*" in p else state[p]) for p in family.weights(c)}
-    return family, c, tree.unflatten(flat)
+
+    def made(path, _):
+        ids = layers_of(family, c, path)
+        names = [path.replace("*", str(i)) for i in ids]
+        return jnp.asarray(np.stack([state[name] for name in names]) if ids else state[path])
+
+    return family, c, tree_of(family, c, made)
 
 
 @cache

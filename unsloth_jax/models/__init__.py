@@ -9,18 +9,26 @@ A family is a module with:
     embed(c, params, ids, rows)      what the first layer takes, of the table's rows if given
     norm(c, params, x), head(c, params), scores(c)
     block(c, kind, w, x, angles, attend, mlp) -> (x, what attend kept)
+    holds(c, kind)                   what a cache holds of such a layer (optional)
 and, where llama.cpp has the family,
     GGUF_ARCH, to_gguf(c, path, w)   its name there, and weights that it stores otherwise (optional)
     gguf_keys(c)                     keys of its own, by the names of gguf's writer (optional)
     gguf_fixed(c)                    {what: (this model's, the only one of llama.cpp)} (optional)
 """
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
+from unsloth_jax import tree
+from unsloth_jax.dims import Params
+from unsloth_jax.layers import Holds
+from unsloth_jax.leaves import Stacks
 from unsloth_jax.models import (
     cohere,
     cohere2,
     exaone4,
+    falcon_h1,
     gemma,
     gemma2,
     gemma3_text,
@@ -33,6 +41,7 @@ from unsloth_jax.models import (
     phi3,
     qwen2,
     qwen3,
+    qwen3_5_text,
     smollm3,
     starcoder2,
 )
@@ -41,6 +50,7 @@ FAMILIES: dict[str, ModuleType] = {
     "cohere": cohere,
     "cohere2": cohere2,
     "exaone4": exaone4,
+    "falcon_h1": falcon_h1,
     "gemma": gemma,
     "gemma2": gemma2,
     "gemma3_text": gemma3_text,
@@ -53,6 +63,7 @@ FAMILIES: dict[str, ModuleType] = {
     "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "qwen3_5_text": qwen3_5_text,
     "smollm3": smollm3,
     "starcoder2": starcoder2,
 }
@@ -65,3 +76,28 @@ def family(model_type: str) -> ModuleType:
             f"model_type {model_type!r} is not supported; supported: {sorted(FAMILIES)}"
         )
     return FAMILIES[model_type]
+
+
+def layers_of(model: ModuleType, c: Any, path: str) -> tuple[int, ...]:
+    """Numbers of the layers that have this weight of `weights(c)`, () for one in no layer."""
+    if ".*." not in path:
+        return ()
+    own = getattr(model, "layers_of", None)
+    return tuple(range(c.layers)) if own is None else own(c, path)
+
+
+def tree_of(model: ModuleType, c: Any, make: Callable[[str, tuple[int, ...]], Any]) -> Params:
+    """A parameter tree of `make(path, shape)`, the shapes with their layers."""
+    flat = {}
+    for path, (shape, _) in model.weights(c).items():
+        ids = layers_of(model, c, path)
+        leaf = make(path, (len(ids), *shape) if ids else shape)
+        whole = ids in ((), tuple(range(c.layers)))
+        flat[path] = leaf if whole else Stacks((leaf,), (ids,))
+    return tree.unflatten(flat)
+
+
+def holds(model: ModuleType, c: Any) -> tuple[Holds, ...]:
+    """What a cache holds of each layer: keys and values, unless the family says otherwise."""
+    own = getattr(model, "holds", None)
+    return tuple(Holds() if own is None else own(c, kind) for kind in model.kinds(c))
