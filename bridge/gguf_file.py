@@ -18,6 +18,7 @@ from gguf import GGMLQuantizationType as Kind
 from bridge import gguf_blocks, gguf_header, gguf_metadata, gguf_tokens, hf, verify_gguf
 from bridge.gguf_architectures import ARCHITECTURES
 from bridge.gguf_blocks import Choice, Format
+from bridge.places import places
 from bridge.safetensors_file import Weight, check_space
 from bridge.source import Header
 from unsloth_jax.models import FAMILIES, family
@@ -133,7 +134,7 @@ def _named(model: ModuleType, c: Any, weights: list[Weight]) -> dict[str, Weight
 
     Raises ValueError for a bias that llama.cpp has no place for.
     """
-    wanted = {name for path in model.weights(c) for name in hf.names(path, c.layers)}
+    wanted = set(places(model, c))
     out = {}
     for name, w in gguf_metadata.rope_factors(c.rope).items():
         out[name] = Weight(name, w.shape, w.dtype, lambda w=w: w)

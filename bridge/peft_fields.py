@@ -8,10 +8,11 @@ from typing import Any
 
 # Starts that leave the base as it is: the pair in the file is the whole difference.
 STARTS = (True, False, "gaussian", "orthogonal")
-REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
+REQUIRED = ("peft_type", "r", "lora_alpha")
 USED = frozenset(
-    """r lora_alpha lora_dropout use_rslora use_dora target_modules exclude_modules modules_to_save
-    ensure_weight_tying layers_to_transform init_lora_weights base_model_name_or_path
+    """r lora_alpha lora_dropout use_rslora use_dora target_modules target_parameters
+    exclude_modules modules_to_save ensure_weight_tying layers_to_transform init_lora_weights
+    base_model_name_or_path
     revision""".split()
 )
 HARMLESS = frozenset(
@@ -29,6 +30,9 @@ FIXED: dict[str, tuple] = {
 def check(fields: Mapping[str, Any], where: str) -> None:
     """Raises one ValueError naming each field of an adapter_config.json that is not honoured."""
     wrong = [f"{name} is missing" for name in REQUIRED if fields.get(name) in (None, [], "")]
+    targets = ("target_modules", "target_parameters")
+    if all(fields.get(name) in (None, [], "") for name in targets):
+        wrong.append("target_modules is missing")
     off = (None, False, "", [], {})
     for name, value in fields.items():
         allowed = FIXED.get(name, off)

@@ -2,6 +2,7 @@
 
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -12,9 +13,9 @@ import pytest
 import torch
 import transformers
 
+from bridge import hf
+from bridge.safetensors_file import SafetensorsSource
 from unsloth_jax import decoder
-from unsloth_jax.models import family as family_of
-from unsloth_jax.models import layers_of, tree_of
 
 SMALL = dict(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
@@ -187,18 +188,9 @@ class Pair(NamedTuple):
 
 
 def ours(model: torch.nn.Module) -> tuple[ModuleType, Any, dict]:
-    """(family, config, parameters) of transformers' model, without going through files."""
-    hf = model.config.to_dict()
-    family = family_of(hf["model_type"])
-    c = family.config(hf)
-    state = {name: p.numpy() for name, p in model.state_dict().items()}
-
-    def made(path, _):
-        ids = layers_of(family, c, path)
-        names = [path.replace("*", str(i)) for i in ids]
-        return jnp.asarray(np.stack([state[name] for name in names]) if ids else state[path])
-
-    return family, c, tree_of(family, c, made)
+    """(family, config, parameters) of transformers' model, read from what it saves."""
+    with TemporaryDirectory() as folder:
+        return hf.load(SafetensorsSource(save(model, Path(folder))))
 
 
 @cache

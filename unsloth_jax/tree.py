@@ -49,3 +49,17 @@ def matcher(targets: tuple[str, ...] | str) -> Callable[[str], bool]:
 def of_norm(path: str) -> bool:
     """Whether a weight belongs to a norm: some are tables [heads, head width] like a matrix."""
     return path.split(".")[-2].endswith("norm")
+
+
+# Modules of transformers 5 with a weight that are not linear: what sends tokens to experts, and
+# convolutions.
+OTHERS = ("gate", "router", "conv1d")
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+def of_linear(path: str) -> bool:
+    """Whether a path is a linear module's weight or all experts' matrices in one."""
+    owner, _, last = path.rpartition(".")
+    if last == "weight":
+        return not of_norm(path) and owner.rpartition(".")[2] not in OTHERS
+    return path.endswith(EXPERTS)

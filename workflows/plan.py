@@ -29,6 +29,7 @@ from unsloth_jax import lora, optim, plan, quant, tree
 from unsloth_jax.dims import Params
 from unsloth_jax.leaves import Hosted
 from unsloth_jax.models import family as family_of
+from unsloth_jax.models import tree_of
 from unsloth_jax.plan import UNBOUNDED, Budget, Job, Plan
 from unsloth_jax.remat import Memory
 from unsloth_jax.train import State, make_step, start
@@ -100,9 +101,7 @@ def shapes(fields: dict[str, Any], dtype: Any, quantized: bool) -> tuple[ModuleT
     c = family.config(fields)
 
     def made() -> Params:
-        whole = lambda path, shape: (c.layers, *shape) if ".*." in path else shape
-        flat = {p: jnp.zeros(whole(p, s), dtype) for p, (s, _) in family.weights(c).items()}
-        params = tree.unflatten(flat)
+        params = tree_of(family, c, lambda _, shape: jnp.zeros(shape, dtype))
         return quant.quantize(params, "nf4", hf.is_linear) if quantized else params
 
     return family, c, jax.eval_shape(made)

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from bridge import hf
+from bridge.places import places
 from tests.oracles import gguf_answers as base
 from unsloth_jax.models import family
 
@@ -159,11 +159,7 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every weight of the checkpoint, by its Hugging Face name."""
     model = family(config["model_type"])
     c = model.config(config)
-    return {
-        name: shape
-        for path, (shape, _) in model.weights(c).items()
-        for name in hf.names(path, c.layers)
-    }
+    return {name: place.shape for name, place in places(model, c).items()}
 
 
 def values(config: dict[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:

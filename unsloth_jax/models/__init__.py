@@ -2,7 +2,8 @@
 
 A family is a module with:
     config(hf) -> Config             frozen and hashable, made from config.json
-    weights(c)                       every weight's Hugging Face name -> (shape, logical axes)
+    weights(c)                       every weight's Hugging Face name -> (shape, logical axes);
+                                     with a second `*` the shape's first axis counts its experts
     LAYERS                           the path under which the stacked layers lie
     kinds(c)                         what is static about each layer, one hashable value a layer
     angles(c, positions, lengths)    {kind: (cos, sin)}
@@ -10,6 +11,9 @@ A family is a module with:
     norm(c, params, x), head(c, params), scores(c)
     block(c, kind, w, x, angles, attend, mlp) -> (x, what attend kept)
     holds(c, kind)                   what a cache holds of such a layer (optional)
+where not all layers have all weights, or files hold some the other way round,
+    layers_of(c, path)               numbers of the layers that have a weight (optional)
+    TRANSPOSED                       paths of which files hold the last two axes swapped (optional)
 and, where llama.cpp has the family,
     GGUF_ARCH, to_gguf(c, path, w)   its name there, and weights that it stores otherwise (optional)
     gguf_keys(c)                     keys of its own, by the names of gguf's writer (optional)
