@@ -133,11 +133,34 @@ def _between(decay, document):
 def _corrected(state, k, v, beta, before, fade):
     """What each token writes: beta times its value less what stands under its key by then."""
     overlap = jnp.einsum("bigk,bjgk->bijg", k, k)[..., None] * fade * beta[:, :, None]
-    # The solver reads what is under the diagonal and takes the diagonal for ones.
-    system = overlap.transpose(0, 3, 4, 1, 2)
+    below = jnp.tri(k.shape[1], k=-1, dtype=bool)[None, ..., None, None]
+    inverse = _inverse(jnp.where(below, overlap, 0.0).transpose(0, 3, 4, 1, 2))
     known = jnp.einsum("bigk,bgrkv->bigrv", k, state) * before[..., None]
-    wanted = ((v - known) * beta[..., None]).transpose(0, 2, 3, 1, 4)
-    solved = jax.lax.linalg.triangular_solve(
-        system, wanted, left_side=True, lower=True, unit_diagonal=True
-    )
-    return solved.transpose(0, 3, 1, 2, 4)
+    return jnp.einsum("bgrij,bjgrv->bigrv", inverse, (v - known) * beta[..., None])
+
+
+@jax.custom_vjp
+def _inverse(under):
+    """(1 + under)^-1 of matrices [..., c, c] that are 0 on and above the diagonal.
+
+    Blocks are joined, [[A, 0], [C, B]]^-1 = [[A', 0], [-B' C A', B']]: matrix products alone, none
+    of which grows as powers of `under` would. LAPACK's solver hung in compiled training steps.
+    """
+    count, size = under.shape[-1], 1
+    row = jnp.arange(count)
+    axes = (1,) * (under.ndim - 2)
+    out = jnp.broadcast_to(jnp.eye(count).reshape(*axes, count, count), under.shape)
+    while size < count:
+        pair, half = row // (2 * size), row // size
+        joined = (pair[:, None] == pair[None]) & (half[:, None] > half[None])
+        out = out - out @ jnp.where(joined.reshape(*axes, count, count), under, 0.0) @ out
+        size *= 2
+    return out
+
+
+def _inverse_backward(out, d):
+    turned = out.swapaxes(-1, -2)
+    return (-(turned @ d @ turned),)
+
+
+_inverse.defvjp(lambda under: (_inverse(under),) * 2, _inverse_backward)

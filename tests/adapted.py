@@ -34,6 +34,8 @@ LORA = {
     "starcoder2": Settings(2, 4.0, targets=("q_proj", "c_fc", "c_proj")),
     "glm4": Settings(2, 4.0, targets=("k_proj", "gate_up_proj", "down_proj")),
     "exaone4": Settings(2, 4.0, targets="all-linear", rslora=True),
+    "qwen3_5_text": Settings(3, 9.0, targets="all-linear"),
+    "falcon_h1": Settings(2, 4.0, targets=("in_proj", *lora.TARGETS)),
     "llama_gelu": Settings(2, 8.0, targets=("lm_head", "down_proj"), layers=(1,)),
 }
 

@@ -49,7 +49,7 @@ LONGROPE = dict(
     short_factor=[1.0, 1.1, 1.2, 1.4, 1.7, 2.0], long_factor=[1.5, 2.0, 2.5, 3.0, 4.0, 6.0],
 )  # fmt: skip
 MAMBA = dict(
-    mamba_d_ssm=96, mamba_n_heads=6, mamba_n_groups=2, mamba_d_state=16, mamba_d_conv=3,
+    mamba_d_ssm=128, mamba_n_heads=8, mamba_n_groups=2, mamba_d_state=24, mamba_d_conv=3,
     mamba_chunk_size=16, num_hidden_layers=2,
 )  # fmt: skip
 BIASED = dict(attention_bias=True, rms_norm_eps=0.02)
@@ -105,7 +105,7 @@ TINY: dict[str, tuple[str, dict]] = {
             num_hidden_layers=4, rms_norm_eps=0.02, attention_bias=True,
             layer_types=[*["linear_attention"] * 2, "full_attention", "linear_attention"],
             rope_parameters=DEFAULT | dict(partial_rotary_factor=0.5, mrope_section=[3, 3, 2]),
-            linear_conv_kernel_dim=3, linear_key_head_dim=16, linear_value_head_dim=24,
+            linear_conv_kernel_dim=3, linear_key_head_dim=16, linear_value_head_dim=32,
             linear_num_key_heads=2, linear_num_value_heads=4),
     ),
     "falcon_h1": (

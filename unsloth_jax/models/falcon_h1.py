@@ -53,7 +53,7 @@ DEFAULTS = dict(
 HARMLESS = ("num_logits_to_keep", "mamba_chunk_size", "mlp_expansion_factor")
 # transformers applies a limit to prompts alone, so that none but the neutral one is defined.
 ONLY = dict(
-    time_step_limit=((0.0, math.inf), [0.0, math.inf], None),
+    time_step_limit=((0.0, math.inf), [0.0, math.inf], [0.0, {"__float__": "Infinity"}]),
     attn_layer_indices=(None,),
     mamba_use_mlp=(True,),
 )
