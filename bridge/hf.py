@@ -86,9 +86,10 @@ def load(
 ) -> tuple[ModuleType, Any, Params]:
     """(family, config, parameters) of a checkpoint, read weight by weight into stacks in place.
 
-    `dtype` None keeps each weight's own. `quantize="nf4"` packs the weights that `where` names,
-    unless the checkpoint is already quantized: then its blocks are taken as they are. With
-    `quantize=None` quantized weights are dequantized. Raises ValueError as `check` does.
+    `dtype` None keeps each weight's own; otherwise routers are in float32. `quantize="nf4"` packs
+    the weights that `where` names, unless the checkpoint is already quantized: then its blocks are
+    taken as they are. With `quantize=None` quantized weights are dequantized. Raises ValueError as
+    `check` does.
     """
     model, c = described(source)
     headers = source.headers()
@@ -121,7 +122,9 @@ def _reader(source, headers, found: dict[str, Place], dtype, keep: str | None, p
             return jax.device_put(leaf)
         value = found[name].oriented(source.read(name))
         _finite(name, value)
-        value = value if dtype is None else value.astype(dtype, copy=False)
+        if dtype is not None:
+            kept = np.float32 if tree.of_router(found[name].path) else dtype
+            value = value.astype(kept, copy=False)
         if pack:
             value = jax.device_put(value)  # rebound, so that the host copy goes before it packs
             return FORMATS[pack](value)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from bridge import modules_to_save
+from bridge import modules_to_save, peft_fields
 from bridge.export import complete
 from bridge.peft_fields import STARTS, check
 from bridge.safetensors_file import check_space, listing, opened, read_json, settle_metadata
@@ -52,6 +52,18 @@ class Settings(NamedTuple):
     metadata: Mapping[str, str] = MappingProxyType({})
     dora: bool = False
     saved: tuple[str, ...] = ()  # modules_to_save: trained as they are
+    rank_pattern: Mapping[str, int] = MappingProxyType({})  # modules of other ranks, same scale
+
+    def rank_of(self, module: str) -> int:
+        """The rank of one module's pair, by its full name."""
+        hits = (r for key, r in self.rank_pattern.items() if peft_fields.names(key, module))
+        return next(hits, self.rank)
+
+    def alpha_of(self, rank: int) -> float | int:
+        """lora_alpha of a pair of this rank, so that its scale is that of all."""
+        more = rank / self.rank
+        alpha = self.alpha * (math.sqrt(more) if self.rslora else more)
+        return int(alpha) if alpha == int(alpha) else alpha
 
 
 class Module(NamedTuple):
@@ -95,8 +107,7 @@ def save(
 
 def doubled(s: Settings) -> Settings:
     """Settings of the same scale and twice the rank, for a base that is as it was."""
-    alpha = s.alpha * math.sqrt(2) if s.rslora else s.alpha * 2
-    return s._replace(rank=2 * s.rank, alpha=alpha, start=True)
+    return s._replace(rank=2 * s.rank, alpha=s.alpha_of(2 * s.rank), start=True)
 
 
 def _check_written(path: Path, values: Mapping[str, np.ndarray]) -> None:
@@ -190,15 +201,16 @@ def config(
         ends = {name.rsplit(".", 1)[1] for name in names}
         targets = tuple(t for t in targets if t.rpartition(".")[2] in ends)
     strays = sorted(name for name in names if not _chosen(name, targets, s.layers))
-    linear = [k for k in values if not k.rsplit(".lora_", 1)[0].endswith(OF_EXPERTS)]
-    ranks = {values[k].shape[0] for k in linear if k.endswith("lora_A.weight")} or {s.rank}
+    ranks = {n: values[f"{PREFIX}{n}.{SIDES['a']}"].shape[0] for n in sorted(names)}
+    other = sorted({rank for name, rank in ranks.items() if rank != s.rank_of(name)})
     dora = sum(key.endswith(SIDES["magnitude"]) for key in values)
-    if strays or ranks != {s.rank} or dora != s.dora * len(names):
+    if strays or other or dora != s.dora * len(names):
         raise ValueError(
-            f"the adapters have rank {sorted(ranks)}, {dora} magnitudes and "
+            f"the adapters have rank {other or s.rank}, {dora} magnitudes and "
             f"{strays[:10] or f'{len(names)} modules'}; the settings say rank {s.rank}, targets "
             f"{s.targets!r}, layers {s.layers}, DoRA {s.dora}"
         )
+    parameters = sorted({".".join(path.split(".")[-3:]) for path in experts})
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -207,17 +219,17 @@ def config(
         "revision": s.revision,
         "inference_mode": True,
         "r": s.rank,
-        "lora_alpha": int(s.alpha) if s.alpha == int(s.alpha) else s.alpha,
+        "lora_alpha": s.alpha_of(s.rank),
         "lora_dropout": s.dropout,
         "use_rslora": s.rslora,
         "use_dora": s.dora,
         "target_modules": targets if isinstance(targets, str) else sorted(targets) or None,
-        "target_parameters": sorted({".".join(p.split(".")[-3:]) for p in experts}) or None,
+        "target_parameters": parameters or None,
         "exclude_modules": None,
         "layers_to_transform": None if s.layers is None else sorted(s.layers),
         "layers_pattern": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": dict(s.rank_pattern),
+        "alpha_pattern": {k: s.alpha_of(rank) for k, rank in s.rank_pattern.items()},
         "bias": "none",
         "lora_bias": False,
         "fan_in_fan_out": False,
@@ -272,6 +284,7 @@ def load(folder: str | Path, params: Params) -> tuple[Params, Settings]:
         metadata=metadata,
         dora=fields.get("use_dora", False),
         saved=modules_to_save.listed(fields, params),
+        rank_pattern=fields.get("rank_pattern") or {},
     )
 
 
@@ -295,7 +308,8 @@ def _read(folder: Path, fields, chosen: Mapping[str, Module], params: Params):
     twice = sorted(named.keys() & {f"{name}.weight" for name in chosen})
     if twice:
         raise ValueError(f"{folder / CONFIG}: {twice} are in modules_to_save and target_modules")
-    expected = _expected(chosen, fields["r"], dora)
+    ranks = {name: peft_fields.rank(fields, name, where) for name in chosen}
+    expected = _expected(chosen, ranks, dora)
     expected |= {f"{PREFIX}{name}": place.shape for name, place in named.items()}
     values = _without_base(values, modules(params), params)
     _check_tensors(values, expected, where)
@@ -355,10 +369,12 @@ def _keys(chosen: Mapping[str, Module]) -> dict[str, str]:
     return {n: PREFIX + (_key(n, both(n)) if m.experts else n) for n, m in chosen.items()}
 
 
-def _expected(chosen: Mapping[str, Module], rank: int, dora: bool) -> dict[str, tuple[int, ...]]:
+def _expected(
+    chosen: Mapping[str, Module], ranks: Mapping[str, int], dora: bool
+) -> dict[str, tuple[int, ...]]:
     out, keys = {}, _keys(chosen)
     for name, (_, _, (height, width), experts) in chosen.items():
-        r = rank * (experts or 1)
+        r = ranks[name] * (experts or 1)
         shapes = {"a": (r, width), "b": (height, r)} | ({"magnitude": (height,)} if dora else {})
         out |= {f"{keys[name]}.{SIDES[side]}": shape for side, shape in shapes.items()}
     return out

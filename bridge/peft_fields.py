@@ -3,6 +3,8 @@
 Names and meaning: peft 0.21 `LoraConfig`.
 """
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +14,7 @@ REQUIRED = ("peft_type", "r", "lora_alpha")
 USED = frozenset(
     """r lora_alpha lora_dropout use_rslora use_dora target_modules target_parameters
     exclude_modules modules_to_save ensure_weight_tying layers_to_transform init_lora_weights
-    base_model_name_or_path
+    base_model_name_or_path rank_pattern alpha_pattern
     revision""".split()
 )
 HARMLESS = frozenset(
@@ -47,3 +49,24 @@ def check(fields: Mapping[str, Any], where: str) -> None:
         wrong.append(f"init_lora_weights={start!r} may change the base; supported: {STARTS}")
     if wrong:
         raise ValueError(f"{where}: " + "; ".join(wrong))
+
+
+def names(pattern: str, module: str) -> bool:
+    """PEFT's rule for the keys of `rank_pattern`: a regular expression for a name's end."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+
+
+def rank(fields: Mapping[str, Any], module: str, where: str) -> int:
+    """The rank of one module's pair. Raises ValueError where its scale is not the adapter's."""
+    found = {}
+    for name, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        hits = (v for key, v in (fields.get(name) or {}).items() if names(key, module))
+        found[usual] = next(hits, fields[usual])
+    under = math.sqrt if fields.get("use_rslora") else float
+    scale, usual = (x["lora_alpha"] / under(x["r"]) for x in (found, fields))
+    if not math.isclose(scale, usual):
+        raise ValueError(
+            f"{where}: rank_pattern and alpha_pattern give {module} the scale {scale}, the others "
+            f"have {usual}; supported: one scale for all"
+        )
+    return found["r"]

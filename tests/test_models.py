@@ -13,10 +13,11 @@ import torch
 import transformers
 from transformers.activations import ACT2FN
 
+from bridge.places import places
 from unsloth_jax import decoder, decoding, rope, tree
 from unsloth_jax.layers import ACTIVATIONS
 from unsloth_jax.leaves import map_stacks
-from unsloth_jax.models import fields, layers_of, llama
+from unsloth_jax.models import fields, llama
 
 LENGTH = 96  # beyond every window and every rope context of TINY
 TOLERANCE = 1e-4  # of the logits' standard deviation
@@ -127,8 +128,7 @@ CAPPED = tiny.CAPS["final_logit_softcapping"]
 
 def config_mutations(pair):
     """(what, changed config) for every switch that leaves the weights' shapes alone."""
-    c, weights = pair.config, pair.family.weights
-    paths = weights(c)
+    c = pair.config
     if any(c.windows):
         other = 9 if all(c.windows) else 8
         yield "no window", dataclasses.replace(c, windows=(None,) * c.layers)
@@ -145,9 +145,7 @@ def config_mutations(pair):
         if field.name not in SHARED and getattr(c, field.name) is not None:
             value = left_out(getattr(c, field.name))
             changed = dataclasses.replace(c, **{field.name: value})
-            alike = lambda path, c=changed: layers_of(pair.family, c, path)
-            same = all(alike(path) == layers_of(pair.family, pair.config, path) for path in paths)
-            if weights(changed) == weights(c) and same:
+            if places(pair.family, changed) == places(pair.family, c):
                 yield field.name, changed
     if c.attention_cap is not None:
         yield "attention_cap", dataclasses.replace(c, attention_cap=None)

@@ -52,6 +52,7 @@ MAMBA = dict(
     mamba_d_ssm=128, mamba_n_heads=8, mamba_n_groups=2, mamba_d_state=24, mamba_d_conv=3,
     mamba_chunk_size=16, num_hidden_layers=2,
 )  # fmt: skip
+MIXED = dict(num_experts_per_tok=2)
 BIASED = dict(attention_bias=True, rms_norm_eps=0.02)
 
 TINY: dict[str, tuple[str, dict]] = {
@@ -119,6 +120,17 @@ TINY: dict[str, tuple[str, dict]] = {
     "falcon_h1_plain": (
         "FalconH1", PLAIN | MAMBA | dict(mamba_conv_bias=False, tie_word_embeddings=True),
     ),
+    "mixtral": (
+        "Mixtral", PLAIN | MIXED | dict(num_local_experts=4, sliding_window=8, rms_norm_eps=0.02),
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe", SMALL | MIXED | BIASED | dict(
+            num_experts=6, moe_intermediate_size=32, norm_topk_prob=True, mlp_only_layers=[1]),
+    ),
+    "qwen3_moe_unnormed": (
+        "Qwen3Moe", SMALL | MIXED | dict(
+            num_experts=4, moe_intermediate_size=32, tie_word_embeddings=True),
+    ),
 }  # fmt: skip
 
 # One entry of each family, by its model_type.
@@ -128,6 +140,7 @@ EACH = {
     "phi3": "phi3", "granite": "granite", "cohere": "cohere", "cohere2": "cohere2",
     "olmo2": "olmo2", "smollm3": "smollm3", "starcoder2": "starcoder2", "glm4": "glm4",
     "exaone4": "exaone4", "qwen3_5_text": "qwen3_5_text", "falcon_h1": "falcon_h1",
+    "mixtral": "mixtral", "qwen3_moe": "qwen3_moe",
 }  # fmt: skip
 # Entries whose parts others have too: all their tests but the logits' go to `make test-full`.
 LESSER = (
@@ -153,6 +166,11 @@ def redraw(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
                 value = rng.uniform(-3, 0, p.shape)
             elif "conv1d" in name:
                 value = rng.normal(0, 1.5 / np.sqrt(p.shape[-1]), p.shape)
+            elif ".mlp.gate.weight" in name or ".router." in name:
+                # Wide apart, so that rounding never changes a choice.
+                value = rng.normal(0, 6 / np.sqrt(p.shape[1]), p.shape)
+            elif p.ndim == 3:
+                value = rng.normal(0, 1.5 / np.sqrt(p.shape[2]), p.shape)
             elif p.ndim == 1 or "norm" in name:
                 value = rng.uniform(0.5, 1.5, p.shape)
             elif "embed_tokens" in name:

@@ -51,15 +51,19 @@ def of_norm(path: str) -> bool:
     return path.split(".")[-2].endswith("norm")
 
 
-# Modules of transformers 5 with a weight that are not linear: what sends tokens to experts, and
-# convolutions.
-OTHERS = ("gate", "router", "conv1d")
+# Matrices that are no linear module's in transformers 5: what sends tokens to experts.
+ROUTERS = ("gate", "router")
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+def of_router(path: str) -> bool:
+    """Whether a weight decides which experts a token goes to: these stay in float32."""
+    return path.split(".")[-2] in ROUTERS
 
 
 def of_linear(path: str) -> bool:
     """Whether a path is a linear module's weight or all experts' matrices in one."""
-    owner, _, last = path.rpartition(".")
-    if last == "weight":
-        return not of_norm(path) and owner.rpartition(".")[2] not in OTHERS
+    if path.endswith(".weight"):
+        convolution = path.split(".")[-2] == "conv1d"
+        return not (convolution or of_norm(path) or of_router(path))
     return path.endswith(EXPERTS)

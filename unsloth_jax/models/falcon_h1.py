@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from unsloth_jax.dims import Params, Scores
 from unsloth_jax.layers import ACTIVATIONS, Holds, Mixers, Mlp, feed_forward, scaled
-from unsloth_jax.leaves import linear
+from unsloth_jax.leaves import linear, linears
 from unsloth_jax.models import fields, llama
 from unsloth_jax.models.llama import LAYERS as LAYERS
 from unsloth_jax.models.llama import angles as angles
@@ -218,8 +218,14 @@ def block(
     mixed = scaled(mixed, c.ssm_out) + scaled(z, c.attention_out)
     x = checkpoint_name(x + mixed, "mid")
     y = llama.unit(c, w["pre_ff_layernorm"], x)
-    y = mlp(w["feed_forward"], y, c.activation, gain=c.mlp_gate_scale)
-    return x + scaled(y, c.mlp_down_scale), kept | pairs
+    return x + mlp(w["feed_forward"], y, partial(_mlp, c)), kept | pairs
+
+
+def _mlp(c: Config, node: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    gate, up = linears((node["gate_proj"], node["up_proj"]), x)
+    gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
+    y = linear(node["down_proj"], ACTIVATIONS[c.activation](scaled(gate, c.mlp_gate_scale)) * up)
+    return scaled(y, c.mlp_down_scale)
 
 
 def mamba(c: Config, a: Params, y: Float[Array, "B T D"], attend: Mixers):
