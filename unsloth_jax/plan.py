@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import attention
+from pallas_kernels import attention, recurrence
 from unsloth_jax import remat, tree
 from unsloth_jax.dims import Batch, Params
 from unsloth_jax.leaves import Hosted, Quantized, Vacant
@@ -218,10 +218,24 @@ def _residuals(job: Job, memory: Memory) -> int:
     q, kv = c.heads * c.head_width, c.kv_heads * c.head_width
     widths = {"q": q, "k": kv, "v": kv, attention.KEPT: q, "mid": c.width}
     widths |= {"gate": c.mlp_width, "up": c.mlp_width}
-    row = _item(job) * (sum(widths[n] for n in names) + c.width * (memory.keep != "offload"))
+    attending = sum(_attends(job, kind) for kind in job.family.kinds(c))
+    everywhere = sum(widths[n] for n in names if n in ("mid", "gate", "up"))
+    everywhere += c.width * (memory.keep != "offload")
+    there = _item(job) * sum(widths[n] for n in names if n not in ("mid", "gate", "up"))
     if attention.KEPT in names and _flash(job):
-        row += 4 * c.heads  # the softmax' float32 statistics
-    return c.layers * job.tokens * row
+        there += 4 * c.heads  # the softmax' float32 statistics
+    return job.tokens * (c.layers * _item(job) * everywhere + attending * there)
+
+
+def _holds(job: Job, kind: Any) -> Any:
+    """What a cache holds of such a layer, None where the family has keys and values alone."""
+    own = getattr(job.family, "holds", None)
+    return own and own(job.config, kind)
+
+
+def _attends(job: Job, kind: Any) -> bool:
+    held = _holds(job, kind)
+    return held is None or held.attends
 
 
 def _mlp(job: Job, memory: Memory) -> int:
@@ -246,11 +260,26 @@ def _attention(job: Job) -> int:
     return rows + scores + c.width * (q + 2 * kv) * b
 
 
+def _recurrence(job: Job) -> int:
+    """Live in the backward pass of a layer's recurrence, beside residuals and gradients.
+
+    In float32: what goes in and comes out, twice with cotangents, and the state of each chunk.
+    """
+    most = 0
+    for held in {_holds(job, kind) for kind in job.family.kinds(job.config)} - {None}:
+        if held.state is not None:
+            heads, keys, values = held.state
+            row = 4 * (4 * held.tail[1] + 4 * heads * values) + 8 * _item(job) * held.tail[1]
+            state = job.batch * heads * keys * values * 4
+            most = max(most, job.tokens * row + 2 * -(-job.length // recurrence.CHUNK) * state)
+    return most
+
+
 def _layer(job: Job, memory: Memory) -> int:
     # Inputs on their way, both directions; none are when attention's rows come to life.
     in_flight = 4 if memory.keep == "offload" else 0
     moving = in_flight * job.tokens * job.config.width * _item(job)
-    return max(_mlp(job, memory) + moving, _attention(job))
+    return max(_mlp(job, memory) + moving, _attention(job), _recurrence(job))
 
 
 def _loss(job: Job, memory: Memory) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from unsloth_jax import rope
@@ -34,6 +35,8 @@ DEFAULTS = dict(
     linear_key_head_dim=128, linear_value_head_dim=128, linear_num_key_heads=16,
     linear_num_value_heads=32,
 )  # fmt: skip
+# Heads that guess further tokens, and the tower for images.
+UNREAD = (r"mtp\..*", r"model\.visual\..*")
 UNIT_EPS = 1e-6  # under the root of queries' and keys' lengths
 # Positions of images; those of text are alike on all three axes, so that neither matters.
 OF_IMAGES = ("mrope_section", "mrope_interleaved")
@@ -174,9 +177,11 @@ def gated_attention(c, a: Params, y: Float[Array, "B T D"], by: rope.Angles, att
     heads = lambda x: x.reshape(*y.shape[:2], -1, c.head_width)
     q, k, v = linears((a["q_proj"], a["k_proj"], a["v_proj"]), y)
     q, gate = jnp.split(q.reshape(*y.shape[:2], c.heads, -1), 2, axis=-1)
-    q, k = gemma.unit(c, a["q_norm"], q), gemma.unit(c, a["k_norm"], heads(k))
+    given = zip((q, heads(k), heads(v)), "qkv", strict=True)
+    q, k, v = (checkpoint_name(x, name) for x, name in given)
+    q, k = gemma.unit(c, a["q_norm"], q), gemma.unit(c, a["k_norm"], k)
     q, k, scale = rope.rotate(q, by), rope.rotate(k, by), c.head_width**-0.5
-    x, kept = attend(q, k, heads(v), scale=scale, window=None, cap=c.attention_cap)
+    x, kept = attend(q, k, v, scale=scale, window=None, cap=c.attention_cap)
     return linear(a["o_proj"], x * jax.nn.sigmoid(gate.reshape(x.shape))), kept
 
 
