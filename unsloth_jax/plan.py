@@ -216,26 +216,20 @@ def _flash(job: Job) -> bool:
 def _residuals(job: Job, memory: Memory) -> int:
     c, names = job.config, _kept(memory)
     q, kv = c.heads * c.head_width, c.kv_heads * c.head_width
-    widths = {"q": q, "k": kv, "v": kv, attention.KEPT: q, "mid": c.width}
-    widths |= {"gate": c.mlp_width, "up": c.mlp_width}
-    attending = sum(_attends(job, kind) for kind in job.family.kinds(c))
-    everywhere = sum(widths[n] for n in names if n in ("mid", "gate", "up"))
-    everywhere += c.width * (memory.keep != "offload")
-    there = _item(job) * sum(widths[n] for n in names if n not in ("mid", "gate", "up"))
-    if attention.KEPT in names and _flash(job):
-        there += 4 * c.heads  # the softmax' float32 statistics
-    return job.tokens * (c.layers * _item(job) * everywhere + attending * there)
+    widths = dict(q=q, k=kv, v=kv, mid=c.width, gate=c.mlp_width, up=c.mlp_width)
+    widths[attention.KEPT] = q
+    row = sum(widths.pop(n) for n in ("mid", "gate", "up") if n in names)
+    row = _item(job) * (row + c.width * (memory.keep != "offload"))
+    mixed = _item(job) * sum(widths[n] for n in names if n in widths)
+    # The softmax' float32 statistics.
+    mixed += 4 * c.heads * (attention.KEPT in names and _flash(job))
+    return job.tokens * (c.layers * row + mixed * sum(not x or x.attends for x in _held(job)))
 
 
-def _holds(job: Job, kind: Any) -> Any:
-    """What a cache holds of such a layer, None where the family has keys and values alone."""
+def _held(job: Job) -> list[Any]:
+    """What a cache holds of each layer, None where that is keys and values alone."""
     own = getattr(job.family, "holds", None)
-    return own and own(job.config, kind)
-
-
-def _attends(job: Job, kind: Any) -> bool:
-    held = _holds(job, kind)
-    return held is None or held.attends
+    return [own and own(job.config, kind) for kind in job.family.kinds(job.config)]
 
 
 def _mlp(job: Job, memory: Memory) -> int:
@@ -261,18 +255,12 @@ def _attention(job: Job) -> int:
 
 
 def _recurrence(job: Job) -> int:
-    """Live in the backward pass of a layer's recurrence, beside residuals and gradients.
-
-    In float32: what goes in and comes out, twice with cotangents, and the state of each chunk.
-    """
-    most = 0
-    for held in {_holds(job, kind) for kind in job.family.kinds(job.config)} - {None}:
-        if held.state is not None:
-            heads, keys, values = held.state
-            row = 4 * (4 * held.tail[1] + 4 * heads * values) + 8 * _item(job) * held.tail[1]
-            state = job.batch * heads * keys * values * 4
-            most = max(most, job.tokens * row + 2 * -(-job.length // recurrence.CHUNK) * state)
-    return most
+    """Live in a recurrence's backward pass: its rows and each chunk's state, with cotangents."""
+    chunks, b = job.batch * -(-job.length // recurrence.CHUNK), _item(job)
+    row = lambda C, H, V: (16 + 8 * b) * C + 16 * H * V
+    held = ((one.tail[1], *one.state) for one in _held(job) if one and one.state)
+    every = (job.tokens * row(C, H, V) + 8 * chunks * H * K * V for C, H, K, V in held)
+    return max(every, default=0)
 
 
 def _layer(job: Job, memory: Memory) -> int:
@@ -290,10 +278,7 @@ def _loss(job: Job, memory: Memory) -> int:
 
 
 def estimate(job: Job, memory: Memory) -> Plan:
-    """The plan by a closed form, calibrated on compiled steps for a GPU.
-
-    The peak lies in the loss, before there are gradients, or in a layer's backward pass.
-    """
+    """The plan by a closed form, from compiled GPU steps: the loss or a layer has the peak."""
     fixed = _fixed(job, memory)
     live = max(fixed["gradients"] + _layer(job, memory), _loss(job, memory))
     return Plan(**fixed, temporaries=max(live - fixed["gradients"], 0), source="estimated")
