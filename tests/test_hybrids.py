@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1RMSNormGated
 
-from bridge import hf
+from bridge import gguf_file, hf
 from bridge.safetensors_file import SafetensorsSource
 from unsloth_jax import decoding, lora
 from unsloth_jax.models import falcon_h1, family
@@ -137,3 +137,51 @@ def test_mambas_last_projection_has_no_adapter_since_peft_refuses_it():
         lora.modules(params, ("out_proj",))
     delta = lora.modules(tiny.pair("qwen3_5_text").params, ("out_proj",))
     assert delta == {"model.layers.*.linear_attn.out_proj": (0, 1, 3)}
+
+
+# Another value of each field that a file may hold; of the factors, of the last one in a list too.
+OTHER = {
+    "falcon_h1": dict(
+        mamba_d_state=8, mamba_d_conv=4, mamba_conv_bias=False, mamba_proj_bias=False,
+        projectors_bias=False, mamba_rms_norm=False, mamba_norm_before_gate=False, mlp_bias=False,
+        mamba_n_groups=4, embedding_multiplier=2.0, lm_head_multiplier=2.0, key_multiplier=2.0,
+        attention_in_multiplier=2.0, attention_out_multiplier=2.0, ssm_in_multiplier=2.0,
+        ssm_out_multiplier=2.0, mlp_multipliers=[1.4, 2.0],
+        ssm_multipliers=[1.3, 0.8, 0.7, 1.2, 2.0], attention_bias=False,
+    ),
+    "qwen3_5_text": dict(
+        linear_conv_kernel_dim=4, linear_key_head_dim=8, linear_value_head_dim=8,
+        linear_num_key_heads=4, linear_num_value_heads=8, attention_bias=False,
+        layer_types=["full_attention"] * 4, rope_parameters=tiny.DEFAULT,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_every_field_of_a_config_is_read(name):
+    fields = tiny.pair(name).model.config.to_dict()
+    same = [
+        field
+        for field, value in OTHER[name].items()
+        if family(name).config(fields | {field: value}) == family(name).config(fields)
+    ]
+    assert not same
+
+
+def test_sizes_that_others_decide_are_found():
+    fields = tiny.pair("falcon_h1").model.config.to_dict()
+    read = lambda **changes: falcon_h1.config(fields | changes)
+    assert read(mamba_d_head="auto") == read()
+    assert read(mamba_d_ssm=None, mamba_d_head="auto", mamba_expand=2) == read()
+    with pytest.raises(ValueError, match="mamba_d_ssm=192"):
+        read(mamba_d_ssm=None, mamba_expand=3)
+    fields = tiny.pair("qwen3_5_text").model.config.to_dict()
+    every = family("qwen3_5_text").config(fields | dict(layer_types=None, num_hidden_layers=8))
+    assert every.delta == (True, True, True, False) * 2
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_gguf_is_refused_by_name(name, tmp_path):
+    fields = tiny.pair(name).model.config.to_dict()
+    with pytest.raises(ValueError, match=f"'{name}' model can't be exported as GGUF"):
+        gguf_file.save(tmp_path / "model.gguf", fields, [], tmp_path, "f32", name="x")
