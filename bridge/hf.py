@@ -114,16 +114,18 @@ class Reading(NamedTuple):
 
 
 def _reader(source, headers, found: dict[str, Place], dtype, keep: str | None, pack: str | None):
+    of_router = lambda name: tree.of_router(found[name].path)
+    as_stored = lambda name: keep if headers[name].format and not of_router(name) else None
+
     def read(name: str) -> Any:
-        header = headers[name]
-        if header.format is not None and keep is not None:
+        if as_stored(name):
             leaf = source.read_nf4(name)
             _finite_statistics(name, leaf)
             return jax.device_put(leaf)
         value = found[name].oriented(source.read(name))
         _finite(name, value)
         if dtype is not None:
-            kept = np.float32 if tree.of_router(found[name].path) else dtype
+            kept = np.float32 if of_router(name) else dtype
             value = value.astype(kept, copy=False)
         if pack:
             value = jax.device_put(value)  # rebound, so that the host copy goes before it packs
@@ -132,7 +134,7 @@ def _reader(source, headers, found: dict[str, Place], dtype, keep: str | None, p
 
     def kind(name: str) -> Any:
         header = headers[name]
-        return header.format if keep else None, header.dtype if dtype is None else None
+        return header.format if as_stored(name) else None, header.dtype if dtype is None else None
 
     return Reading(kind, read)
 

@@ -131,6 +131,9 @@ def config_mutations(pair):
         other = 9 if all(c.windows) else 8
         yield "no window", dataclasses.replace(c, windows=(None,) * c.layers)
         yield "other windows", dataclasses.replace(c, windows=(other,) * c.layers)
+    if c.chunk:
+        yield "no chunks", dataclasses.replace(c, chunk=None)
+        yield "other chunks", dataclasses.replace(c, chunk=2 * c.chunk)
     if c.activation != "silu":
         # Where gelu is exact or not makes little difference: one entry of TINY is about it.
         for other in ("silu", "gelu") if pair.family is llama else ("silu",):

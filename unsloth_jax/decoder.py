@@ -193,8 +193,8 @@ def _layer(family, c, positions, segments, memory, documents):
     """fn(x, kind, weights, layer number) -> x for tokens that see each other."""
     by = family.angles(c, positions, document_lengths(segments))
 
-    def attend(q, k, v, *, scale, window, cap=None):
-        rule = Rule(scale, window, cap, documents=documents)
+    def attend(q, k, v, *, scale, window, cap=None, chunk=None):
+        rule = Rule(scale, window, cap, documents, chunk)
         return self_attention(rule, q, k, v, segments, positions), None
 
     def layer(x, kind, w, i):

@@ -65,8 +65,8 @@ def prefill(
     def body(carry, kind, w, i):
         x, keys, values = carry
 
-        def attend(q, k, v, *, scale, window, cap=None):
-            rule = Rule(scale, window, cap, documents=1)
+        def attend(q, k, v, *, scale, window, cap=None, chunk=None):
+            rule = Rule(scale, window, cap, 1, chunk)
             put = lambda old, new: jax.lax.dynamic_update_index_in_dim(
                 old, new.astype(dtype), i, axis=0
             )
@@ -108,11 +108,12 @@ def step(
     for i, kind in enumerate(family.kinds(c)):
         w = params.layers[i] if made else unstack.layer(family, params, i, number)
 
-        def attend(q, k, v, *, scale, window, cap=None, i=i):
+        def attend(q, k, v, *, scale, window, cap=None, chunk=None, i=i):
             nonlocal number
             new = (one[:, 0] for one in (q, k, v))
+            old, rule = (keys[i], values[i]), dict(window=window, cap=cap, chunk=chunk)
             y, keys[i], values[i] = decode_attention.attend(
-                *new, keys[i], values[i], cache.used, scale=scale, window=window, cap=cap
+                *new, *old, cache.used, scale=scale, **rule
             )
             if not made:
                 # The next layer's weights wait for this: no more than two layers' are ever wide.

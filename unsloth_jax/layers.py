@@ -12,7 +12,7 @@ from pallas_kernels import attention as kernel
 from unsloth_jax.dims import Params
 from unsloth_jax.leaves import draws, folded, linear, linears
 
-# attend(q, k, v, *, scale, window, cap) -> (mixed values [B, T, H*h], what the cache keeps)
+# attend(q, k, v, *, scale, window, cap, chunk) -> (mixed values [B, T, H*h], what the cache keeps)
 Attend = Callable[..., tuple[Array, Any]]
 # mlp(weights, x [B, T, D], activation or fn(weights, x)) -> [B, T, D]
 Mlp = Callable[[Params, Array, Any], Array]
