@@ -5,11 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import tiny
 import torch
 
-from bridge import hf
+from bridge import bnb_nf4, hf
 from bridge.safetensors_file import SafetensorsSource
 from pallas_kernels import _choice
 from pallas_kernels import grouped_matmul as kernel
@@ -134,6 +135,25 @@ def test_routers_stay_in_float32_when_a_checkpoint_is_read_in_16_bits(tmp_path):
     assert mlp["gate"]["weight"].parts[0].dtype == jnp.float32
     experts_ = mlp["experts"]["*"]["up_proj"]["weight"].parts[0]
     assert isinstance(experts_, quant.nf4.NF4) and experts_.shape == (2, 6, 32, 64)
+
+
+def test_routers_that_a_file_holds_in_4_bits_are_dequantized(tmp_path):
+    """bitsandbytes packs them with everything, being linear modules in transformers."""
+    source = SafetensorsSource(tiny.save(tiny.reference("llama4_text"), tmp_path))
+    values, wanted = {}, []
+    for key in source.headers():
+        value = source.read(key)
+        if ".router." not in key:
+            values[key] = value
+            continue
+        leaf = quant.nf4.quantize(jnp.asarray(value, jnp.bfloat16))
+        wanted.append(np.asarray(leaf.dequantize()))
+        values |= bnb_nf4.tensors(key, jax.tree.map(np.asarray, leaf))
+    safetensors.numpy.save_file(values, tmp_path / "model.safetensors")
+    _, _, params = hf.load(SafetensorsSource(tmp_path), dtype=jnp.bfloat16, quantize="nf4")
+    (found,) = params["model"]["layers"]["*"]["feed_forward"]["router"]["weight"].parts
+    assert found.dtype == jnp.float32 and len(wanted) == 2
+    np.testing.assert_array_equal(np.asarray(found), np.stack(wanted).astype(np.float32))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])

@@ -309,6 +309,9 @@ ROPES = {
         original_max_position_embeddings=2048),
     "qwen2.5 yarn": dict(
         rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=2048),
+    "llama-4": dict(
+        rope_type="llama3", rope_theta=5e5, factor=16.0, low_freq_factor=1.0, high_freq_factor=1.0,
+        original_max_position_embeddings=2048),
     "yarn, attention factor": dict(
         rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=2048,
         attention_factor=0.7),
