@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bridge import bnb_int8
+from bridge import experts_apart
 from bridge.places import Place, of_path, places
 from bridge.source import Header, Source
 from unsloth_jax import tree
@@ -108,10 +109,10 @@ def load(
     ValueError as `check` does.
     """
     model, c = described(source)
+    name = str(getattr(source, "path", getattr(source, "folder", "the checkpoint")))
+    source = experts_apart.whole(source, model, c)
     headers = source.headers()
-    check(
-        model, c, headers, str(getattr(source, "path", getattr(source, "folder", "the checkpoint")))
-    )
+    check(model, c, headers, name)
     _same_head(source, headers, c)
     stored = any(h.format for h in headers.values())
     flat = {}

@@ -223,4 +223,13 @@ HUB: dict[str, Sample] = {
         8_190_735_360,
         dict(layers=36, kv_heads=8, head_width=128, qkv_bias=False, windows=(None,) * 36),
     ),
+    # The hub counts 108_641_793_536, its vision model and projector among them.
+    "meta-llama/Llama-4-Scout-17B-16E, its text model": Sample(
+        LLAMA_4,
+        107_769_861_120,
+        dict(
+            kind="llama3", low=1.0, high=1.0, factor=16.0, chunk=8192, growth=0.1, floor=8192,
+            experts=16, chosen=1, sparse=(True,) * 48, turned=(True, True, True, False) * 12,
+        ),
+    ),
 }  # fmt: skip

@@ -33,7 +33,7 @@ def test_configs_of_the_hub_are_read_with_the_right_sizes(name):
 
 NEEDED = {"ministral3": {"rope_parameters": tiny.YARN | {"llama_4_scaling_beta": 0.5}}}
 # Projections that a family has joined, or never gives a bias.
-WITHOUT = {"llama4_text": ("mlp_bias",)} | {"phi3": ("qkv_bias", "o_bias", "mlp_bias"), "glm4": ("mlp_bias",)}
+WITHOUT = {"phi3": ("qkv_bias", "o_bias", "mlp_bias"), "glm4": ("mlp_bias",)}
 
 
 def read(model_type: str, **changes):

@@ -110,7 +110,7 @@ TINY: dict[str, tuple[str, dict]] = {
     ),
     "llama4_text": (
         "Llama4Text", SMALL | MIXED | dict(
-            num_local_experts=4, moe_layers=[0, 2], intermediate_size_mlp=96, rms_norm_eps=0.02,
+            num_local_experts=4, moe_layers=[0, 2], intermediate_size_mlp=192, rms_norm_eps=0.02,
             no_rope_layers=[1, 0, 1], attention_chunk_size=8, floor_scale=8, attn_scale=0.5),
     ),
     "llama4_text_unnormed": (
