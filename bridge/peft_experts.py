@@ -48,9 +48,7 @@ def laid(module: str, side: str, x: np.ndarray) -> tuple[np.ndarray, str]:
     return LAID[side](x), side
 
 
-def read(
-    module: str, side: str, take: Callable[[str], np.ndarray], experts: int
-) -> np.ndarray:
+def read(module: str, side: str, take: Callable[[str], np.ndarray], experts: int) -> np.ndarray:
     """One side of a layer's pairs, of PEFT's matrices `take("a")`, its A, and `take("b")`."""
     if mirrored(module):
         return READ[_other(side)](take(_other(side)), experts).swapaxes(1, 2)

@@ -113,7 +113,9 @@ def parts(batch: int, heads: int, slots: int) -> int:
     return 1 << max(wanted, 1).bit_length() - 1
 
 
-def _pallas(q, k, v, keys, values, used, scale, window, cap=None, chunk=None, cut=None, interpret=False):
+def _pallas(
+    q, k, v, keys, values, used, scale, window, cap=None, chunk=None, cut=None, interpret=False
+):
     batch, heads, slots, width = keys.shape
     group = q.shape[1] // heads
     cut = cut or parts(batch, heads, slots)

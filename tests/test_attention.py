@@ -88,7 +88,9 @@ def test_a_kernel_is_given_chunks_in_the_place_of_documents(monkeypatch):
     told = {}
     monkeypatch.setattr(attention, "supports", lambda *_: None)
     monkeypatch.setattr(
-        attention, "_cudnn", lambda rule, q, k, v, segments: told.update(rule=rule, ids=segments) or q
+        attention,
+        "_cudnn",
+        lambda rule, q, k, v, segments: told.update(rule=rule, ids=segments) or q,
     )
     monkeypatch.setattr(_choice, "pick", lambda *_: "cudnn")
     rule = Rule(0.3, documents=3, chunk=4)

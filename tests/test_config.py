@@ -257,7 +257,9 @@ def test_layers_of_llama_4_follow_their_lists_or_their_steps():
     lists = dict(no_rope_layers=[1, 0, 0], moe_layers=[], layer_types=["full_attention"] * 3)
     c = read("llama4_text", **lists, attention_chunk_size=None)
     assert (c.turned, c.sparse, c.chunk) == ((True, False, False), (False,) * 3, None)
-    assert not any("expert" in path or "router" in path for path in family("llama4_text").weights(c))
+    assert not any(
+        "expert" in path or "router" in path for path in family("llama4_text").weights(c)
+    )
 
 
 def test_windows_start_at_max_window_layers():

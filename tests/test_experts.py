@@ -249,7 +249,10 @@ def test_experts_of_which_one_is_missing_are_named(tmp_path):
     values = {key: source.read(key) for key in source.headers()}
     key = "model.layers.0.feed_forward.experts.down_proj"
     fused = values.pop(key)
-    values |= {f"{key.removesuffix('.down_proj')}.{e}.down_proj.weight": fused[e].T.copy() for e in range(3)}
+    values |= {
+        f"{key.removesuffix('.down_proj')}.{e}.down_proj.weight": fused[e].T.copy()
+        for e in range(3)
+    }
     safetensors.numpy.save_file(values, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=f"missing {key} (?s:.*)unexpected .*experts.2.down_proj"):
         hf.load(SafetensorsSource(tmp_path))
