@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bridge import bnb_int8
-from bridge import experts_apart
+from bridge import bnb_int8, experts_apart
 from bridge.places import Place, of_path, places
 from bridge.source import Header, Source
 from unsloth_jax import tree

@@ -3,9 +3,10 @@
     y[t] = sum_s softmax_s(cap(scale q[t].k[s])) v[s]    over s <= t in t's document, window, chunk
 
 Rows hold documents one after the other, numbered from 1; what follows the last is padding, number
-0. A document's chunks (Llama 4) begin at positions 0, `chunk`, 2 `chunk`, ...: kernels take each
-for a document of its own. cuDNN's flash attention (through JAX) takes either whole rows or, on Hopper, the documents'
-lengths and offsets. It is compared with the reference once a process before it is used.
+0. A document's chunks (Llama 4) begin at its positions 0, `chunk`, 2 `chunk`, ...; kernels take
+each for a document. cuDNN's flash attention (through JAX) takes either whole rows or, on Hopper,
+the documents' lengths and offsets. It is compared with the reference once a process before it is
+used.
 """
 
 import concurrent.futures

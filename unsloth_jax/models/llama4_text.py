@@ -23,6 +23,7 @@ from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import norm as norm
 from unsloth_jax.models.llama import scores as scores
 
+GGUF_ARCH = "llama4"
 MLP = f"{LAYERS}.*.feed_forward"
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 TRANSPOSED = tuple(f"{MLP}.experts.{name}" for name in (GATE_UP, DOWN))
@@ -207,3 +208,28 @@ def block(
     mix = lambda y: attention(c, kind, w["self_attn"], y, by, attend)
     mixed = (lambda node, y, _: mlp(node, y, partial(moe, c))) if kind.sparse else mlp
     return llama.pre_normed(c, w | {"mlp": w["feed_forward"]}, x, mix, mixed)
+
+
+def gguf_keys(c: Config) -> dict[str, Any]:
+    """Keys that llama.cpp's converter adds for this family, by gguf's names."""
+    own = {"interleave_moe_layer_step": _step(c), "expert_feed_forward_length": c.mlp_width}
+    return llama.gguf_keys(c) | own
+
+
+def _step(c: Config) -> int:
+    """Each so many-th layer is a mixture, by the first of them."""
+    return c.sparse.index(True) + 1 if any(c.sparse) else 1
+
+
+def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
+    """What llama.cpp has one value for: (this model's, that one)."""
+    each = lambda step: tuple((i + 1) % step == 0 for i in range(c.layers))
+    by_four = tuple(not full for full in each(4))
+    return {
+        "layers with rope": (c.turned, by_four),
+        "layers with chunks": (c.chunked, by_four),
+        "attention_chunk_size": (c.chunk, 8192),
+        "attn_scale and floor_scale": ((c.growth, c.floor), (0.1, 8192)),
+        "use_qk_norm": (c.normed, c.experts != 128),
+        "mixtures of experts": (c.sparse, each(_step(c))),
+    }
