@@ -24,6 +24,14 @@ class Route(NamedTuple):
     weights: Float[Array, "N k"]
 
 
+class Spread(NamedTuple):
+    """How tokens were sent to experts, summed over tokens and the layers that have some."""
+
+    chances: Float[Array, " E"]  # of the router's softmax over all experts
+    sent: Float[Array, " E"]  # tokens
+    rows: Float[Array, ""]  # tokens times layers
+
+
 # From the products of an expert's input to what its last matrix takes.
 Inner = Callable[[list[Array]], Array]
 
@@ -40,6 +48,15 @@ def softmax_route(scores: Float[Array, "N E"], k: int, renormalized: bool) -> Ro
     if renormalized:
         chances = chances / chances.sum(-1, keepdims=True)
     return Route(chosen, chances)
+
+
+def spread(
+    scores: Float[Array, "N E"], chosen: Int[Array, "N k"], real: Float[Array, " N"]
+) -> Spread:
+    """A layer's, of the tokens that are `real` (1, else 0)."""
+    chances = jax.nn.softmax(scores, axis=-1)
+    sent = jax.nn.one_hot(chosen, scores.shape[-1]).sum(1)
+    return Spread(real @ chances, real @ sent, real.sum())
 
 
 def gated(activation: str, products: list[Array]) -> Array:

@@ -15,6 +15,8 @@ where not all layers have all weights, or files hold some the other way round,
     layers_of(c, path)               numbers of the layers that have a weight (optional)
     TRANSPOSED                       paths of which files hold the last two axes swapped (optional)
     UNREAD                           patterns of weights that transformers leaves alone (optional)
+where tokens go to experts that transformers balances,
+    routed(c, node, x, real)         how a mixture spreads its tokens (`experts.Spread`)
 and, where llama.cpp has the family,
     GGUF_ARCH, to_gguf(c, path, w)   its name there, and weights that it stores otherwise (optional)
     gguf_keys(c)                     keys of its own, by the names of gguf's writer (optional)
