@@ -144,7 +144,8 @@ EACH = {
 }  # fmt: skip
 # Entries whose parts others have too: all their tests but the logits' go to `make test-full`.
 LESSER = (
-    "ministral3", "gemma", "phi3_window", "granite", "cohere", "olmo2", "smollm3", "exaone4"
+    "ministral3", "gemma", "phi3_window", "granite", "cohere", "olmo2", "smollm3", "exaone4",
+    "falcon_h1_plain",
 )  # fmt: skip
 
 
