@@ -133,6 +133,9 @@ def config_mutations(pair):
         other = 9 if all(c.windows) else 8
         yield "no window", dataclasses.replace(c, windows=(None,) * c.layers)
         yield "other windows", dataclasses.replace(c, windows=(other,) * c.layers)
+    if c.chunk:
+        yield "no chunks", dataclasses.replace(c, chunk=None)
+        yield "other chunks", dataclasses.replace(c, chunk=2 * c.chunk)
     if c.activation != "silu":
         # Where gelu is exact or not makes little difference: one entry of TINY is about it.
         for other in ("silu", "gelu") if pair.family is llama else ("silu",):
@@ -310,6 +313,9 @@ ROPES = {
         original_max_position_embeddings=2048),
     "qwen2.5 yarn": dict(
         rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=2048),
+    "llama-4": dict(
+        rope_type="llama3", rope_theta=5e5, factor=16.0, low_freq_factor=1.0, high_freq_factor=1.0,
+        original_max_position_embeddings=2048),
     "yarn, attention factor": dict(
         rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=2048,
         attention_factor=0.7),

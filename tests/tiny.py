@@ -131,6 +131,18 @@ TINY: dict[str, tuple[str, dict]] = {
         "Qwen3Moe", SMALL | MIXED | dict(
             num_experts=4, moe_intermediate_size=32, tie_word_embeddings=True),
     ),
+    "llama4_text": (
+        "Llama4Text", SMALL | MIXED | dict(
+            num_local_experts=4, moe_layers=[0, 2], intermediate_size_mlp=192, rms_norm_eps=0.02,
+            no_rope_layers=[1, 0, 1], attention_chunk_size=8, floor_scale=8, attn_scale=0.5),
+    ),
+    "llama4_text_unnormed": (
+        "Llama4Text", SMALL | dict(
+            num_local_experts=3, interleave_moe_layer_step=2, use_qk_norm=False,
+            attention_bias=True, attn_temperature_tuning=False, tie_word_embeddings=True,
+            no_rope_layers=[1, 1, 0], attention_chunk_size=20, rope_parameters=LLAMA3,
+            layer_types=["chunked_attention", "full_attention", "chunked_attention"]),
+    ),
 }  # fmt: skip
 
 # One entry of each family, by its model_type.
@@ -141,11 +153,13 @@ EACH = {
     "olmo2": "olmo2", "smollm3": "smollm3", "starcoder2": "starcoder2", "glm4": "glm4",
     "exaone4": "exaone4", "qwen3_5_text": "qwen3_5_text", "falcon_h1": "falcon_h1",
     "mixtral": "mixtral", "qwen3_moe": "qwen3_moe",
+    "llama4_text": "llama4_text",
 }  # fmt: skip
 # Entries whose parts others have too: all their tests but the logits' go to `make test-full`.
 LESSER = (
     "ministral3", "gemma", "phi3_window", "granite", "cohere", "olmo2", "smollm3", "exaone4",
     "falcon_h1_plain",
+    "llama4_text_unnormed",
 )  # fmt: skip
 
 

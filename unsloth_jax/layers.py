@@ -14,7 +14,7 @@ from pallas_kernels import causal_conv, recurrence
 from unsloth_jax.dims import Params
 from unsloth_jax.leaves import draws, folded, linear, linears
 
-# attend(q, k, v, *, scale, window, cap) -> (mixed values [B, T, H*h], what the cache keeps)
+# attend(q, k, v, *, scale, window, cap, chunk) -> (mixed values [B, T, H*h], what the cache keeps)
 Attend = Callable[..., tuple[Array, Any]]
 # mlp(weights, x [B, T, D], activation or fn(weights, x)) -> [B, T, D]
 Mlp = Callable[[Params, Array, Any], Array]
@@ -152,8 +152,8 @@ def row_mixers(
     border = segments[:, 1:] != segments[:, :-1]
     starts = jnp.concatenate([jnp.ones_like(border[:, :1]), border], axis=1)
 
-    def attend(q, k, v, *, scale, window, cap=None):
-        rule = kernel.Rule(scale, window, cap, documents=documents)
+    def attend(q, k, v, *, scale, window, cap=None, chunk=None):
+        rule = kernel.Rule(scale, window, cap, documents, chunk)
         return self_attention(rule, q, k, v, segments, positions), {}
 
     def recur(q, k, v, decay, beta=None):

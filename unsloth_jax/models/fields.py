@@ -56,16 +56,17 @@ REQUIRED = (
 COUNTS = (
     *REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings",
     "original_max_position_embeddings", "sliding_window", "num_experts", "num_local_experts",
-    "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step",
+    "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "attention_chunk_size",
+    "floor_scale", "interleave_moe_layer_step", "intermediate_size_mlp", "no_rope_layer_interval",
 )  # fmt: skip
 SWITCHES = (
     "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_bias",
-    "use_qk_norm", "norm_topk_prob", "output_router_logits",
+    "use_qk_norm", "norm_topk_prob", "output_router_logits", "attn_temperature_tuning",
 )  # fmt: skip
 NUMBERS = (
     "rms_norm_eps", "norm_epsilon", "layer_norm_eps", "query_pre_attn_scalar", "logit_scale",
     "attn_logit_softcapping", "final_logit_softcapping", "embedding_multiplier",
-    "attention_multiplier", "residual_multiplier", "logits_scaling",
+    "attention_multiplier", "residual_multiplier", "logits_scaling", "attn_scale",
 )  # fmt: skip
 ROPE_ANY = frozenset("rope_type type rope_theta partial_rotary_factor".split())
 ROPE_WORDS = frozenset("rope_type type truncate finetuned".split())
@@ -312,8 +313,8 @@ def _rope_numbers(kind: str, r: Mapping[str, Any]) -> None:
     if not isinstance(r.get("truncate", True), bool):
         raise ValueError(f"rope key truncate={r['truncate']!r}, expected true or false")
     low, high = r.get("low_freq_factor"), r.get("high_freq_factor")
-    if low is not None and high is not None and low >= high:
-        raise ValueError(f"high_freq_factor must be over low_freq_factor={low}, got {high}")
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"high_freq_factor is below low_freq_factor={low}, got {high}")
 
 
 def _longrope(r: Mapping[str, Any], width: int, context: int) -> dict[str, Any]:
