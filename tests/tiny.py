@@ -158,6 +158,7 @@ EACH = {
 # Entries whose parts others have too: all their tests but the logits' go to `make test-full`.
 LESSER = (
     "ministral3", "gemma", "phi3_window", "granite", "cohere", "olmo2", "smollm3", "exaone4",
+    "falcon_h1_plain",
     "llama4_text_unnormed",
 )  # fmt: skip
 
