@@ -7,19 +7,24 @@ import bitsandbytes.functional
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 import safetensors.torch
 import tiny
+import tiny_chat
 import torch
 import transformers
+from adapted import LORA, in_peft, scale
 
-from bridge import bnb_nf4, hf
+from bridge import bnb_nf4, hf, peft_adapter
 from bridge.safetensors_file import SafetensorsSource
 from pallas_kernels import _choice
 from pallas_kernels import grouped_matmul as kernel
-from unsloth_jax import experts, leaves, quant
+from unsloth_jax import SFTConfig, SFTTrainer, experts, leaves, quant, train
+from unsloth_jax.dims import Batch
 from unsloth_jax.leaves import Groups, Lora
+from workflows import objective
 
 SIZES = {
     "uneven": (3, 0, 70, 1, 26),
@@ -261,3 +266,65 @@ def test_experts_of_which_one_is_missing_are_named(tmp_path):
     _, _, params = hf.load(SafetensorsSource(tmp_path))
     (found,) = params["model"]["layers"]["*"]["feed_forward"]["experts"]["down_proj"].parts
     np.testing.assert_array_equal(found[0], fused.swapaxes(1, 2))
+
+
+def their_loss(name: str, rows, weight: float):
+    """(loss, aux loss, gradient by each of PEFT's parameters) of transformers."""
+    model = in_peft(name, LORA[name])
+    model.base_model.model.router_aux_loss_coef = weight
+    trained = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    for p in trained.values():
+        p.requires_grad_(True)
+    ids = torch.tensor(np.asarray(rows))
+    out = model(ids, labels=ids, output_router_logits=True)
+    out.loss.backward()
+    return out.loss.item(), out.aux_loss.item(), {n: p.grad.numpy() for n, p in trained.items()}
+
+
+def batches(rows, micro: int) -> Batch:
+    """The rows as micro-batches of a step; each token's target is the next one."""
+    ids = np.asarray(rows, np.int32)
+    targets = np.concatenate([ids[:, 1:], np.zeros_like(ids[:, :1])], axis=1)
+    weights = np.ones(ids.shape, np.float32)
+    weights[:, -1] = 0
+    positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+    arrays = ids, targets, weights, positions, np.ones_like(ids)
+    return Batch(*(x.reshape(micro, -1, ids.shape[1]) for x in arrays))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_the_loss_of_uneven_experts_and_its_gradient_are_those_of_transformers(name, tmp_path):
+    pair, settings, weight = tiny.pair(name), LORA[name], 0.3
+    in_peft(name, settings).save_pretrained(tmp_path)
+    adapters, read = peft_adapter.load(tmp_path, pair.params)
+    rows = [tiny.draw(i, 40) for i in range(4)]
+    loss, aux, wanted = their_loss(name, rows, weight)
+    found = objective.sft(objective.Options(balance=weight), 0)
+    how = pair.family, pair.config, scale(read)
+    step = found.step(optax.sgd(1.0), *how)
+    steps = {}
+    for micro in (1, 2, 4):
+        state, report = step(
+            train.start(adapters, optax.sgd(1.0)), pair.params, batches(rows, micro)
+        )
+        assert abs(float(report.loss) - loss) <= 1e-5 * loss
+        total = report.metrics["aux_loss"]
+        assert abs(float(total.value.sum() / total.count.sum()) - aux) <= 1e-5 * aux
+        steps[micro] = jax.tree.map(lambda old, new: old - new, adapters, state.trainable)
+    for key, mine in peft_adapter.tensors(steps[1]).items():
+        theirs = wanted[key.replace(".weight", ".default.weight")]
+        assert np.linalg.norm(mine - theirs) <= 1e-3 * np.linalg.norm(theirs), key
+    for micro in (2, 4):
+        same = jax.tree.map(lambda a, b: np.abs(a - b).max(), steps[1], steps[micro])
+        assert max(jax.tree.leaves(same)) <= 1e-5
+    plain = in_peft(name, settings)(torch.tensor(rows), labels=torch.tensor(rows)).loss.item()
+    assert abs(plain - loss) > 0.01 * loss
+
+
+def test_a_family_that_has_no_such_loss_refuses_it_by_name(tmp_path):
+    model, tokenizer = tiny_chat.load(tiny_chat.save(tmp_path, "Llama"), max_seq_length=60)
+    with pytest.raises(ValueError, match="router_aux_loss_coef=0.1 .*'llama' model has no such"):
+        SFTTrainer(
+            model=model, tokenizer=tokenizer, train_dataset=tiny_chat.MESSAGES,
+            args=SFTConfig(router_aux_loss_coef=0.1, output_dir=str(tmp_path / "run")),
+        )  # fmt: skip
