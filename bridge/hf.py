@@ -45,7 +45,8 @@ def check(model: ModuleType, c: Any, headers: dict[str, Header], where: str) -> 
             )
     tied = {HEAD} if c.tied else set()
     surplus = set(headers) - used - tied
-    wrong += [f"unexpected {name}" for name in sorted(surplus) if not BUFFERS.fullmatch(name)]
+    unread = re.compile("|".join([BUFFERS.pattern, *getattr(model, "UNREAD", ())]))
+    wrong += [f"unexpected {name}" for name in sorted(surplus) if not unread.fullmatch(name)]
     if wrong:
         more = f"\n  and {len(wrong) - 30} more" if len(wrong) > 30 else ""
         raise ValueError(f"{where} does not fit its config:\n  " + "\n  ".join(wrong[:30]) + more)

@@ -31,7 +31,10 @@ def test_configs_of_the_hub_are_read_with_the_right_sizes(name):
     assert {k: found[k] for k in sample.expected} == sample.expected
 
 
-NEEDED = {"ministral3": {"rope_parameters": tiny.YARN | {"llama_4_scaling_beta": 0.5}}}
+NEEDED = {
+    "ministral3": {"rope_parameters": tiny.YARN | {"llama_4_scaling_beta": 0.5}},
+    "qwen3_5_text": {"full_attention_interval": 2},
+}
 # Projections that a family has joined, or never gives a bias, or has of experts alone.
 WITHOUT = {
     "phi3": ("qkv_bias", "o_bias", "mlp_bias"), "glm4": ("mlp_bias",),
