@@ -17,7 +17,7 @@ import torch
 import transformers
 from adapted import LORA, in_peft, scale
 
-from bridge import bnb_nf4, hf, peft_adapter
+from bridge import bnb_nf4, hf, merge, peft_adapter
 from bridge.safetensors_file import SafetensorsSource
 from pallas_kernels import _choice
 from pallas_kernels import grouped_matmul as kernel
@@ -247,6 +247,10 @@ def test_experts_of_llama_4_that_bitsandbytes_packed_one_by_one_give_transformer
             assert isinstance(leaf, quant.nf4.NF4) == (kept is not None) and len(leaf.shape) == 4
         got = np.asarray(tiny.logits(family, c, params, *tiny.padded([row], len(row))))
         assert np.abs(got - want).max() <= 1e-4 * want.std()
+    merged = merge.merged(family, c, params, None, 1.0, SafetensorsSource(tmp_path)).weights
+    shapes = {key: header.shape for key, header in source.headers().items()}
+    assert {w.name: w.shape for w in merged} == shapes
+    assert all(w.read().shape == w.shape for w in merged if ".experts." in w.name)
 
 
 def test_experts_of_which_one_is_missing_are_named(tmp_path):
