@@ -2,6 +2,7 @@
 
     y[t] = sum_s softmax_s(cap(scale q[t].k[s])) v[s]    over s <= t in t's document and window
 
+With sinks, one more logit a head takes part in the softmax and has no value (arXiv:2508.10925).
 Rows hold documents one after the other, numbered from 1; what follows the last is padding, number
 0. cuDNN's flash attention (through JAX) takes either whole rows or, on Hopper, the documents'
 lengths and offsets. It is compared with the reference once a process before it is used.
@@ -53,9 +54,10 @@ def reference(
     v: Float[Array, "B T K h"],
     segments: Int[Array, "B T"],
     positions: Int[Array, "B T"],
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H h"]:
     """Grouped-query attention (arXiv:2305.13245) through all scores, softmax in float32."""
-    return masked(q, k, v, mask(rule, segments, positions), rule.scale, rule.cap)
+    return masked(q, k, v, mask(rule, segments, positions), rule.scale, rule.cap, sinks)
 
 
 def masked(
@@ -65,6 +67,7 @@ def masked(
     seen: Bool[Array, "B 1 1 T S"],
     scale: float,
     cap: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H h"]:
     """Attention under any mask."""
     batch, length, heads, width = q.shape
@@ -72,11 +75,23 @@ def masked(
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     if cap is not None:
         scores = cap * jnp.tanh(scores / cap)
-    probs = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1).astype(v.dtype)
+    scores = jnp.where(seen, scores, -1e30)
+    if sinks is None:
+        probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    else:
+        probs = chances(scores, sinks.reshape(1, k.shape[2], -1, 1)).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(batch, length, heads, width)
 
 
-def supports(rule: Rule, q: Any, k: Any) -> str | None:
+def chances(scores: Float[Array, "*B S"], sinks: Float[Array, "*#B"]) -> Float[Array, "*B S"]:
+    """Softmax over the last axis and one more logit, whose own chance is left out; float32."""
+    sinks = sinks.astype(jnp.float32)[..., None]
+    top = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), sinks))
+    grown = jnp.exp(scores - top)
+    return grown / (grown.sum(-1, keepdims=True) + jnp.exp(sinks - top))
+
+
+def supports(rule: Rule, q: Any, k: Any, sinks: bool = False) -> str | None:
     """Why cuDNN's attention can't run on these, or None."""
     if _choice.platform() != "gpu":
         return "it needs an NVIDIA GPU"
@@ -86,6 +101,8 @@ def supports(rule: Rule, q: Any, k: Any) -> str | None:
         return f"it takes heads of 8 n up to 128, not {q.shape[-1]}"
     if rule.cap is not None:
         return "it has no soft-cap"
+    if sinks:
+        return "it has no sinks"
     if rule.documents is None:
         return "how many documents a row holds at most isn't known"
     if jax.default_backend() != "gpu":
@@ -106,14 +123,15 @@ def attention(
     segments: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     implementation: Implementation | None = None,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H h"]:
     """Mixed values of every head; padding gets finite numbers that mean nothing.
 
     Raises ValueError with the reason where the implementation asked for can't run.
     """
-    reasons = {"cudnn": supports(rule, q, k), "xla": None}
+    reasons = {"cudnn": supports(rule, q, k, sinks is not None), "xla": None}
     if _choice.pick("attention", implementation, reasons) == "xla":
-        return checkpoint_name(reference(rule, q, k, v, segments, positions), KEPT)
+        return checkpoint_name(reference(rule, q, k, v, segments, positions, sinks), KEPT)
     return _cudnn(rule, q, k, v, segments)
 
 

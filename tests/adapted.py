@@ -38,6 +38,7 @@ LORA = {
     "mixtral": Settings(2, 4.0, targets=("q_proj", *EXPERTS)),
     "qwen3_moe": Settings(3, 6.0, targets=("k_proj", "o_proj", *EXPERTS)),
     "qwen3_moe_unnormed": Settings(2, 4.0, targets=("q_proj", "mlp.experts.down_proj")),
+    "gpt_oss": Settings(2, 4.0, targets=("q_proj", "o_proj", *EXPERTS)),
     "llama_gelu": Settings(2, 8.0, targets=("lm_head", "down_proj"), layers=(1,)),
 }
 

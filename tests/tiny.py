@@ -108,6 +108,11 @@ TINY: dict[str, tuple[str, dict]] = {
         "Qwen3Moe", SMALL | MIXED | dict(
             num_experts=4, moe_intermediate_size=32, tie_word_embeddings=True),
     ),
+    "gpt_oss": (
+        "GptOss", SMALL | MIXED | WINDOWED | dict(
+            num_local_experts=4, intermediate_size=48, swiglu_limit=1.0, swiglu_alpha=1.2,
+            rms_norm_eps=0.02, rope_parameters=YARN | dict(truncate=False, beta_fast=2.0)),
+    ),
 }  # fmt: skip
 
 # One entry of each family, by its model_type.
@@ -117,6 +122,7 @@ EACH = {
     "phi3": "phi3", "granite": "granite", "cohere": "cohere", "cohere2": "cohere2",
     "olmo2": "olmo2", "smollm3": "smollm3", "starcoder2": "starcoder2", "glm4": "glm4",
     "exaone4": "exaone4", "mixtral": "mixtral", "qwen3_moe": "qwen3_moe",
+    "gpt_oss": "gpt_oss",
 }  # fmt: skip
 # Entries whose parts others have too: all their tests but the logits' go to `make test-full`.
 LESSER = (
@@ -131,12 +137,17 @@ def entries(names) -> list:
 
 
 def redraw(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Matrices N(0, 1.5/sqrt(fan in)), embeddings N(0, 1), norms U(0.5, 1.5), biases N(0, 0.5)."""
+    """Matrices N(0, 1.5/sqrt(fan in)), embeddings N(0, 1), norms U(0.5, 1.5), biases N(0, 0.5).
+
+    Sinks N(1, 1).
+    """
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("bias"):
                 value = rng.normal(0, 0.5, p.shape)
+            elif name.endswith("sinks"):
+                value = rng.normal(1, 1, p.shape)
             elif ".mlp.gate.weight" in name or ".router." in name:
                 # Wide apart, so that rounding never changes a choice.
                 value = rng.normal(0, 6 / np.sqrt(p.shape[1]), p.shape)

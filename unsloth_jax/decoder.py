@@ -193,9 +193,9 @@ def _layer(family, c, positions, segments, memory, documents):
     """fn(x, kind, weights, layer number) -> x for tokens that see each other."""
     by = family.angles(c, positions, document_lengths(segments))
 
-    def attend(q, k, v, *, scale, window, cap=None):
+    def attend(q, k, v, *, scale, window, cap=None, sinks=None):
         rule = Rule(scale, window, cap, documents=documents)
-        return self_attention(rule, q, k, v, segments, positions), None
+        return self_attention(rule, q, k, v, segments, positions, sinks), None
 
     def layer(x, kind, w, i):
         x = checkpoint_name(x, remat.INPUT)

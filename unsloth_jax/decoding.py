@@ -65,12 +65,12 @@ def prefill(
     def body(carry, kind, w, i):
         x, keys, values = carry
 
-        def attend(q, k, v, *, scale, window, cap=None):
+        def attend(q, k, v, *, scale, window, cap=None, sinks=None):
             rule = Rule(scale, window, cap, documents=1)
             put = lambda old, new: jax.lax.dynamic_update_index_in_dim(
                 old, new.astype(dtype), i, axis=0
             )
-            return self_attention(rule, q, k, v, segments, positions), (
+            return self_attention(rule, q, k, v, segments, positions, sinks), (
                 put(keys, k),
                 put(values, v),
             )
@@ -108,12 +108,13 @@ def step(
     for i, kind in enumerate(family.kinds(c)):
         w = params.layers[i] if made else unstack.layer(family, params, i, number)
 
-        def attend(q, k, v, *, scale, window, cap=None, i=i):
+        def attend(q, k, v, *, scale, window, cap=None, sinks=None, i=i):
             nonlocal number
             new = (one[:, 0] for one in (q, k, v))
             y, keys[i], values[i] = decode_attention.attend(
-                *new, keys[i], values[i], cache.used, scale=scale, window=window, cap=cap
-            )
+                *new, keys[i], values[i], cache.used,
+                scale=scale, window=window, cap=cap, sinks=sinks,
+            )  # fmt: skip
             if not made:
                 # The next layer's weights wait for this: no more than two layers' are ever wide.
                 number, y = unstack.after(i + 1, y)

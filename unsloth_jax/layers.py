@@ -12,7 +12,7 @@ from pallas_kernels import attention as kernel
 from unsloth_jax.dims import Params
 from unsloth_jax.leaves import draws, folded, linear, linears
 
-# attend(q, k, v, *, scale, window, cap) -> (mixed values [B, T, H*h], what the cache keeps)
+# attend(q, k, v, *, scale, window, cap, sinks) -> (mixed values [B, T, H*h], what the cache keeps)
 Attend = Callable[..., tuple[Array, Any]]
 # mlp(weights, x [B, T, D], activation or fn(weights, x)) -> [B, T, D]
 Mlp = Callable[[Params, Array, Any], Array]
@@ -109,7 +109,8 @@ def self_attention(
     v: Float[Array, "B T K h"],
     segments: Int[Array, "B T"],
     positions: Int[Array, "B T"],
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H*h"]:
     """Attention of whole rows to themselves, by the fastest kernel that takes them."""
-    y = kernel.attention(rule, q, k, v, segments, positions)
+    y = kernel.attention(rule, q, k, v, segments, positions, sinks=sinks)
     return y.reshape(*q.shape[:2], -1)

@@ -139,8 +139,9 @@ def _layer(family: ModuleType, c: Any, kind: Any, w: Params, x: Array) -> Array:
     positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
     segments = jnp.ones_like(positions)
 
-    def attend(q, k, v, *, scale, window, cap=None):
-        return self_attention(Rule(scale, window, cap), q, k, v, segments, positions), None
+    def attend(q, k, v, *, scale, window, cap=None, sinks=None):
+        rule = Rule(scale, window, cap)
+        return self_attention(rule, q, k, v, segments, positions, sinks), None
 
     by = family.angles(c, positions, decoder.document_lengths(segments))
     return family.block(c, kind, w, x, by, attend)[0]
