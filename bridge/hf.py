@@ -23,7 +23,8 @@ BUFFERS = re.compile(
 )
 
 
-BITSANDBYTES = "bitsandbytes"  # the one kind of quantized checkpoint that is read
+BITSANDBYTES = "bitsandbytes"
+METHODS = (BITSANDBYTES, "mxfp4")  # the kinds of quantized checkpoint that are read
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -70,10 +71,10 @@ def described(source: Source) -> tuple[ModuleType, Any]:
         raise ValueError(f"config.json names no model_type; it has {sorted(source.config)}")
     model = family(source.config["model_type"])
     method = (source.config.get("quantization_config") or {}).get("quant_method", BITSANDBYTES)
-    if method != BITSANDBYTES:
+    if method not in METHODS:
         raise ValueError(
             f"config.json's quantization_config has quant_method {method!r}; supported: "
-            f"{BITSANDBYTES!r}, or none"
+            f"{METHODS}, or none"
         )
     return model, model.config(source.config)
 
