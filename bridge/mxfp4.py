@@ -15,6 +15,7 @@ BLOCKS, SCALES = "_blocks", "_scales"
 NAME = "MXFP4"
 DTYPE = np.dtype(ml_dtypes.bfloat16)  # of what reading gives
 WIDTH, BYTES = 32, 16  # numbers of a block, and its bytes
+AT_A_TIME = 2**17  # bytes, so that what they become stays in the cache
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # of 3 bits; the fourth is the sign
 
 
@@ -61,10 +62,13 @@ def shape(
 def dequantized(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """bfloat16 [E, I, O] of `*_blocks` and `*_scales`, exact; a view of [E, O, I]."""
     experts, height, count, _ = blocks.shape
-    out = np.empty((experts, height, count, BYTES), np.uint32)
-    for e in range(experts):  # the numbers of one expert's entries are in memory at a time
-        entries = scales[e, ..., None].astype(np.uint16) << 8 | blocks[e]
-        np.take(_pairs(), entries, out=out[e])
+    out = np.empty((experts * height, count, BYTES), np.uint32)
+    rows, shifts = blocks.reshape(out.shape), scales.reshape(out.shape[:2])
+    step = max(1, AT_A_TIME // (count * BYTES))
+    for at in range(0, len(out), step):
+        here = slice(at, at + step)
+        entries = shifts[here, :, None].astype(np.intp) << 8 | rows[here]
+        np.take(_pairs(), entries, out=out[here], mode="clip")
     return out.view(DTYPE).reshape(experts, height, count * WIDTH).swapaxes(1, 2)
 
 
