@@ -52,6 +52,34 @@ def test_packed_documents_are_attended_as_torch_attends_each_alone(window):
     assert np.isfinite(y).all()
 
 
+SINKS = jnp.asarray([-0.5, 3.0, 0.2, -40.0])
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_sink_takes_its_share_of_each_heads_softmax_and_no_value(window):
+    """In torch: one more key whose score is the sink, and whose value is 0."""
+    (y, back), rule = jax.vjp(
+        lambda *args: attention.attention(
+            Rule(0.3, window, documents=3), *args[:3], *numbered(), sinks=args[3]
+        ),
+        Q, KEYS, V, SINKS,
+    ), 0.3  # fmt: skip
+    q, k, v, sinks = (torch.tensor(np.asarray(x), requires_grad=True) for x in (Q, KEYS, V, SINKS))
+    k2, v2 = (x.repeat_interleave(H // K, dim=2) for x in (k, v))
+    segments, positions = map(np.asarray, numbered())
+    back_by = positions[:, :, None] - positions[:, None]
+    seen = (back_by >= 0) & (back_by < (window or T)) & (segments[:, :, None] == segments[:, None])
+    scores = torch.einsum("bthd,bshd->bhts", q, k2) * rule
+    scores = scores.masked_fill(~torch.tensor(seen)[:, None], -torch.inf)
+    more = sinks[None, :, None, None].expand(*scores.shape[:3], 1)
+    chances = torch.cat([scores, more], -1).softmax(-1)[..., :-1]
+    want = torch.einsum("bhts,bshd->bthd", chances, v2)
+    np.testing.assert_allclose(y, want.detach().numpy(), atol=2e-6)
+    want.backward(torch.tensor(np.asarray(G)))
+    for ours, theirs in zip(back(G), (q, k, v, sinks), strict=True):
+        np.testing.assert_allclose(ours, theirs.grad.numpy(), atol=1e-5)
+
+
 def without_windows(rule, q, k, v, segments):
     """What a kernel that forgot the window would answer."""
     positions = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
