@@ -126,6 +126,15 @@ def test_adapters_are_merged_into_the_dequantized_experts(tmp_path):
     np.testing.assert_allclose(found, want, rtol=2**-8, atol=1e-6)
 
 
+def test_experts_that_unsloth_keeps_as_linear_modules_are_refused_by_name(folder, tmp_path):
+    values = load_file(folder / "model.safetensors")
+    values["model.layers.0.mlp.experts.gate_up_projs.0.weight"] = np.zeros((128, 64), np.float32)
+    save_file(values, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(ValueError, match="experts.gate_up_projs.0.weight.*load_in_4bit=True"):
+        hf.load(SafetensorsSource(tmp_path))
+
+
 NAME = "model.layers.1.mlp.experts.down_proj"
 BROKEN = {
     "no scales": (lambda t: t.pop(f"{NAME}_scales"), f"{NAME}_scales is missing"),
