@@ -101,8 +101,6 @@ def supports(rule: Rule, q: Any, k: Any, sinks: bool = False) -> str | None:
         return f"it takes heads of 8 n up to 128, not {q.shape[-1]}"
     if rule.cap is not None:
         return "it has no soft-cap"
-    if sinks:
-        return "it has no sinks"
     if rule.documents is None:
         return "how many documents a row holds at most isn't known"
     if jax.default_backend() != "gpu":
@@ -112,7 +110,7 @@ def supports(rule: Rule, q: Any, k: Any, sinks: bool = False) -> str | None:
         return old
     window = rule.window is not None and rule.window < q.shape[1]
     group = q.shape[2] // k.shape[2]
-    return _disagreement(str(q.dtype), group, q.shape[-1], rule.documents > 1, window)
+    return _disagreement(str(q.dtype), group, q.shape[-1], rule.documents > 1, window, sinks)
 
 
 def attention(
@@ -132,28 +130,90 @@ def attention(
     reasons = {"cudnn": supports(rule, q, k, sinks is not None), "xla": None}
     if _choice.pick("attention", implementation, reasons) == "xla":
         return checkpoint_name(reference(rule, q, k, v, segments, positions, sinks), KEPT)
-    return _cudnn(rule, q, k, v, segments)
+    if sinks is None:
+        return _cudnn(rule, q, k, v, segments)
+    return _sunk(rule, q, k, v, segments, sinks)
 
 
-def _cudnn(rule, q, k, v, segments):
+def _cudnn(rule, q, k, v, segments, statistics=False):
+    """Mixed values; with `statistics` also the log of each sum of exponentials, see `_by_token`."""
     # The public function takes no offsets.
-    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+    from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention
 
-    window = rule.window if rule.window is not None and rule.window < q.shape[1] else None
-    call = functools.partial(
-        dot_product_attention, q, k, v, scale=rule.scale, sliding_window_length=window
-    )
+    mask_type, window, (lengths, starts) = _masking(rule, q.shape[1], segments)
+    return dot_product_attention(
+        q, k, v, scale=rule.scale, sliding_window_length=window, mask_type=mask_type,
+        q_seqlen=lengths, kv_seqlen=lengths, q_offsets=starts, kv_offsets=starts,
+        return_residual=statistics,
+    )  # fmt: skip
+
+
+def _masking(rule, length, segments):
+    """(cuDNN's kind of mask, its window, documents' `spans` or two None)."""
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType
+
+    window = rule.window if rule.window is not None and rule.window < length else None
     if rule.documents == 1:
         # Padding comes last, so no token of the document sees it.
-        return call(mask_type=MaskType.CAUSAL)
-    lengths, starts = spans(segments, rule.documents)
-    return call(
-        mask_type=MaskType.PADDING_CAUSAL,
-        q_seqlen=lengths,
-        kv_seqlen=lengths,
-        q_offsets=starts,
-        kv_offsets=starts,
-    )
+        return MaskType.CAUSAL, window, (None, None)
+    return MaskType.PADDING_CAUSAL, window, spans(segments, rule.documents)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sunk(rule, q, k, v, segments, sinks):
+    """cuDNN's mixed values less the sinks' shares: times sigmoid(log of the sum - sink)."""
+    return _sunk_forward(rule, q, k, v, segments, sinks)[0]
+
+
+def _sunk_forward(rule, q, k, v, segments, sinks):
+    y, sums = _cudnn(rule, q, k, v, segments, statistics=True)
+    kept = jax.nn.sigmoid(_over_sinks(rule, sums, segments, sinks))
+    y = (y.astype(jnp.float32) * kept[..., None]).astype(y.dtype)
+    return y, (q, k, v, segments, sinks, y, sums)
+
+
+def _sunk_backward(rule, saved, dy):
+    """cuDNN's backward pass with the sinks in its sums: what it finds of q, k and v is then right.
+
+    A sink's own gradient is minus its chance times y . dy.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    q, k, v, segments, sinks, y, sums = saved
+    mask_type, window, found = _masking(rule, q.shape[1], segments)
+    none = jnp.zeros(0, q.dtype)
+    lengths, starts = (none if x is None else x for x in found)
+    whole = jnp.logaddexp(sums, sinks.astype(jnp.float32)[None, :, None])
+    residuals = q, k, v, none, lengths, lengths, starts, starts, none, none, whole, y
+    dq, dk, dv, *_ = cudnn._dot_product_attention.bwd(
+        rule.scale, 0, 0.0, (False, False), mask_type, cudnn.AttentionLayout.BTNH.value, window,
+        0, False, residuals, dy,
+    )  # fmt: skip
+    chance = jax.nn.sigmoid(-_over_sinks(rule, sums, segments, sinks))
+    mixed = (y.astype(jnp.float32) * dy.astype(jnp.float32)).sum(-1)
+    return dq, dk, dv, None, -(chance * mixed).sum((0, 1)).astype(sinks.dtype)
+
+
+_sunk.defvjp(_sunk_forward, _sunk_backward)
+
+
+def _over_sinks(rule, sums, segments, sinks):
+    """The log of each token's sum of exponentials less its head's sink, float32 [B, T, H].
+
+    cuDNN has these logs as [B, H, T], or where rows hold several documents with a row for each of
+    all documents, from its first token on.
+    """
+    if rule.documents > 1:
+        lengths, starts = spans(segments, rule.documents)
+        count = (lengths > 0).sum(-1)
+        token = jnp.arange(segments.shape[1])
+        begun = (starts[:, :, None] >= 0) & (starts[:, :, None] <= token[None, None])
+        nth = begun.sum(1) - 1
+        row = (jnp.cumsum(count) - count)[:, None] + nth
+        sums = sums[row, :, token[None] - jnp.take_along_axis(starts, nth, axis=1)]
+    else:
+        sums = sums.swapaxes(1, 2)
+    return sums - sinks.astype(jnp.float32)[None, None]
 
 
 def spans(
@@ -176,14 +236,18 @@ def spans(
 
 
 @functools.cache
-def _disagreement(dtype: str, group: int, width: int, packed: bool, window: bool) -> str | None:
+def _disagreement(
+    dtype: str, group: int, width: int, packed: bool, window: bool, sinks: bool = False
+) -> str | None:
     """What sets cuDNN apart from the reference on a small example of this class, or None."""
     # Tracing belongs to a thread: in another one this runs while a caller's function is traced.
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        return pool.submit(_compared, dtype, group, width, packed, window).result()
+        return pool.submit(_compared, dtype, group, width, packed, window, sinks).result()
 
 
-def _compared(dtype: str, group: int, width: int, packed: bool, window: bool) -> str | None:
+def _compared(
+    dtype: str, group: int, width: int, packed: bool, window: bool, sinks: bool = False
+) -> str | None:
     rng = np.random.default_rng(0)
     batch, length, kv_heads = 2, 256, 2
     heads = kv_heads * group
@@ -200,19 +264,23 @@ def _compared(dtype: str, group: int, width: int, packed: bool, window: bool) ->
             positions[row, start:end] = np.arange(end - start)
     rule = Rule(width**-0.5, window=50 if window else None, documents=3 if packed else 1)
 
+    some = (jnp.asarray(rng.normal(1, 2, heads), jnp.float32),) if sinks else ()
+
     # Given as arguments: XLA would compute with constants while it compiles.
-    def values(fn, q, k, v, g, segments, positions):
+    def values(fn, g, segments, positions, *inputs):
         real = (segments > 0)[..., None, None]
 
-        def out(q, k, v):
-            y = fn(rule, q, k, v, segments, positions)
+        def out(q, k, v, *some):
+            y = fn(rule, q, k, v, segments, positions, *some)
             return jnp.where(real, y, 0).astype(jnp.float32)
 
-        y, back = jax.vjp(out, q, k, v)
+        y, back = jax.vjp(out, *inputs)
         return [y, *back(jnp.where(real, g, 0).astype(jnp.float32))]
 
-    given = q, k, v, g, jnp.asarray(segments), jnp.asarray(positions)
-    by_offsets = lambda rule, q, k, v, segments, positions: _cudnn(rule, q, k, v, segments)
+    given = g, jnp.asarray(segments), jnp.asarray(positions), q, k, v, *some
+    by_offsets = lambda rule, q, k, v, segments, _, *some: (_sunk if some else _cudnn)(
+        rule, q, k, v, segments, *some
+    )
     try:
         found = jax.jit(functools.partial(values, by_offsets))(*given)
     except jax.errors.JaxRuntimeError as error:
@@ -220,8 +288,8 @@ def _compared(dtype: str, group: int, width: int, packed: bool, window: bool) ->
             raise
         return f"cuDNN refuses it on this GPU: {str(error).splitlines()[0]}"
     expected = jax.jit(functools.partial(values, reference))(*given)
-    names = ("y", "dq", "dk", "dv")
-    for name, got, want in zip(names, found, expected, strict=True):
+    names = ("y", "dq", "dk", "dv", "dsinks")
+    for name, got, want in zip(names, found, expected, strict=False):
         got, want = (np.asarray(x, np.float32) for x in (got, want))
         error = np.abs(got - want).max() / np.abs(want).max()
         if not error <= TOLERANCE:
