@@ -122,6 +122,22 @@ def test_spans_list_documents_then_padding_without_holes():
     assert starts.tolist() == [[0, 5, 14, 18, -1, -1], [0, 16, -1, -1, -1, -1]]
 
 
+@pytest.mark.parametrize("documents", [1, 3])
+def test_each_token_finds_its_own_sum_among_those_of_cudnn(documents):
+    """Documents of all rows, padding too, follow each other; each has a row of its own."""
+    rule = Rule(0.3, documents=documents)
+    segments, positions = numbered() if documents > 1 else numbered([[20], [T]])
+    want = rng.normal(0, 1, (B, T, H)).astype(np.float32)
+    sums = np.full((B * (documents + 1), H, T), np.nan, np.float32)
+    lengths, starts = (np.asarray(x) for x in attention.spans(segments, documents))
+    spans = [(b, at, n) for b in range(B) for at, n in zip(starts[b], lengths[b]) if n > 0]
+    for row, (b, at, n) in zip(sums, spans, strict=False):
+        row[:, :n] = want[b, at : at + n].T
+    given = jnp.asarray(sums if documents > 1 else want.swapaxes(1, 2))
+    found = attention._over_sinks(rule, given, segments, SINKS)
+    np.testing.assert_allclose(found, want - np.asarray(SINKS), atol=1e-6)
+
+
 def shape(heads, width, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct((2, 64, heads, width), dtype)
 
