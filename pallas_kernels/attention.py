@@ -136,7 +136,7 @@ def attention(
 
 
 def _cudnn(rule, q, k, v, segments, statistics=False):
-    """Mixed values; with `statistics` also the log of each sum of exponentials, see `_by_token`."""
+    """Mixed values; with `statistics` also the logs of sums that `_over_sinks` reads."""
     # The public function takes no offsets.
     from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention
 

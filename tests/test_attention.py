@@ -130,7 +130,7 @@ def test_each_token_finds_its_own_sum_among_those_of_cudnn(documents):
     want = rng.normal(0, 1, (B, T, H)).astype(np.float32)
     sums = np.full((B * (documents + 1), H, T), np.nan, np.float32)
     lengths, starts = (np.asarray(x) for x in attention.spans(segments, documents))
-    spans = [(b, at, n) for b in range(B) for at, n in zip(starts[b], lengths[b]) if n > 0]
+    spans = [(b, starts[b, i], n) for (b, i), n in np.ndenumerate(lengths) if n > 0]
     for row, (b, at, n) in zip(sums, spans, strict=False):
         row[:, :n] = want[b, at : at + n].T
     given = jnp.asarray(sums if documents > 1 else want.swapaxes(1, 2))

@@ -26,8 +26,8 @@ TOLD = {
     "gemma": "heads of 256: on a GPU attention goes through XLA, with all scores in memory",
     "gemma2": "soft-caps: on a GPU attention goes through XLA, with all scores in memory",
     "gemma3_text": "text only; heads of 256, as gemma",
-    "gpt_oss": "MXFP4 is dequantized when read, and not written; Unsloth's bnb-4bit files, whose experts are "
-    "linear modules, are refused",
+    "gpt_oss": "MXFP4 is dequantized when read, and not written; Unsloth's bnb-4bit files, whose "
+    "experts are linear modules, are refused",
     "llama": "see [performance](performance.md)",
     "ministral3": "text only",
     "phi3": "LongRoPE's factors by a document's length; no windows in GGUF, which is told",
