@@ -2,7 +2,7 @@
 
     keys[b, :, used[b]] = k[b],  values[b, :, used[b]] = v[b]
     y[b, i] = softmax_s(cap(q[b, i] . keys[b, i // G, s] * scale)) @ values[b, i // G]
-    for used[b] - window < s <= used[b];  cap(s) = c tanh(s / c), or s
+    for used[b] - window < s <= used[b], in used[b]'s chunk of slots;  cap(s) = c tanh(s / c), or s
 
 With sinks, one more logit a head takes part in the softmax and has no value (arXiv:2508.10925).
 Grouped queries (arXiv:2305.13245), running softmax (arXiv:2205.14135), long rows cut into parts
@@ -42,6 +42,7 @@ def reference(
     scale: float,
     window: int | None = None,
     cap: float | None = None,
+    chunk: int | None = None,
     sinks: Float[Array, " H"] | None = None,
 ) -> Attended:
     """(mixed values, keys and values with the new token), softmax in float32."""
@@ -55,6 +56,7 @@ def reference(
     )
     back = used[:, None] - jnp.arange(keys.shape[2], dtype=used.dtype)[None]
     seen = back >= 0 if window is None else (back >= 0) & (back < window)
+    seen = seen if chunk is None else seen & (back <= (used % chunk)[:, None])
     scores = jnp.where(seen[:, None, None], _capped(scores * scale, cap), HIDDEN)
     if sinks is None:
         chance = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
@@ -98,6 +100,7 @@ def attend(
     scale: float,
     window: int | None = None,
     cap: float | None = None,
+    chunk: int | None = None,
     sinks: Float[Array, " H"] | None = None,
     implementation: Implementation | None = None,
 ) -> Attended:
@@ -107,8 +110,8 @@ def attend(
     """
     reasons = {"pallas": supports(q, keys), "xla": None}
     if _choice.pick("decode attention", implementation, reasons) == "xla":
-        return reference(q, k, v, keys, values, used, scale, window, cap, sinks)
-    return _pallas(q, k, v, keys, values, used, scale, window, cap, sinks)
+        return reference(q, k, v, keys, values, used, scale, window, cap, chunk, sinks)
+    return _pallas(q, k, v, keys, values, used, scale, window, cap, chunk, sinks)
 
 
 def parts(batch: int, heads: int, slots: int) -> int:
@@ -118,7 +121,19 @@ def parts(batch: int, heads: int, slots: int) -> int:
 
 
 def _pallas(
-    q, k, v, keys, values, used, scale, window, cap=None, sinks=None, cut=None, interpret=False
+    q,
+    k,
+    v,
+    keys,
+    values,
+    used,
+    scale,
+    window,
+    cap=None,
+    chunk=None,
+    sinks=None,
+    cut=None,
+    interpret=False,
 ):
     batch, heads, slots, width = keys.shape
     group = q.shape[1] // heads
@@ -132,7 +147,7 @@ def _pallas(
         mixed = [shape((batch, heads, cut, group, width), jnp.float32)]
         mixed += [shape((batch, heads, cut, group), jnp.float32)] * 2
     *mixed, keys, values = pl.pallas_call(
-        partial(_kernel, group, cut, scale, window, cap, bool(first)),
+        partial(_kernel, group, cut, scale, (window, chunk), cap, bool(first)),
         out_shape=[*mixed, shape(keys.shape, keys.dtype), shape(values.shape, values.dtype)],
         grid=(batch, heads, cut),
         input_output_aliases={4: len(mixed), 5: len(mixed) + 1},
@@ -152,7 +167,7 @@ def _pallas(
     return y.reshape(q.shape), keys, values
 
 
-def _kernel(group, cut, scale, window, cap, sinking, *refs):
+def _kernel(group, cut, scale, limits, cap, sinking, *refs):
     used_ref, q_ref, k_ref, v_ref, _, _, *refs = refs
     sinks_ref, refs = (refs[0], refs[1:]) if sinking else (None, refs)
     *out_refs, keys_ref, values_ref = refs
@@ -169,7 +184,7 @@ def _kernel(group, cut, scale, window, cap, sinking, *refs):
         jnp.where(own, jnp.ones(ROWS, jnp.float32), 0.0),
         jnp.where(own, jnp.broadcast_to(wide(v)[None], q.shape), 0.0),
     )
-    first = 0 if window is None else jnp.maximum(used + 1 - window, 0)
+    first = _first(used, *limits)
     begin, end = first // BLOCK, pl.cdiv(used, BLOCK)
     share = pl.cdiv(end - begin, cut)
 
@@ -204,6 +219,12 @@ def _kernel(group, cut, scale, window, cap, sinking, *refs):
         mixed_ref[row, head, part, lines, :] = mixed
         top_ref[row, head, part, lines] = top
         total_ref[row, head, part, lines] = total
+
+
+def _first(used, window, chunk):
+    """The first slot that a token in slot `used` sees."""
+    first = 0 if window is None else jnp.maximum(used + 1 - window, 0)
+    return first if chunk is None else jnp.maximum(used - used % chunk, first)
 
 
 def _product(a, b, axis):
