@@ -25,12 +25,21 @@ BUFFERS = re.compile(
 )
 
 
-BITSANDBYTES = "bitsandbytes"  # the one kind of quantized checkpoint that is read
+BITSANDBYTES = "bitsandbytes"
+METHODS = (BITSANDBYTES, "mxfp4")  # the kinds of quantized checkpoint that are read
+APART = re.compile(r"\.experts\.(gate_up|down)_projs\.\d+\.")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def check(model: ModuleType, c: Any, headers: dict[str, Header], where: str) -> None:
     """Raises one ValueError with every missing, unexpected and misshapen weight."""
+    apart = next((name for name in headers if APART.search(name)), None)
+    if apart:
+        raise ValueError(
+            f"{where} keeps experts as linear modules one by one, such as {apart}, as Unsloth's "
+            "4-bit files of gpt-oss do, which are not read: load the checkpoint that it was made "
+            "of with load_in_4bit=True"
+        )
     wrong, used = [], set()
     for name, place in places(model, c).items():
         used.add(name)
@@ -74,10 +83,10 @@ def described(source: Source) -> tuple[ModuleType, Any]:
         raise ValueError(f"config.json names no model_type; it has {sorted(source.config)}")
     model = family(source.config["model_type"])
     method = (source.config.get("quantization_config") or {}).get("quant_method", BITSANDBYTES)
-    if method != BITSANDBYTES:
+    if method not in METHODS:
         raise ValueError(
             f"config.json's quantization_config has quant_method {method!r}; supported: "
-            f"{BITSANDBYTES!r}, or none"
+            f"{METHODS}, or none"
         )
     return model, model.config(source.config)
 

@@ -4,6 +4,7 @@
     y[b, i] = softmax_s(cap(q[b, i] . keys[b, i // G, s] * scale)) @ values[b, i // G]
     for used[b] - window < s <= used[b], in used[b]'s chunk of slots;  cap(s) = c tanh(s / c), or s
 
+With sinks, one more logit a head takes part in the softmax and has no value (arXiv:2508.10925).
 Grouped queries (arXiv:2305.13245), running softmax (arXiv:2205.14135), long rows cut into parts
 that are joined by their maxima. The kernel (Pallas, Triton) reads what is filled of the cache and
 nothing beyond, once; XLA makes several launches of it and reads the cache's whole length. It has
@@ -20,6 +21,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _choice
+from pallas_kernels.attention import chances
 
 Implementation = Literal["pallas", "xla"]
 Attended = tuple[Float[Array, "B H h"], Float[Array, "B K S h"], Float[Array, "B K S h"]]
@@ -41,6 +43,7 @@ def reference(
     window: int | None = None,
     cap: float | None = None,
     chunk: int | None = None,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Attended:
     """(mixed values, keys and values with the new token), softmax in float32."""
     batch, heads, width = q.shape
@@ -55,7 +58,10 @@ def reference(
     seen = back >= 0 if window is None else (back >= 0) & (back < window)
     seen = seen if chunk is None else seen & (back <= (used % chunk)[:, None])
     scores = jnp.where(seen[:, None, None], _capped(scores * scale, cap), HIDDEN)
-    chance = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    if sinks is None:
+        chance = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    else:
+        chance = chances(scores, sinks.reshape(1, keys.shape[1], -1)).astype(q.dtype)
     y = jnp.einsum("bkgs,bksh->bkgh", chance, values.astype(q.dtype))
     return y.reshape(batch, heads, width), keys, values
 
@@ -95,6 +101,7 @@ def attend(
     window: int | None = None,
     cap: float | None = None,
     chunk: int | None = None,
+    sinks: Float[Array, " H"] | None = None,
     implementation: Implementation | None = None,
 ) -> Attended:
     """`reference`, in place where the caches are donated. Rows have `used` tokens each, below S.
@@ -103,8 +110,8 @@ def attend(
     """
     reasons = {"pallas": supports(q, keys), "xla": None}
     if _choice.pick("decode attention", implementation, reasons) == "xla":
-        return reference(q, k, v, keys, values, used, scale, window, cap, chunk)
-    return _pallas(q, k, v, keys, values, used, scale, window, cap, chunk)
+        return reference(q, k, v, keys, values, used, scale, window, cap, chunk, sinks)
+    return _pallas(q, k, v, keys, values, used, scale, window, cap, chunk, sinks)
 
 
 def parts(batch: int, heads: int, slots: int) -> int:
@@ -114,18 +121,33 @@ def parts(batch: int, heads: int, slots: int) -> int:
 
 
 def _pallas(
-    q, k, v, keys, values, used, scale, window, cap=None, chunk=None, cut=None, interpret=False
+    q,
+    k,
+    v,
+    keys,
+    values,
+    used,
+    scale,
+    window,
+    cap=None,
+    chunk=None,
+    sinks=None,
+    cut=None,
+    interpret=False,
 ):
     batch, heads, slots, width = keys.shape
     group = q.shape[1] // heads
     cut = cut or parts(batch, heads, slots)
+    own = [] if sinks is None else [sinks.astype(jnp.float32).reshape(heads, group)]
+    # Where rows come in parts, what joins them takes the sinks in.
+    first = own if cut == 1 else []
     shape = jax.ShapeDtypeStruct
     mixed = [shape((batch, heads, group, width), q.dtype)]
     if cut > 1:
         mixed = [shape((batch, heads, cut, group, width), jnp.float32)]
         mixed += [shape((batch, heads, cut, group), jnp.float32)] * 2
     *mixed, keys, values = pl.pallas_call(
-        partial(_kernel, group, cut, scale, (window, chunk), cap),
+        partial(_kernel, group, cut, scale, (window, chunk), cap, bool(first)),
         out_shape=[*mixed, shape(keys.shape, keys.dtype), shape(values.shape, values.dtype)],
         grid=(batch, heads, cut),
         input_output_aliases={4: len(mixed), 5: len(mixed) + 1},
@@ -139,12 +161,15 @@ def _pallas(
         v.astype(values.dtype),
         keys,
         values,
+        *first,
     )
-    y = _joined(mixed, q.dtype, interpret) if cut > 1 else mixed[0]
+    y = _joined([*mixed, *own], q.dtype, interpret) if cut > 1 else mixed[0]
     return y.reshape(q.shape), keys, values
 
 
-def _kernel(group, cut, scale, limits, cap, used_ref, q_ref, k_ref, v_ref, _keys, _values, *refs):
+def _kernel(group, cut, scale, limits, cap, sinking, *refs):
+    used_ref, q_ref, k_ref, v_ref, _, _, *refs = refs
+    sinks_ref, refs = (refs[0], refs[1:]) if sinking else (None, refs)
     *out_refs, keys_ref, values_ref = refs
     row, head, part = (pl.program_id(axis) for axis in range(3))
     # Rows beyond the group repeat its last one: they compute and store the same numbers.
@@ -185,6 +210,8 @@ def _kernel(group, cut, scale, limits, cap, used_ref, q_ref, k_ref, v_ref, _keys
         keys_ref[row, head, used, :] = k
         values_ref[row, head, used, :] = v
 
+    if sinking:
+        total = total + jnp.exp(sinks_ref[head, lines] - top)
     if cut == 1:
         out_refs[0][row, head, lines, :] = (mixed / total[:, None]).astype(q.dtype)
     else:
@@ -210,12 +237,16 @@ def _joined(parts_, dtype, interpret):
     """The whole rows' mixed values [B, K, G, h] from those of their parts, in one launch."""
     batch, heads, _, group, width = parts_[0].shape
 
-    def kernel(mixed_ref, top_ref, total_ref, y_ref):
+    def kernel(mixed_ref, top_ref, total_ref, *refs):
+        *sinks_ref, y_ref = refs
         row, head, line = (pl.program_id(axis) for axis in range(3))
         top = top_ref[row, head, :, line]
-        weight = jnp.exp(top - jnp.max(top, axis=0))
+        highest = jnp.max(top, axis=0)
+        weight = jnp.exp(top - highest)
         mixed = jnp.sum(mixed_ref[row, head, :, line, :] * weight[:, None], axis=0)
         total = jnp.sum(total_ref[row, head, :, line] * weight, axis=0)
+        if sinks_ref:
+            total = total + jnp.exp(sinks_ref[0][head, line] - highest)
         y_ref[row, head, line, :] = (mixed / total).astype(dtype)
 
     return pl.pallas_call(

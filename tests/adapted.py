@@ -41,6 +41,7 @@ LORA = {
     "mixtral": Settings(2, 4.0, targets=("q_proj", *EXPERTS)),
     "qwen3_moe": Settings(3, 6.0, targets=("k_proj", "o_proj", *EXPERTS)),
     "qwen3_moe_unnormed": Settings(2, 4.0, targets=("q_proj", "mlp.experts.down_proj")),
+    "gpt_oss": Settings(2, 4.0, targets=("q_proj", "o_proj", *EXPERTS)),
     "llama4_text": Settings(2, 4.0, targets=("q_proj", "shared_expert.down_proj", *LLAMA4)),
     "llama4_text_unnormed": Settings(
         3, 6.0, targets=("v_proj", "feed_forward.experts.gate_up_proj")

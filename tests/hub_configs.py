@@ -223,6 +223,33 @@ HUB: dict[str, Sample] = {
         8_190_735_360,
         dict(layers=36, kv_heads=8, head_width=128, qkv_bias=False, windows=(None,) * 36),
     ),
+    "openai/gpt-oss-20b": Sample(
+        dict(
+            architectures=["GptOssForCausalLM"], attention_bias=True, attention_dropout=0.0,
+            eos_token_id=200002, experts_per_token=4, head_dim=64, hidden_act="silu",
+            hidden_size=2880, initial_context_length=4096, initializer_range=0.02,
+            intermediate_size=2880, layer_types=["sliding_attention", "full_attention"] * 12,
+            max_position_embeddings=131072, model_type="gpt_oss", num_attention_heads=64,
+            num_experts_per_tok=4, num_hidden_layers=24, num_key_value_heads=8,
+            num_local_experts=32, output_router_logits=False, pad_token_id=199999,
+            quantization_config=dict(
+                modules_to_not_convert=[
+                    "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens",
+                    "lm_head",
+                ],
+                quant_method="mxfp4",
+            ),
+            rms_norm_eps=1e-05, rope_scaling=dict(
+                beta_fast=32.0, beta_slow=1.0, factor=32.0, original_max_position_embeddings=4096,
+                rope_type="yarn", truncate=False,
+            ),
+            rope_theta=150000, router_aux_loss_coef=0.9, sliding_window=128, swiglu_limit=7.0,
+            tie_word_embeddings=False, transformers_version="4.55.0.dev0", use_cache=True,
+            vocab_size=201088,
+        ),
+        20_914_757_184,
+        dict(experts=32, chosen=4, windows=(128, None) * 12, limit=7.0, theta=150000.0),
+    ),
     # The hub counts 108_641_793_536, its vision model and projector among them.
     "meta-llama/Llama-4-Scout-17B-16E, its text model": Sample(
         LLAMA_4,

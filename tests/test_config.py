@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import transformers
 from hub_configs import HUB
 
 from unsloth_jax import decoder, rope
@@ -38,7 +39,7 @@ NEEDED = {
 # Projections that a family has joined, or never gives a bias, or has of experts alone.
 WITHOUT = {
     "phi3": ("qkv_bias", "o_bias", "mlp_bias"), "glm4": ("mlp_bias",),
-    "llama4_text": ("mlp_bias",), "mixtral": ("mlp_bias", "mlp_width"),
+    "gpt_oss": ("mlp_bias",), "llama4_text": ("mlp_bias",), "mixtral": ("mlp_bias", "mlp_width"),
     "qwen3_moe": ("mlp_bias", "mlp_width"),
 }  # fmt: skip
 
@@ -203,6 +204,14 @@ REFUSED = {
     "llama3 factors swapped": (
         "llama", dict(rope_parameters=tiny.LLAMA3 | {"low_freq_factor": 8.0}),
         "low_freq_factor=8.0", "got 4.0"),
+    "a context that rope is not from": (
+        "gpt_oss", dict(initial_context_length=2048), "initial_context_length=2048", "4096"),
+    "two numbers of a token's experts": (
+        "gpt_oss", dict(experts_per_token=2), "experts_per_token=2", "num_experts_per_tok=4"),
+    "another gate": ("gpt_oss", dict(hidden_act="gelu"), "hidden_act='gelu'", "silu"),
+    "a limit in quotes": ("gpt_oss", dict(swiglu_limit="7"), "swiglu_limit='7'", "over 0"),
+    "windows of no length": (
+        "gpt_oss", dict(sliding_window=None), "sliding_window is null", "layer_types"),
     "no chunk": (
         "llama4_text", dict(attention_chunk_size=None), "attention_chunk_size=None", "over 0"),
     "windows for chunks": (
@@ -228,6 +237,13 @@ def test_what_is_not_understood_is_refused_by_name(model_type, changes, given, k
     with pytest.raises(ValueError) as error:
         read(model_type, **changes)
     assert given in str(error.value) and known in str(error.value)
+
+
+def test_defaults_of_gpt_oss_are_those_of_transformers():
+    sizes = dict(num_hidden_layers=6, hidden_size=64, intermediate_size=32, vocab_size=99)
+    given = sizes | dict(num_attention_heads=16, model_type="gpt_oss")
+    theirs = transformers.GptOssConfig(**given).to_dict()
+    assert family("gpt_oss").config(given) == family("gpt_oss").config(theirs)
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones():

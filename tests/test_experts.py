@@ -137,6 +137,14 @@ def test_routing_is_in_float32_whatever_the_model_computes_in():
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+def test_the_chosen_experts_scores_alone_decide_their_weights():
+    scores = np.random.default_rng(4).normal(0, 3, (7, 6)).astype(np.float32)
+    route = experts.chosen_route(jnp.asarray(scores), 3)
+    highest, chosen = torch.topk(torch.tensor(scores), 3, dim=-1)
+    np.testing.assert_array_equal(route.experts, chosen.numpy())
+    np.testing.assert_allclose(route.weights, highest.softmax(-1).numpy(), atol=1e-7)
+
+
 def test_routers_stay_in_float32_when_a_checkpoint_is_read_in_16_bits(tmp_path):
     tiny.save(tiny.reference("qwen3_moe"), tmp_path)
     _, _, params = hf.load(SafetensorsSource(tmp_path), dtype=jnp.bfloat16, quantize="nf4")

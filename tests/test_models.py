@@ -109,11 +109,13 @@ def test_packed_rows_equal_separate_rows(pair, figure):
 
 
 def weight_mutations(params: dict):
-    """(what, changed parameters): biases to 0, norms to 1, matrices shifted by a row."""
+    """(what, changed parameters): biases to 0, no sinks, norms to 1, matrices shifted by a row."""
     flat = tree.flatten(params)
     for path, w in flat.items():
         if path.endswith("bias"):
             wrong = jnp.zeros_like
+        elif path.endswith("sinks"):
+            wrong = lambda x: jnp.full_like(x, -1e30)
         elif "norm" in path:
             wrong = jnp.ones_like
         else:

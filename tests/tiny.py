@@ -131,6 +131,11 @@ TINY: dict[str, tuple[str, dict]] = {
         "Qwen3Moe", SMALL | MIXED | dict(
             num_experts=4, moe_intermediate_size=32, tie_word_embeddings=True),
     ),
+    "gpt_oss": (
+        "GptOss", SMALL | MIXED | WINDOWED | dict(
+            num_local_experts=4, intermediate_size=48, swiglu_limit=1.0, swiglu_alpha=1.2,
+            rms_norm_eps=0.02, rope_parameters=YARN | dict(truncate=False, beta_fast=2.0)),
+    ),
     "llama4_text": (
         "Llama4Text", SMALL | MIXED | dict(
             num_local_experts=4, moe_layers=[0, 2], intermediate_size_mlp=192, rms_norm_eps=0.02,
@@ -154,6 +159,7 @@ EACH = {
     "exaone4": "exaone4", "qwen3_5_text": "qwen3_5_text", "falcon_h1": "falcon_h1",
     "mixtral": "mixtral", "qwen3_moe": "qwen3_moe",
     "llama4_text": "llama4_text",
+    "gpt_oss": "gpt_oss",
 }  # fmt: skip
 # Entries whose parts others have too: all their tests but the logits' go to `make test-full`.
 LESSER = (
@@ -170,12 +176,17 @@ def entries(names) -> list:
 
 
 def redraw(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Matrices N(0, 1.5/sqrt(fan in)), embeddings N(0, 1), norms U(0.5, 1.5), biases N(0, 0.5)."""
+    """Matrices N(0, 1.5/sqrt(fan in)), embeddings N(0, 1), norms U(0.5, 1.5), biases N(0, 0.5).
+
+    Sinks N(1, 1).
+    """
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("bias"):
                 value = rng.normal(0, 0.5, p.shape)
+            elif name.endswith("sinks"):
+                value = rng.normal(1, 1, p.shape)
             elif name.endswith("A_log"):
                 # States that fade within some tens of tokens, as trained ones do.
                 value = rng.uniform(-3, 0, p.shape)

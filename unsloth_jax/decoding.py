@@ -106,9 +106,9 @@ def _prompt_mixers(positions: Int[Array, "B T"], lengths: Int[Array, " B"]) -> M
     inside = positions < lengths[:, None]
     segments, going_on = inside.astype(jnp.int32), jnp.zeros_like(inside)
 
-    def attend(q, k, v, *, scale, window, cap=None, chunk=None):
+    def attend(q, k, v, *, scale, window, cap=None, chunk=None, sinks=None):
         rule = Rule(scale, window, cap, 1, chunk)
-        y = self_attention(rule, q, k, v, segments, positions)
+        y = self_attention(rule, q, k, v, segments, positions, sinks)
         return y, {"keys": k, "values": v}
 
     def convolve(x, w, bias):

@@ -59,10 +59,26 @@ def spread(
     return Spread(real @ chances, real @ sent, real.sum())
 
 
+def chosen_route(scores: Float[Array, "N E"], k: int) -> Route:
+    """The k experts of the highest scores, weighed by the softmax of these alone."""
+    highest, chosen = jax.lax.top_k(scores, k)
+    return Route(chosen, jax.nn.softmax(highest, axis=-1))
+
+
 def gated(activation: str, products: list[Array]) -> Array:
     """act(gate) * up, of the products [gate, up]."""
     gate, up = products
     return ACTIVATIONS[activation](gate) * up
+
+
+def clamped(gain: float, limit: float, products: list[Array]) -> Array:
+    """gate * sigmoid(gain * gate) * (up + 1), gate up to `limit`, up between -limit and limit.
+
+    Of one product whose even columns are the gate, the odd ones up (transformers `gpt_oss`).
+    """
+    (both,) = products
+    gate, up = jnp.minimum(both[..., ::2], limit), jnp.clip(both[..., 1::2], -limit, limit)
+    return gate * jax.nn.sigmoid(gain * gate) * (up + 1)
 
 
 def mixture(

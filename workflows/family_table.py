@@ -27,6 +27,8 @@ TOLD = {
     "gemma": "heads of 256: on a GPU attention goes through XLA, with all scores in memory",
     "gemma2": "soft-caps: on a GPU attention goes through XLA, with all scores in memory",
     "gemma3_text": "text only; heads of 256, as gemma",
+    "gpt_oss": "MXFP4 is dequantized when read, and not written; Unsloth's bnb-4bit files, whose "
+    "experts are linear modules, are refused",
     "llama": "see [performance](performance.md)",
     "llama4_text": "text only; as transformers: experts in bitsandbytes' files one by one or in 16 "
     "bits; no adapters or 4 bits of routers",

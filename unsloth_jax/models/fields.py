@@ -58,6 +58,7 @@ COUNTS = (
     "original_max_position_embeddings", "sliding_window", "num_experts", "num_local_experts",
     "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "attention_chunk_size",
     "floor_scale", "interleave_moe_layer_step", "intermediate_size_mlp", "no_rope_layer_interval",
+    "initial_context_length", "experts_per_token",
 )  # fmt: skip
 SWITCHES = (
     "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_bias",
@@ -67,6 +68,7 @@ NUMBERS = (
     "rms_norm_eps", "norm_epsilon", "layer_norm_eps", "query_pre_attn_scalar", "logit_scale",
     "attn_logit_softcapping", "final_logit_softcapping", "embedding_multiplier",
     "attention_multiplier", "residual_multiplier", "logits_scaling", "attn_scale",
+    "swiglu_alpha", "swiglu_limit",
 )  # fmt: skip
 ROPE_ANY = frozenset("rope_type type rope_theta partial_rotary_factor".split())
 ROPE_WORDS = frozenset("rope_type type truncate finetuned".split())
