@@ -22,11 +22,17 @@ from unsloth_jax.models.llama import kinds as kinds
 GGUF_ARCH = "cohere2"
 
 OWN = ("sliding_window", "layer_types", "sliding_window_pattern")
+# Of the first checkpoints' own code: what transformers' does, whatever they say.
 ONLY = {
+    "layer_switch": (4,),
     "order_of_interleaved_layers": ("local_attn_first",),
     "position_embedding_type": ("rope_gptj",),
     "rotary_pct": (1,),
     "use_embedding_sharing": (True,),
+    "use_gated_activation": (True,),
+    "use_parallel_block": (True,),
+    "use_parallel_embedding": (True, False),  # how it was spread over devices
+    "use_qk_norm": (False, None),
 }
 
 

@@ -45,7 +45,9 @@ def config(hf: Mapping[str, Any]) -> Config:
 def _sliding(hf: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
     """Whether each layer has a window; a pattern is a number or letters such as "LLLG"."""
     pattern = hf.get("sliding_window_pattern") or 4
-    if hf.get("layer_types") is None and isinstance(pattern, str):
+    if hf.get("layer_types") is not None:
+        return fields.sliding_layers(hf, layers, 0)
+    if isinstance(pattern, str):
         if not pattern or set(pattern) - set("LG"):
             raise ValueError(f"sliding_window_pattern={pattern!r}, expected letters L and G")
         return tuple(pattern[i % len(pattern)] == "L" for i in range(layers))

@@ -21,12 +21,15 @@ from unsloth_jax.models.llama import weights as weights
 GGUF_ARCH = "gemma"
 
 DEFAULTS = dict(head_dim=256, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True)
+# The first checkpoints name the exact GELU and were trained with the approximation.
+LEGACY = {"gelu": "gelu_pytorch_tanh"}
 OFFSET = 1.0  # norms store how far their factors are from it
 
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
     hf = DEFAULTS | {"max_position_embeddings": 8192} | dict(hf)
+    hf["hidden_act"] = LEGACY.get(hf["hidden_act"], hf["hidden_act"])
     fields.check(hf, own=("attention_bias", "hidden_activation"))
     if hf.get("hidden_activation") not in (None, hf["hidden_act"]):
         raise ValueError(

@@ -24,7 +24,7 @@ GGUF_ARCH = "gemma2"
 NORMS = (*llama.NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 OWN = (
     "attention_bias", "hidden_activation", "query_pre_attn_scalar", "sliding_window",
-    "layer_types", "attn_logit_softcapping", "final_logit_softcapping", "cache_implementation",
+    "layer_types", "attn_logit_softcapping", "final_logit_softcapping",
 )  # fmt: skip
 
 
@@ -51,8 +51,10 @@ def config(hf: Mapping[str, Any]) -> Config:
 def read(hf: Mapping[str, Any], own: tuple[str, ...]) -> dict[str, Any]:
     """The fields of `Config` that Gemma 2 and 3 name alike."""
     act = hf.get("hidden_activation") or gemma.DEFAULTS["hidden_act"]
+    # Names that transformers reads nothing of, beside those it reads.
+    same = {"hidden_act": (act,), "sliding_window_size": (hf.get("sliding_window", 4096),)}
+    fields.check({"hidden_act": act} | dict(hf), own, same)
     hf = gemma.DEFAULTS | dict(hf) | {"hidden_act": act}
-    fields.check(hf, own)
     bias = hf.get("attention_bias", False)
     return fields.sizes(hf) | dict(
         tied=hf["tie_word_embeddings"],

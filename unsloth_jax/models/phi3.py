@@ -19,12 +19,20 @@ GGUF_ARCH = "phi3"
 DEFAULTS = dict(
     rms_norm_eps=1e-5, max_position_embeddings=4096, original_max_position_embeddings=4096
 )
+# Of Phi-4-mini's own code, which transformers' has not: what they say when they say nothing.
+ONLY = {
+    "attention_bias": (False, None),
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
+    "lm_head_bias": (False,),
+    "mlp_bias": (False,),
+}
 
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
     hf = DEFAULTS | dict(hf)
-    fields.check(hf, ("sliding_window", "partial_rotary_factor"), {"attention_bias": (False, None)})
+    fields.check(hf, ("sliding_window", "partial_rotary_factor"), ONLY)
     common = fields.sizes(hf)
     return Config(
         **common,

@@ -26,17 +26,24 @@ OWN = (
 DEFAULTS = dict(
     hidden_act="gelu_pytorch_tanh", max_position_embeddings=4096, tie_word_embeddings=True
 )
-ONLY = {"norm_type": ("layer_norm",), "mlp_type": ("default",)}
+ONLY = {
+    "norm_type": ("layer_norm",),
+    "mlp_type": ("default",),
+    "attention_softmax_in_fp32": (True,),
+    "scale_attention_softmax_in_fp32": (True,),
+    "scale_attn_weights": (True,),
+}
 
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
     hf = DEFAULTS | dict(hf)
-    fields.check(hf, OWN, ONLY)
+    eps = hf.get("norm_epsilon", 1e-5)
+    fields.check(hf, OWN, ONLY | {"layer_norm_epsilon": (eps,)})
     common = fields.sizes({"num_key_value_heads": 2} | hf)
     bias = hf.get("use_bias", True)
     return Config(
-        **common | {"eps": hf.get("norm_epsilon", 1e-5)},
+        **common | {"eps": eps},
         rope=fields.rope(hf, common["head_width"]),
         tied=hf["tie_word_embeddings"],
         qkv_bias=bias,
