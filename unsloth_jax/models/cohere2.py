@@ -38,7 +38,7 @@ ONLY = {
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
-    hf = {"head_dim": 128, "max_position_embeddings": 8192, "sliding_window": 4096} | dict(hf)
+    hf = {"max_position_embeddings": 8192, "sliding_window": 4096} | dict(hf)
     common = cohere.read(hf, OWN, ONLY)
     pattern = hf.get("sliding_window_pattern") or 4
     sliding = fields.sliding_layers(hf, common["layers"], pattern)

@@ -26,7 +26,7 @@ OWN = ("sliding_window", "sliding_window_pattern", "layer_types")
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
-    hf = {"rms_norm_eps": 1e-5, "sliding_window": 4096} | dict(hf)
+    hf = dict(num_key_value_heads=32, rms_norm_eps=1e-5, sliding_window=4096) | dict(hf)
     fields.check(hf, own=OWN)
     common, window = fields.sizes(hf), hf["sliding_window"]
     sliding = (False,) * common["layers"] if window is None else _sliding(hf, common["layers"])

@@ -28,7 +28,7 @@ OFFSET = 1.0  # norms store how far their factors are from it
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
-    hf = DEFAULTS | {"max_position_embeddings": 8192} | dict(hf)
+    hf = DEFAULTS | dict(num_key_value_heads=16, max_position_embeddings=8192) | dict(hf)
     hf["hidden_act"] = LEGACY.get(hf["hidden_act"], hf["hidden_act"])
     fields.check(hf, own=("attention_bias", "hidden_activation"))
     if hf.get("hidden_activation") not in (None, hf["hidden_act"]):

@@ -53,8 +53,8 @@ def read(hf: Mapping[str, Any], own: tuple[str, ...]) -> dict[str, Any]:
     act = hf.get("hidden_activation") or gemma.DEFAULTS["hidden_act"]
     # Names that transformers reads nothing of, beside those it reads.
     same = {"hidden_act": (act,), "sliding_window_size": (hf.get("sliding_window", 4096),)}
-    fields.check({"hidden_act": act} | dict(hf), own, same)
-    hf = gemma.DEFAULTS | dict(hf) | {"hidden_act": act}
+    hf = gemma.DEFAULTS | dict(hidden_act=act, num_key_value_heads=4) | dict(hf)
+    fields.check(hf, own, same)
     bias = hf.get("attention_bias", False)
     return fields.sizes(hf) | dict(
         tied=hf["tie_word_embeddings"],

@@ -34,6 +34,11 @@ def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
     hf = {"max_position_embeddings": 131072} | dict(hf)
     common = gemma2.read(hf, OWN)
+    if common["attention_cap"] is not None:
+        # transformers has the field and its attention doesn't cap.
+        raise ValueError(
+            f"gemma3_text has no attn_logit_softcapping but None, got {common['attention_cap']}"
+        )
     pattern = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
     sliding = fields.sliding_layers(hf, common["layers"], pattern)
     window = hf.get("sliding_window", 4096)
@@ -112,6 +117,5 @@ def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
     """What llama.cpp has one value for: (this model's, that one)."""
     return {
         "scores' scale": (c.scale, gemma2.llama_cpp_scale(c, 62)),
-        "attn_logit_softcapping": (c.attention_cap, None),
         "rope of layers with a window": (c.local_rope.kind, "default"),
     }

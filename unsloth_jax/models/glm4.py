@@ -22,7 +22,9 @@ from unsloth_jax.models.llama import scores as scores
 GGUF_ARCH = "glm4"
 
 NORMS = (*llama.NORMS, "post_self_attn_layernorm", "post_mlp_layernorm")
-DEFAULTS = dict(head_dim=128, rms_norm_eps=1.5625e-7, max_position_embeddings=131072)
+DEFAULTS = dict(
+    num_key_value_heads=2, head_dim=128, rms_norm_eps=1.5625e-7, max_position_embeddings=131072
+)
 
 
 def config(hf: Mapping[str, Any]) -> Config:
@@ -31,7 +33,7 @@ def config(hf: Mapping[str, Any]) -> Config:
     if "partial_rotary_factor" not in (hf.get("rope_parameters") or {}):
         hf = {"partial_rotary_factor": 0.5} | hf
     fields.check(hf, own=("attention_bias", "partial_rotary_factor"))
-    common = fields.sizes({"num_key_value_heads": 2} | hf)
+    common = fields.sizes(hf)
     return Config(
         **common,
         rope=fields.rope(hf, common["head_width"], partial=True),

@@ -21,11 +21,12 @@ from unsloth_jax.models.llama import weights as weights
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
+    hf = {"num_key_value_heads": 8, "max_position_embeddings": 4096 * 32} | dict(hf)
     fields.check(hf, own=("sliding_window",))
-    common = fields.sizes({"num_key_value_heads": 8} | dict(hf))
+    common = fields.sizes(hf)
     return Config(
         **common,
-        rope=fields.rope({"max_position_embeddings": 4096 * 32} | dict(hf), common["head_width"]),
+        rope=fields.rope(hf, common["head_width"]),
         tied=hf.get("tie_word_embeddings", False),
         qkv_bias=False,
         o_bias=False,

@@ -21,12 +21,13 @@ GGUF_ARCH = "qwen3"
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
+    hf = qwen2.DEFAULTS | {"head_dim": 128} | dict(hf)
     fields.check(hf, own=("attention_bias", *qwen2.OWN))
-    common = fields.sizes({"head_dim": 128} | dict(hf))
+    common = fields.sizes(hf)
     bias = hf.get("attention_bias", False)
     return Config(
         **common,
-        rope=fields.rope({"max_position_embeddings": 32768} | dict(hf), common["head_width"]),
+        rope=fields.rope(hf, common["head_width"]),
         tied=hf.get("tie_word_embeddings", False),
         qkv_bias=bias,
         o_bias=bias,

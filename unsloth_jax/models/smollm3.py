@@ -25,7 +25,7 @@ OWN = (
     "attention_bias", "mlp_bias", "use_sliding_window", "sliding_window", "layer_types",
     "no_rope_layers", "no_rope_layer_interval", "max_window_layers",
 )  # fmt: skip
-DEFAULTS = dict(max_position_embeddings=32768, tie_word_embeddings=True)
+DEFAULTS = dict(num_key_value_heads=4, max_position_embeddings=32768, tie_word_embeddings=True)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def config(hf: Mapping[str, Any]) -> Config:
     if "rope_theta" not in (hf.get("rope_parameters") or {}):
         hf = {"rope_theta": 2e6} | hf
     fields.check(hf, own=OWN)
-    common = fields.sizes({"num_key_value_heads": 4} | hf)
+    common = fields.sizes(hf)
     turned = _turned(hf, common["layers"])
     bias = hf.get("attention_bias", False)
     sliding = hf.get("use_sliding_window") and hf.get("sliding_window") is not None

@@ -24,8 +24,9 @@ OWN = (
     "attention_dropout", "residual_dropout", "embedding_dropout",
 )  # fmt: skip
 DEFAULTS = dict(
-    hidden_act="gelu_pytorch_tanh", max_position_embeddings=4096, tie_word_embeddings=True
-)
+    num_key_value_heads=2, hidden_act="gelu_pytorch_tanh", max_position_embeddings=4096,
+    tie_word_embeddings=True,
+)  # fmt: skip
 ONLY = {
     "norm_type": ("layer_norm",),
     "mlp_type": ("default",),
@@ -40,7 +41,7 @@ def config(hf: Mapping[str, Any]) -> Config:
     hf = DEFAULTS | dict(hf)
     eps = hf.get("norm_epsilon", 1e-5)
     fields.check(hf, OWN, ONLY | {"layer_norm_epsilon": (eps,)})
-    common = fields.sizes({"num_key_value_heads": 2} | hf)
+    common = fields.sizes(hf)
     bias = hf.get("use_bias", True)
     return Config(
         **common | {"eps": eps},
