@@ -20,6 +20,7 @@ from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import kinds as kinds
 
 GGUF_ARCH = "cohere2"
+GGUF_READS = ("logit_scale", "attention.sliding_window")
 
 OWN = ("sliding_window", "layer_types", "sliding_window_pattern")
 # Of the first checkpoints' own code: what transformers' does, whatever they say.
@@ -72,4 +73,11 @@ def gguf_keys(c: Config) -> dict[str, Any]:
         "vocab_size": c.vocab,
         "rope_dimension_count": c.rope.width,
         "rope_scaling_type": "none",
+    }
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    return cohere.from_gguf(values, names, rope) | {
+        "sliding_window": values["attention.sliding_window"]
     }

@@ -20,6 +20,7 @@ from unsloth_jax.models.smollm3 import Config
 from unsloth_jax.models.smollm3 import kinds as kinds
 
 GGUF_ARCH = "exaone4"
+GGUF_READS = ("attention.sliding_window", "attention.sliding_window_pattern")
 
 OWN = ("sliding_window", "sliding_window_pattern", "layer_types")
 
@@ -96,3 +97,12 @@ def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
         "sliding windows": (tuple(w is not None for w in c.windows), sliding),
         "layers with rope": (c.turned, has_rope),
     }
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    window, sliding = (values.get(key) for key in GGUF_READS)
+    if window is None:
+        return {"sliding_window": None, "layer_types": ["full_attention"] * values["block_count"]}
+    kinds = ["sliding_attention" if one else "full_attention" for one in sliding or ()]
+    return {"sliding_window": window, "layer_types": kinds}

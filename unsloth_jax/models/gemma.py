@@ -19,6 +19,7 @@ from unsloth_jax.models.llama import scores as scores
 from unsloth_jax.models.llama import weights as weights
 
 GGUF_ARCH = "gemma"
+GGUF_READS = ()
 
 DEFAULTS = dict(head_dim=256, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True)
 # The first checkpoints name the exact GELU and were trained with the approximation.
@@ -83,3 +84,8 @@ def block(
 def to_gguf(c: Config, path: str, w: np.ndarray) -> np.ndarray:
     """llama.cpp's norms multiply by the factors themselves."""
     return w + np.float32(OFFSET) if path.endswith("norm.weight") else w
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    return {"attention_bias": llama.from_gguf(values, names, rope)["attention_bias"]}

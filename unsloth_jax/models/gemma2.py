@@ -20,6 +20,7 @@ from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import kinds as kinds
 
 GGUF_ARCH = "gemma2"
+GGUF_READS = ("attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 
 NORMS = (*llama.NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 OWN = (
@@ -124,3 +125,22 @@ def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
 def llama_cpp_scale(c: Config, largest: int) -> float:
     """llama.cpp knows the largest model, whose scale is another, by its number of layers."""
     return (c.width // c.heads if c.layers == largest else c.head_width) ** -0.5
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    return shared_from_gguf(values, 46) | {
+        "attn_logit_softcapping": values.get("attn_logit_softcapping"),
+        "final_logit_softcapping": values.get("final_logit_softcapping"),
+    }
+
+
+def shared_from_gguf(values: Mapping[str, Any], largest: int) -> dict[str, Any]:
+    """What Gemma 2 and 3 read alike; `largest` as `llama_cpp_scale`'s."""
+    heads, width = values["attention.head_count"], values["embedding_length"]
+    own = values.get("attention.key_length", width // heads)
+    return {
+        "hidden_activation": gemma.DEFAULTS["hidden_act"],
+        "query_pre_attn_scalar": width // heads if values["block_count"] == largest else own,
+        "sliding_window": values["attention.sliding_window"],
+    }

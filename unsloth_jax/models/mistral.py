@@ -18,6 +18,8 @@ from unsloth_jax.models.llama import scores as scores
 from unsloth_jax.models.llama import to_gguf as to_gguf
 from unsloth_jax.models.llama import weights as weights
 
+GGUF_READS = ("attention.sliding_window",)
+
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
@@ -33,3 +35,8 @@ def config(hf: Mapping[str, Any]) -> Config:
         mlp_bias=False,
         windows=(hf.get("sliding_window", 4096),) * common["layers"],
     )
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    return {"sliding_window": values["attention.sliding_window"]}

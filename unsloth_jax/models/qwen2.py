@@ -16,6 +16,7 @@ from unsloth_jax.models.llama import scores as scores
 from unsloth_jax.models.llama import weights as weights
 
 GGUF_ARCH = "qwen2"
+GGUF_READS = ("attention.sliding_window",)
 DEFAULTS = dict(num_key_value_heads=32, max_position_embeddings=32768)
 OWN = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
@@ -36,3 +37,11 @@ def config(hf: Mapping[str, Any]) -> Config:
         mlp_bias=False,
         windows=fields.windows(hf, common["layers"]),
     )
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    window = values.get("attention.sliding_window")
+    if window is None:
+        return {"use_sliding_window": False}
+    return {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}

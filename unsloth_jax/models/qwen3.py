@@ -17,6 +17,7 @@ from unsloth_jax.models.llama import norm as norm
 from unsloth_jax.models.llama import scores as scores
 
 GGUF_ARCH = "qwen3"
+GGUF_READS = ("attention.sliding_window",)
 
 
 def config(hf: Mapping[str, Any]) -> Config:
@@ -59,3 +60,9 @@ def block(
     norms = lambda x, name: llama.unit(c, a[name], x)
     mix = lambda y: llama.attention(c, a, y, by["all"], attend, window, norms=norms)
     return llama.pre_normed(c, w, x, mix, mlp)
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    bias = llama.from_gguf(values, names, rope)["attention_bias"]
+    return qwen2.from_gguf(values, names, rope) | {"attention_bias": bias}

@@ -20,6 +20,7 @@ from unsloth_jax.models.llama import to_gguf as to_gguf
 from unsloth_jax.models.llama import weights as weights
 
 GGUF_ARCH = "smollm3"
+GGUF_READS = ()
 
 OWN = (
     "attention_bias", "mlp_bias", "use_sliding_window", "sliding_window", "layer_types",
@@ -92,3 +93,8 @@ def block(
 def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
     """What llama.cpp has one value for: (this model's, that one)."""
     return {"layers with rope": (c.turned, tuple((i + 1) % 4 != 0 for i in range(c.layers)))}
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    return llama.from_gguf(values, names, rope)

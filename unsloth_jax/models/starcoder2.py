@@ -17,6 +17,7 @@ from unsloth_jax.models.llama import kinds as kinds
 from unsloth_jax.models.llama import scores as scores
 
 GGUF_ARCH = "starcoder2"
+GGUF_READS = ()
 
 OWN = (
     "use_bias", "norm_epsilon", "sliding_window",
@@ -93,3 +94,8 @@ def block(
 def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
     """What llama.cpp has one value for: (this model's, that one)."""
     return {"use_bias": (c.qkv_bias, True)}
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    return {"norm_epsilon": values["attention.layer_norm_epsilon"], "use_bias": True}
