@@ -3,18 +3,21 @@
 import re
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bridge import bnb_int8
+from bridge.places import Place, of_path, places
 from bridge.source import Header, Source
 from unsloth_jax import tree
 from unsloth_jax.dims import Params
 from unsloth_jax.leaves import Stacks
 from unsloth_jax.models import family
 from unsloth_jax.quant import FORMATS
+from unsloth_jax.quant.int8 import Int8
 
 # Buffers that old checkpoints carry and the config alone decides.
 BUFFERS = re.compile(
@@ -26,25 +29,20 @@ BITSANDBYTES = "bitsandbytes"  # the one kind of quantized checkpoint that is re
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def names(path: str, layers: int) -> list[str]:
-    """ "model.layers.*.mlp.up_proj.weight" -> its full name in every layer."""
-    return [path.replace("*", str(i), 1) for i in range(layers)] if ".*." in path else [path]
-
-
 def check(model: ModuleType, c: Any, headers: dict[str, Header], where: str) -> None:
     """Raises one ValueError with every missing, unexpected and misshapen weight."""
     wrong, used = [], set()
-    for path, (shape, _) in model.weights(c).items():
-        for name in names(path, c.layers):
-            used.add(name)
-            if name not in headers:
-                wrong.append(f"missing {name} {shape}")
-            elif headers[name].shape != shape:
-                wrong.append(f"{name} has shape {headers[name].shape}, the config says {shape}")
-            elif not headers[name].dtype.startswith(("float", "bfloat")):
-                wrong.append(
-                    f"{name} has dtype {headers[name].dtype}, expected a float or 4-bit NF4 blocks"
-                )
+    for name, place in places(model, c).items():
+        used.add(name)
+        if name not in headers:
+            wrong.append(f"missing {name} {place.shape}")
+        elif headers[name].shape != place.shape:
+            wrong.append(f"{name} has shape {headers[name].shape}, the config says {place.shape}")
+        elif not headers[name].dtype.startswith(("float", "bfloat")):
+            wrong.append(
+                f"{name} has dtype {headers[name].dtype}, expected a float, 4-bit NF4 blocks or "
+                "int8 rows with their SCB"
+            )
     tied = {HEAD} if c.tied else set()
     surplus = set(headers) - used - tied
     wrong += [f"unexpected {name}" for name in sorted(surplus) if not BUFFERS.fullmatch(name)]
@@ -65,8 +63,8 @@ def _same_head(source: Source, headers: dict[str, Header], c: Any) -> None:
 
 
 def is_linear(path: str) -> bool:
-    """Whether bitsandbytes would quantize this weight: a matrix inside a layer, no norm's."""
-    return ".*." in path and path.endswith(".weight") and not tree.of_norm(path)
+    """Whether this weight is packed: a matrix of a linear module or of experts, in a layer."""
+    return ".*." in path and tree.of_linear(path)
 
 
 def described(source: Source) -> tuple[ModuleType, Any]:
@@ -83,6 +81,19 @@ def described(source: Source) -> tuple[ModuleType, Any]:
     return model, model.config(source.config)
 
 
+def own_format(config: dict[str, Any]) -> str | None:
+    """The format, of FORMATS, that config.json says its weights have; None for 16 or 32 bits."""
+    said = config.get("quantization_config") or {}
+    if said.get("load_in_8bit") and not said.get("llm_int8_has_fp16_weight"):
+        return "int8"
+    return "nf4" if said.get("load_in_4bit") else None
+
+
+def kept(config: dict[str, Any], quantize: str | None) -> str | None:
+    """The format that `load` gives the layers of a checkpoint: its own goes before another."""
+    return quantize and (own_format(config) or quantize)
+
+
 def load(
     source: Source,
     dtype: Any = None,
@@ -91,9 +102,10 @@ def load(
 ) -> tuple[ModuleType, Any, Params]:
     """(family, config, parameters) of a checkpoint, read weight by weight into stacks in place.
 
-    `dtype` None keeps each weight's own. `quantize="nf4"` packs the weights that `where` names,
-    unless the checkpoint is already quantized: then its blocks are taken as they are. With
-    `quantize=None` quantized weights are dequantized. Raises ValueError as `check` does.
+    `dtype` None keeps each weight's own; otherwise routers are in float32. `quantize`, of FORMATS,
+    packs the weights that `where` names, unless the checkpoint is already quantized: then its own
+    are taken as they are. With `quantize=None` quantized weights are dequantized. Raises
+    ValueError as `check` does.
     """
     model, c = described(source)
     headers = source.headers()
@@ -105,39 +117,68 @@ def load(
     flat = {}
     for path in model.weights(c):
         pack = quantize if not stored and where(path) else None
-        flat[path] = _stack(
-            source, headers, names(path, c.layers), ".*." in path, dtype, quantize, pack
-        )
+        read = _reader(source, headers, of_path(model, c, path), dtype, quantize, pack)
+        flat[path] = _leaf(read, of_path(model, c, path), c.layers)
     return model, c, tree.unflatten(flat)
 
 
-def _stack(
-    source, headers, wanted: list[str], stacked: bool, dtype, keep: str | None, pack: str | None
-):
-    """The leaf of one path: a single weight, a stack, or `Stacks` where layers differ in kind."""
+class Reading(NamedTuple):
+    """How a tensor becomes a leaf on the device, and what leaves of one stack have in common."""
 
+    kind: Callable[[str], Any]
+    value: Callable[[str], Any]
+
+
+def _reader(source, headers, found: dict[str, Place], dtype, keep: str | None, pack: str | None):
     def read(name: str) -> Any:
         header = headers[name]
         if header.format is not None and keep is not None:
-            leaf = source.read_nf4(name)
+            leaf = source.read_quantized(name)
             _finite_statistics(name, leaf)
+            if isinstance(leaf, Int8) and dtype is not None:
+                leaf = leaf.replace(dtype=jnp.dtype(dtype).name)  # files name none
             return jax.device_put(leaf)
-        value = source.read(name)
+        value = found[name].oriented(source.read(name))
         _finite(name, value)
-        value = value if dtype is None else value.astype(dtype, copy=False)
+        if dtype is not None:
+            kept = np.float32 if tree.of_router(found[name].path) else dtype
+            value = value.astype(kept, copy=False)
         if pack:
             value = jax.device_put(value)  # rebound, so that the host copy goes before it packs
-            return FORMATS[pack](value)
+            packed = FORMATS[pack](value)
+            _packable(name, packed)
+            return packed
         return value
 
-    kind = lambda h: (h.format if keep else None, h.dtype if dtype is None else None)
-    if not stacked:
-        return jax.device_put(read(wanted[0]))
+    def kind(name: str) -> Any:
+        header = headers[name]
+        return header.format if keep else None, header.dtype if dtype is None else None
+
+    return Reading(kind, read)
+
+
+def _leaf(read: Reading, found: dict[str, Place], layers: int) -> Any:
+    """The leaf of one path: a weight, a stack, or `Stacks` where layers lack it or differ."""
+    by_layer: dict[int | None, list[str]] = {}
+    for name, place in found.items():
+        by_layer.setdefault(place.layer, []).append(name)
+    if None in by_layer:
+        return jax.device_put(read.value(*by_layer[None]))
     parts: dict[Any, list[int]] = {}
-    for i, name in enumerate(wanted):
-        parts.setdefault(kind(headers[name]), []).append(i)
-    filled = [fill(lambda n, ids=ids: read(wanted[ids[n]]), len(ids)) for ids in parts.values()]
-    if len(filled) == 1:
+    for i, wanted in by_layer.items():
+        kinds = {read.kind(name) for name in wanted}
+        if len(kinds) > 1:
+            raise ValueError(f"experts of one layer are stored in several kinds: {wanted}, {kinds}")
+        parts.setdefault(kinds.pop(), []).append(i)
+
+    def one(i: int) -> Any:
+        wanted = by_layer[i]
+        if found[wanted[0]].expert is None:
+            return read.value(wanted[0])
+        return fill(lambda e: read.value(wanted[e]), len(wanted))
+
+    filled = [fill(lambda n, ids=ids: one(ids[n]), len(ids)) for ids in parts.values()]
+    if [*parts.values()] == [[*range(layers)]]:
         return filled[0]
     return Stacks(tuple(filled), tuple(tuple(ids) for ids in parts.values()))
 
@@ -148,6 +189,14 @@ def _finite(name: str, value: np.ndarray) -> None:
         total = value.sum(dtype=np.float64)
     if not np.isfinite(total):
         raise ValueError(f"{name} holds values that are not finite")
+
+
+def _packable(name: str, leaf: Any) -> None:
+    if isinstance(leaf, Int8) and not np.isfinite(np.asarray(leaf.absmax)).all():
+        raise ValueError(
+            f"{name} holds values over 65504, the most of float16, through which bitsandbytes' "
+            "int8 goes: load in 4 bits, or with load_in_16bit=True"
+        )
 
 
 # The field of a 4-bit leaf -> what a checkpoint calls it.
@@ -161,6 +210,9 @@ STATISTICS = {
 
 def _finite_statistics(name: str, leaf: Any) -> None:
     """Raises ValueError as for dense weights; bytes are always finite, what scales them may not."""
+    if isinstance(leaf, Int8):
+        _finite(bnb_int8.scale_of(name), leaf.absmax)
+        return
     for field, called in STATISTICS.items():
         value = getattr(leaf, field)
         if value is not None:

@@ -8,13 +8,15 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from bridge.hf import names
+from bridge.places import Place, places
 from bridge.safetensors_file import Weight
 from bridge.source import Source
-from unsloth_jax import leaves, lora, tree
+from unsloth_jax import leaves, lora, quant, tree
 from unsloth_jax.dims import Params
+from unsloth_jax.lora.targets import Site, sites
 
 ORIGINAL, DEQUANTIZED = "original16", "dequant4"
+DEQUANTIZED8 = "dequant8"  # what DEQUANTIZED is where the weights trained on are int8
 CHECKPOINT = "checkpoint"  # what ORIGINAL is where the checkpoint's own weights are blocks
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -65,23 +67,40 @@ class Pair(NamedTuple):
         return gain[:, None] * merged - w
 
 
-def pairs(adapters: Params | None, scale: float, layers: int) -> dict[str, Pair]:
-    """Every adapter by the full name of the weight it belongs to."""
-    flat, out = tree.flatten(adapters or {}), {}
-    for path in (p.removesuffix(".a") for p in flat if p.endswith(".a")):
-        own = [flat.get(f"{path}.{side}") for side in ("a", "b", "magnitude")]
-        if ".*." not in path:
-            out[f"{path}.weight"] = _pair(own, scale)
-            continue
-        for i in [i for ids in leaves.stacks(own[0], layers).layers for i in ids]:
-            here = [None if x is None else leaves.layer(x, i) for x in own]
-            out[f"{path.replace('*', str(i), 1)}.weight"] = _pair(here, scale)
+def pairs(adapters: Params | None, scale: float, params: Params) -> dict[str, Pair]:
+    """Every adapter by the full name of the weight of `params` that it belongs to."""
+    own, out = lora.parts(adapters or {})[0], {}
+    known = sites(params) if own else {}
+    for path in (p.removesuffix(".a") for p in own if p.endswith(".a")):
+        sides = [own.get(f"{path}.{side}") for side in ("a", "b", "magnitude")]
+        if path not in known:
+            raise ValueError(f"adapters of {path} belong to no weight of the model")
+        for i in _numbers(sides[0]) if ".*." in path else (None,):
+            here = [x if x is None or i is None else leaves.layer(x, i) for x in sides]
+            pair = Pair(*(x if x is None else np.asarray(x) for x in here[:2]), scale, here[2])
+            out |= _of_weights(known[path], pair, i)
     return out
 
 
-def _pair(own: list[Any], scale: float) -> Pair:
-    a, b, magnitude = (None if x is None else np.asarray(x) for x in own)
-    return Pair(a, b, scale, magnitude)
+def _numbers(leaf: Any) -> list[int]:
+    if isinstance(leaf, leaves.Stacks):
+        return [i for ids in leaf.layers for i in ids]
+    return [*range(leaf.shape[0])]
+
+
+def _of_weights(site: Site, pair: Pair, layer: int | None) -> dict[str, Pair]:
+    """The pair's part of each of the site's weights in one layer, and of each expert's."""
+    out, at = {}, 0
+    for path, height in zip(site.weights, site.heights, strict=True):
+        part = pair._replace(b=pair.b[..., at : at + height, :])
+        at += height
+        name = path if layer is None else path.replace("*", str(layer), 1)
+        if "*" not in name:
+            out[name] = part
+            continue
+        for e in range(site.experts):
+            out[name.replace("*", str(e))] = part._replace(a=part.a[e], b=part.b[e])
+    return out
 
 
 def merged(
@@ -99,17 +118,18 @@ def merged(
 
     `base="original16"` adds to the checkpoint's own weights where `source` holds them in 16 or 32
     bits, or in the blocks of a quantized GGUF (then `base` of the result is "checkpoint"),
-    "dequant4" (and bitsandbytes' 4-bit checkpoints) to the dequantized ones. `dtype` None keeps
-    16-bit weights as they are and turns float32 into bfloat16. `initial` holds the pairs that were
-    taken out of `params` before training: the checkpoint gets the difference to them. Raises
-    ValueError for an unknown base or an adapter that belongs to no weight, and while reading for a
-    result not finite.
+    "dequant4" (and bitsandbytes' 4-bit checkpoints) to the dequantized ones, "dequant8" where
+    these are int8. `dtype` None keeps 16-bit weights as they are and turns float32 into bfloat16.
+    `initial` holds the pairs that were taken out of `params` before training: the checkpoint gets
+    the difference to them. Raises ValueError for an unknown base or an adapter that belongs to no
+    weight, and while reading for a result not finite.
     """
-    if base not in (ORIGINAL, DEQUANTIZED):
-        raise ValueError(f"base must be one of {[ORIGINAL, DEQUANTIZED]}, got {base!r}")
-    flat, deltas = tree.flatten(params), pairs(adapters, scale, c.layers)
+    trained_on = dequantized(params)
+    if base not in (ORIGINAL, trained_on):
+        raise ValueError(f"base must be one of {[ORIGINAL, trained_on]}, got {base!r}")
+    flat, deltas = tree.flatten(params), pairs(adapters, scale, params)
     whole = lora.parts(adapters or {})[1]
-    where = {name: path for path in model.weights(c) for name in names(path, c.layers)}
+    where = places(model, c)
     lost = sorted(set(deltas) - set(where))
     if lost:
         raise ValueError(f"adapters of {lost} belong to no weight of the model")
@@ -117,31 +137,36 @@ def merged(
     at_hand = base == ORIGINAL and all(n in headers and headers[n].format is None for n in deltas)
 
     if at_hand and initial is not None:
-        deltas = pairs(lora.difference(adapters, initial), scale, c.layers)
+        deltas = pairs(lora.difference(adapters, initial), scale, params)
 
     def original(name: str) -> np.ndarray:
-        if where[name] in whole:
-            return held(whole[where[name]], where[name], name)
+        place = where[name]
+        if place.path in whole:
+            return held(whole[place.path], place)
         # A resized table is no longer the checkpoint's.
-        kept = name in headers and headers[name].shape == model.weights(c)[where[name]][0]
+        kept = name in headers and headers[name].shape == place.shape
         if kept and (at_hand or headers[name].format is None and name not in deltas):
-            return source.read(name)
-        return held(flat[where[name]], where[name], name)
+            return place.oriented(source.read(name))
+        return held(flat[place.path], place)
 
     weights, norms = [], {}
     for name in sorted(where):
-        shape = model.weights(c)[where[name]][0]
         kind = DTYPES[dtype or _sixteen(headers[name].dtype if name in headers else "bfloat16")]
         read = _reader(name, original, deltas.get(name), kind, norms)
-        weights.append(Weight(name, shape, kind, read))
+        weights.append(Weight(name, where[name].shape, kind, where[name].turned(read)))
     blocks = sorted({headers[n].blocks for n in deltas if n in headers} - {None})
-    trained = {name for name, path in where.items() if path in whole}
-    facts = _facts(at_hand, blocks, len(deltas), len(trained), scale)
+    trained = {name for name, place in where.items() if place.path in whole}
+    used = (CHECKPOINT if blocks else ORIGINAL) if at_hand else trained_on
+    facts = _facts(used, blocks, len(deltas), len(trained), scale)
     return Merged(weights, facts["base"], frozenset(deltas) | trained, facts, norms)
 
 
-def _facts(at_hand: bool, blocks: list[str], adapted: int, trained: int, scale: float) -> dict:
-    used = (CHECKPOINT if blocks else ORIGINAL) if at_hand else DEQUANTIZED
+def dequantized(params: Params) -> str:
+    """What the base is called where it is the weights that were trained on."""
+    return DEQUANTIZED8 if quant.stored(params) == "int8" else DEQUANTIZED
+
+
+def _facts(used: str, blocks: list[str], adapted: int, trained: int, scale: float) -> dict:
     facts = {"base": used, "adapted": adapted, "scale": scale}
     facts |= {"trained": trained} if trained else {}
     return facts | ({"base_blocks": blocks} if used == CHECKPOINT else {})
@@ -151,17 +176,9 @@ def _sixteen(dtype: str) -> str:
     return dtype if dtype in ("float16", "bfloat16") else "bfloat16"
 
 
-def held(leaf: Any, path: str, name: str) -> np.ndarray:
+def held(leaf: Any, place: Place) -> np.ndarray:
     """One weight of the parameter tree, dequantized, on the host."""
-    if ".*." in path:
-        leaf = leaves.layer(leaf, layer_number(path, name))
-    return np.asarray(leaves.dense(leaf))
-
-
-def layer_number(path: str, name: str) -> int:
-    """3 for "model.layers.*.x" and "model.layers.3.x"."""
-    before, after = path.split("*", 1)
-    return int(name.removeprefix(before).removesuffix(after))
+    return np.asarray(leaves.dense(place.pick(leaf)))
 
 
 def _reader(
@@ -198,13 +215,13 @@ def distances(
     mean that the adapter was trained on weights unlike those it is added to.
     """
     flat, headers, out = tree.flatten(params), source.headers(), {}
-    where = {name: path for path in model.weights(c) for name in names(path, c.layers)}
-    began = pairs(initial, scale, c.layers)
+    where = places(model, c)
+    began = pairs(initial, scale, params)
     adapters = adapters if initial is None else lora.difference(adapters, initial)
-    for name, pair in pairs(adapters, scale, c.layers).items():
+    for name, pair in pairs(adapters, scale, params).items():
         if headers[name].format is None:
-            w = source.read(name)
-            trained_on = held(flat[where[name]], where[name], name).astype(np.float32)
+            w = where[name].oriented(source.read(name))
+            trained_on = held(flat[where[name].path], where[name]).astype(np.float32)
             trained_on = trained_on + (began[name].delta(trained_on) if began else 0)
             gap = w.astype(np.float32) - trained_on
             size = float(np.linalg.norm(pair.delta(w)))

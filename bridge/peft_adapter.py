@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from bridge import modules_to_save
+from bridge import modules_to_save, peft_fields
 from bridge.export import complete
 from bridge.peft_fields import STARTS, check
 from bridge.safetensors_file import check_space, listing, opened, read_json, settle_metadata
@@ -22,12 +22,14 @@ from unsloth_jax import lora, tree
 from unsloth_jax.dims import Params
 from unsloth_jax.leaves import Stacks, dense, layer
 from unsloth_jax.lora import starts
+from unsloth_jax.lora.targets import layer_count, sites
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 SIDES = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 ALL_LINEAR = "all-linear"
 EMBEDDING = "embed_tokens"
+OF_EXPERTS = (".experts", ".experts.base_layer")
 NOTES = {  # on a saved adapter, by its start
     starts.LOFTQ: "after LoftQ the adapter belongs to the base in NF4 (load_in_4bit=True; exactly "
     "for loftq_iter=1 without double quantization): on 16-bit weights it answers otherwise, "
@@ -50,14 +52,30 @@ class Settings(NamedTuple):
     metadata: Mapping[str, str] = MappingProxyType({})
     dora: bool = False
     saved: tuple[str, ...] = ()  # modules_to_save: trained as they are
+    rank_pattern: Mapping[str, int] = MappingProxyType({})  # modules of other ranks, same scale
+
+    def rank_of(self, module: str) -> int:
+        """The rank of one module's pair, by its full name."""
+        hits = (r for key, r in self.rank_pattern.items() if peft_fields.names(key, module))
+        return next(hits, self.rank)
+
+    def alpha_of(self, rank: int) -> float | int:
+        """lora_alpha of a pair of this rank, so that its scale is that of all."""
+        more = rank / self.rank
+        alpha = self.alpha * (math.sqrt(more) if self.rslora else more)
+        return int(alpha) if alpha == int(alpha) else alpha
 
 
 class Module(NamedTuple):
-    """A matrix of the base, in one layer of its stack (None outside the stacks)."""
+    """A matrix of the base, in one layer of its stack (None outside the stacks).
+
+    With `experts` it is as many of them, which PEFT's `target_parameters` name.
+    """
 
     path: str
     layer: int | None
     shape: tuple[int, int]
+    experts: int | None = None
 
 
 def save(
@@ -77,7 +95,7 @@ def save(
         adapters, settings = lora.difference(adapters, initial), doubled(settings)
     pairs, whole = lora.parts(adapters)
     values = tensors(tree.unflatten(pairs))
-    fields = config(values, settings)
+    fields = config(values, settings, experts(pairs))
     values |= modules_to_save.tensors(whole, settings.saved)
     check_space(Path(folder), sum(v.nbytes for v in values.values()) + 2**16)
     with complete(Path(folder)) as unfinished:
@@ -89,8 +107,7 @@ def save(
 
 def doubled(s: Settings) -> Settings:
     """Settings of the same scale and twice the rank, for a base that is as it was."""
-    alpha = s.alpha * math.sqrt(2) if s.rslora else s.alpha * 2
-    return s._replace(rank=2 * s.rank, alpha=alpha, start=True)
+    return s._replace(rank=2 * s.rank, alpha=s.alpha_of(2 * s.rank), start=True)
 
 
 def _check_written(path: Path, values: Mapping[str, np.ndarray]) -> None:
@@ -106,21 +123,54 @@ def tensors(adapters: Params) -> dict[str, np.ndarray]:
     Raises ValueError for values that are not finite, and for an adapter on the embedding: PEFT
     keeps these transposed, and where the head is tied it would not reach the head.
     """
-    out = {}
-    for path, leaf in tree.flatten(adapters).items():
+    flat, out = tree.flatten(adapters), {}
+    found = experts(flat)
+    for path, leaf in flat.items():
         module, side = path.rsplit(".", 1)
         if module.endswith(EMBEDDING):
             raise ValueError(
                 f"an adapter on {module} can't be written for PEFT; adapt linear layers"
             )
+        both = module in found and len({p for p in found if _wrapped(p) == _wrapped(module)}) > 1
         for i in _layers(leaf) if ".*." in path else (None,):
             name = module if i is None else module.replace("*", str(i), 1)
-            value = leaf if i is None else layer(leaf, i)
-            out[f"{PREFIX}{name}.{SIDES[side]}"] = np.array(value, np.float32, order="C")
+            value = np.array(leaf if i is None else layer(leaf, i), np.float32, order="C")
+            if module in found:
+                name, value = _key(name, both), LAID[side](value)
+            out[f"{PREFIX}{name}.{SIDES[side]}"] = value
     wrong = [name for name, value in out.items() if not np.isfinite(value).all()]
     if wrong:
         raise ValueError(f"adapter values are not finite in {wrong[:10]}")
     return out
+
+
+# A layer's pairs of all experts, [E, r, I] and [E, O, r], as PEFT has them, and back.
+LAID = {
+    "a": lambda x: x.reshape(-1, x.shape[-1]),
+    "b": lambda x: np.ascontiguousarray(x.transpose(1, 2, 0)).reshape(x.shape[1], -1),
+}
+READ = {
+    "a": lambda x, count: x.reshape(count, -1, x.shape[-1]),
+    "b": lambda x, count: x.reshape(x.shape[0], -1, count).transpose(2, 0, 1),
+}
+
+
+def experts(pairs: Mapping[str, Any]) -> list[str]:
+    """The modules among flat pairs whose pairs are one an expert."""
+    return [
+        p.removesuffix(".a") for p in pairs if p.endswith(tuple(f"{x}.a" for x in tree.EXPERTS))
+    ]
+
+
+def _wrapped(module: str) -> str:
+    """The module that holds all experts' matrices."""
+    return module.rpartition(".")[0]
+
+
+def _key(name: str, both: bool) -> str:
+    """Where PEFT keeps a pair of experts: it wraps their module once for each adapted matrix."""
+    inner = both and name.endswith("gate_up_proj")
+    return _wrapped(name) + (".base_layer" if inner else "")
 
 
 def _layers(leaf: Any) -> Sequence[int]:
@@ -129,8 +179,10 @@ def _layers(leaf: Any) -> Sequence[int]:
     return range(leaf.shape[0])
 
 
-def config(values: Mapping[str, np.ndarray], settings: Settings) -> dict[str, Any]:
-    """The content of adapter_config.json for these tensors.
+def config(
+    values: Mapping[str, np.ndarray], settings: Settings, experts: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The content of adapter_config.json for these tensors; `experts` are experts' modules.
 
     Raises ValueError where they are not what `settings` say.
     """
@@ -140,18 +192,25 @@ def config(values: Mapping[str, np.ndarray], settings: Settings) -> dict[str, An
             f"the adapter belongs to no checkpoint; others are {STARTS}"
         )
     s, names = settings, {key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in values}
+    names = {name for name in names if not name.endswith(OF_EXPERTS)}
     targets = s.targets
     if targets == ALL_LINEAR:
         targets = tuple({name.rsplit(".", 1)[1] for name in names})
+    if experts and not isinstance(targets, str):
+        # The names of experts' matrices are no modules' for PEFT.
+        ends = {name.rsplit(".", 1)[1] for name in names}
+        targets = tuple(t for t in targets if t.rpartition(".")[2] in ends)
     strays = sorted(name for name in names if not _chosen(name, targets, s.layers))
-    ranks = {value.shape[0] for key, value in values.items() if key.endswith("lora_A.weight")}
+    ranks = {n: values[f"{PREFIX}{n}.{SIDES['a']}"].shape[0] for n in sorted(names)}
+    other = sorted({rank for name, rank in ranks.items() if rank != s.rank_of(name)})
     dora = sum(key.endswith(SIDES["magnitude"]) for key in values)
-    if strays or ranks != {s.rank} or dora != s.dora * len(names):
+    if strays or other or dora != s.dora * len(names):
         raise ValueError(
-            f"the adapters have rank {sorted(ranks)}, {dora} magnitudes and "
+            f"the adapters have rank {other or s.rank}, {dora} magnitudes and "
             f"{strays[:10] or f'{len(names)} modules'}; the settings say rank {s.rank}, targets "
             f"{s.targets!r}, layers {s.layers}, DoRA {s.dora}"
         )
+    parameters = sorted({".".join(path.split(".")[-3:]) for path in experts})
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -160,16 +219,17 @@ def config(values: Mapping[str, np.ndarray], settings: Settings) -> dict[str, An
         "revision": s.revision,
         "inference_mode": True,
         "r": s.rank,
-        "lora_alpha": int(s.alpha) if s.alpha == int(s.alpha) else s.alpha,
+        "lora_alpha": s.alpha_of(s.rank),
         "lora_dropout": s.dropout,
         "use_rslora": s.rslora,
         "use_dora": s.dora,
-        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "target_modules": targets if isinstance(targets, str) else sorted(targets) or None,
+        "target_parameters": parameters or None,
         "exclude_modules": None,
         "layers_to_transform": None if s.layers is None else sorted(s.layers),
         "layers_pattern": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": dict(s.rank_pattern),
+        "alpha_pattern": {k: s.alpha_of(rank) for k, rank in s.rank_pattern.items()},
         "bias": "none",
         "lora_bias": False,
         "fan_in_fan_out": False,
@@ -199,15 +259,18 @@ def load(folder: str | Path, params: Params) -> tuple[Params, Settings]:
     folder = Path(folder)
     fields = read_json(folder / CONFIG)
     check(fields, str(folder / CONFIG))
-    targets, layers = fields["target_modules"], fields.get("layers_to_transform")
+    targets, layers = fields.get("target_modules") or (), fields.get("layers_to_transform")
     targets = targets if isinstance(targets, str) else tuple(targets)
+    named = tuple(fields.get("target_parameters") or ())
     layers = (layers,) if isinstance(layers, int) else tuple(layers or ()) or None
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder / WEIGHTS} is missing; there is {listing(folder)}")
-    chosen = _of_config(modules(params), targets, layers, fields.get("exclude_modules"))
+    chosen = _of_config(modules(params), targets, layers, fields.get("exclude_modules"), named)
     adapters, metadata = _read(folder, fields, chosen, params)
-    if fields.get("exclude_modules"):
+    if fields.get("exclude_modules") or named and isinstance(targets, str):
         targets, layers = tuple(chosen), None
+    elif named:
+        targets = (*targets, *named)
     return adapters, Settings(
         rank=fields["r"],
         alpha=fields["lora_alpha"],
@@ -221,6 +284,7 @@ def load(folder: str | Path, params: Params) -> tuple[Params, Settings]:
         metadata=metadata,
         dora=fields.get("use_dora", False),
         saved=modules_to_save.listed(fields, params),
+        rank_pattern=fields.get("rank_pattern") or {},
     )
 
 
@@ -244,7 +308,8 @@ def _read(folder: Path, fields, chosen: Mapping[str, Module], params: Params):
     twice = sorted(named.keys() & {f"{name}.weight" for name in chosen})
     if twice:
         raise ValueError(f"{folder / CONFIG}: {twice} are in modules_to_save and target_modules")
-    expected = _expected(chosen, fields["r"], dora)
+    ranks = {name: peft_fields.rank(fields, name, where) for name in chosen}
+    expected = _expected(chosen, ranks, dora)
     expected |= {f"{PREFIX}{name}": place.shape for name, place in named.items()}
     values = _without_base(values, modules(params), params)
     _check_tensors(values, expected, where)
@@ -255,28 +320,30 @@ def _read(folder: Path, fields, chosen: Mapping[str, Module], params: Params):
 def modules(params: Params) -> dict[str, Module]:
     """Every matrix of the base by its module's full name, `model.layers.0.mlp.up_proj`."""
     out = {}
-    for path, leaf in tree.flatten(params).items():
-        stacked, module = ".*." in path, path.removesuffix(".weight")
-        shape = leaf.parts[0].shape if isinstance(leaf, Stacks) else leaf.shape
-        if module == path or tree.of_norm(path) or len(shape) != 2 + stacked:
-            continue
-        for i in _layers(leaf) if stacked else (None,):
-            name = module if i is None else module.replace("*", str(i), 1)
-            out[name] = Module(module, i, tuple(shape[-2:]))
+    for path, site in sites(params).items():
+        for i in site.layers or (None,):
+            name = path if i is None else path.replace("*", str(i), 1)
+            out[name] = Module(path, i, (sum(site.heights), site.width), site.experts)
     return out
 
 
-def _of_config(base, targets, layers, exclude) -> dict[str, Module]:
+def _of_config(base, targets, layers, exclude, parameters=()) -> dict[str, Module]:
     """The modules that a config names. Raises ValueError where there is none, or an embedding."""
     excluded = lambda name: bool(exclude) and _chosen(name, exclude, None)
     if targets == ALL_LINEAR:
-        targets = tuple(name for name, m in base.items() if m.layer is not None)
-    out = {n: m for n, m in base.items() if _chosen(n, targets, layers) and not excluded(n)}
+        targets = tuple(n for n, m in base.items() if m.layer is not None and not m.experts)
+    wanted = lambda n, m: (
+        _chosen(n, parameters, layers) if m.experts else _chosen(n, targets, layers)
+    )
+    out = {n: m for n, m in base.items() if wanted(n, m) and not excluded(n)}
     embeddings = [name for name in out if name.endswith(EMBEDDING)]
-    if embeddings or not out:
+    found = {m.path for m in out.values() if m.experts}
+    absent = [p for p in parameters if not any(path.endswith(p) for path in found)]
+    if embeddings or absent or not out:
         what = f"the embedding {embeddings}" if embeddings else "no module of this model"
         known = sorted({m.path for m in base.values() if not m.path.endswith(EMBEDDING)})
-        raise ValueError(f"target_modules {targets!r} name {what}; supported: {known}")
+        also = f" and target_parameters {absent}" if absent else ""
+        raise ValueError(f"target_modules {targets!r}{also} name {what}; supported: {known}")
     return out
 
 
@@ -294,13 +361,22 @@ def _without_base(values: dict[str, np.ndarray], base: dict[str, Module], params
     return {key: value for key, value in values.items() if not same(key, value)}
 
 
-def _expected(chosen: Mapping[str, Module], rank: int, dora: bool) -> dict[str, tuple[int, ...]]:
-    out = {}
-    for name, (_, _, (height, width)) in chosen.items():
-        shapes = {"a": (rank, width), "b": (height, rank)} | (
-            {"magnitude": (height,)} if dora else {}
-        )
-        out |= {f"{PREFIX}{name}.{SIDES[side]}": shape for side, shape in shapes.items()}
+def _keys(chosen: Mapping[str, Module]) -> dict[str, str]:
+    """Where PEFT's file has each module's pair."""
+    both = lambda name: (
+        sum(_wrapped(n) == _wrapped(name) for n, m in chosen.items() if m.experts) > 1
+    )
+    return {n: PREFIX + (_key(n, both(n)) if m.experts else n) for n, m in chosen.items()}
+
+
+def _expected(
+    chosen: Mapping[str, Module], ranks: Mapping[str, int], dora: bool
+) -> dict[str, tuple[int, ...]]:
+    out, keys = {}, _keys(chosen)
+    for name, (_, _, (height, width), experts) in chosen.items():
+        r = ranks[name] * (experts or 1)
+        shapes = {"a": (r, width), "b": (height, r)} | ({"magnitude": (height,)} if dora else {})
+        out |= {f"{keys[name]}.{SIDES[side]}": shape for side, shape in shapes.items()}
     return out
 
 
@@ -321,17 +397,19 @@ def _check_tensors(values, expected: Mapping[str, tuple[int, ...]], where: str) 
 
 
 def _tree(values, chosen: Mapping[str, Module], params: Params, dora: bool) -> Params:
-    flat, out = tree.flatten(params), {}
+    out, every, keys = {}, tuple(range(layer_count(params))), _keys(chosen)
     by_path: dict[str, dict[int | None, str]] = {}
     for name, module in chosen.items():
         by_path.setdefault(module.path, {})[module.layer] = name
     for path, names in by_path.items():
         ids = tuple(sorted(i for i in names if i is not None))
-        whole = not ids or len(ids) == len(_layers(flat[f"{path}.weight"]))
+        count = chosen[next(iter(names.values()))].experts
         for side in (*"ab", "magnitude") if dora else "ab":
-            read = lambda i, names=names, called=SIDES[side]: values[
-                f"{PREFIX}{names[i]}.{called}"
-            ].astype(np.float32)
+
+            def read(i, names=names, side=side, count=count):
+                value = values[f"{keys[names[i]]}.{SIDES[side]}"].astype(np.float32)
+                return READ[side](value, count) if count else value
+
             x = jnp.asarray(np.stack([read(i) for i in ids]) if ids else read(None))
-            out[f"{path}.{side}"] = x if whole else Stacks((x,), (ids,))
+            out[f"{path}.{side}"] = x if ids in ((), every) else Stacks((x,), (ids,))
     return tree.unflatten(out)

@@ -3,15 +3,18 @@
 Names and meaning: peft 0.21 `LoraConfig`.
 """
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 # Starts that leave the base as it is: the pair in the file is the whole difference.
 STARTS = (True, False, "gaussian", "orthogonal")
-REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
+REQUIRED = ("peft_type", "r", "lora_alpha")
 USED = frozenset(
-    """r lora_alpha lora_dropout use_rslora use_dora target_modules exclude_modules modules_to_save
-    ensure_weight_tying layers_to_transform init_lora_weights base_model_name_or_path
+    """r lora_alpha lora_dropout use_rslora use_dora target_modules target_parameters
+    exclude_modules modules_to_save ensure_weight_tying layers_to_transform init_lora_weights
+    base_model_name_or_path rank_pattern alpha_pattern
     revision""".split()
 )
 HARMLESS = frozenset(
@@ -29,6 +32,9 @@ FIXED: dict[str, tuple] = {
 def check(fields: Mapping[str, Any], where: str) -> None:
     """Raises one ValueError naming each field of an adapter_config.json that is not honoured."""
     wrong = [f"{name} is missing" for name in REQUIRED if fields.get(name) in (None, [], "")]
+    targets = ("target_modules", "target_parameters")
+    if all(fields.get(name) in (None, [], "") for name in targets):
+        wrong.append("target_modules is missing")
     off = (None, False, "", [], {})
     for name, value in fields.items():
         allowed = FIXED.get(name, off)
@@ -43,3 +49,24 @@ def check(fields: Mapping[str, Any], where: str) -> None:
         wrong.append(f"init_lora_weights={start!r} may change the base; supported: {STARTS}")
     if wrong:
         raise ValueError(f"{where}: " + "; ".join(wrong))
+
+
+def names(pattern: str, module: str) -> bool:
+    """PEFT's rule for the keys of `rank_pattern`: a regular expression for a name's end."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+
+
+def rank(fields: Mapping[str, Any], module: str, where: str) -> int:
+    """The rank of one module's pair. Raises ValueError where its scale is not the adapter's."""
+    found = {}
+    for name, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        hits = (v for key, v in (fields.get(name) or {}).items() if names(key, module))
+        found[usual] = next(hits, fields[usual])
+    under = math.sqrt if fields.get("use_rslora") else float
+    scale, usual = (x["lora_alpha"] / under(x["r"]) for x in (found, fields))
+    if not math.isclose(scale, usual):
+        raise ValueError(
+            f"{where}: rank_pattern and alpha_pattern give {module} the scale {scale}, the others "
+            f"have {usual}; supported: one scale for all"
+        )
+    return found["r"]

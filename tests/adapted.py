@@ -15,6 +15,7 @@ from bridge.peft_adapter import Settings
 from unsloth_jax import lora, tree
 
 SOME_LAYERS = r"model\.layers\.(0|2)\.mlp\.(up|down)_proj"
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 LORA = {
     "llama": Settings(4, 8.0, targets=lora.TARGETS),
     "mistral": Settings(4, 6.0, rslora=True, targets=("q_proj", "v_proj")),
@@ -34,6 +35,9 @@ LORA = {
     "starcoder2": Settings(2, 4.0, targets=("q_proj", "c_fc", "c_proj")),
     "glm4": Settings(2, 4.0, targets=("k_proj", "gate_up_proj", "down_proj")),
     "exaone4": Settings(2, 4.0, targets="all-linear", rslora=True),
+    "mixtral": Settings(2, 4.0, targets=("q_proj", *EXPERTS)),
+    "qwen3_moe": Settings(3, 6.0, targets=("k_proj", "o_proj", *EXPERTS)),
+    "qwen3_moe_unnormed": Settings(2, 4.0, targets=("q_proj", "mlp.experts.down_proj")),
     "llama_gelu": Settings(2, 8.0, targets=("lm_head", "down_proj"), layers=(1,)),
 }
 
@@ -58,9 +62,13 @@ def in_peft(name: str, s: Settings, seed: int = 9) -> peft.PeftModel:
     programs 1.1e-4 of the logits' spread apart, torch's own 4e-5 from float64.
     """
     targets = s.targets if isinstance(s.targets, str) else list(s.targets)
+    experts = [name for name in targets if ".experts." in name] if s.targets != targets else []
+    if experts:
+        targets = [name for name in targets if name not in experts]
     fields = peft.LoraConfig(
         task_type="CAUSAL_LM", r=s.rank, lora_alpha=s.alpha, use_rslora=s.rslora,
-        target_modules=targets, layers_to_transform=s.layers and list(s.layers),
+        target_modules=targets, target_parameters=experts or None,
+        layers_to_transform=s.layers and list(s.layers),
         init_lora_weights=s.start, lora_dropout=0.0,
     )  # fmt: skip
     torch.manual_seed(seed)

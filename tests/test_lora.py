@@ -7,12 +7,13 @@ import peft
 import pytest
 import tiny
 import torch
-from adapted import LORA, SOME_LAYERS, drawn, in_peft, names_adapted, scale
+from adapted import EXPERTS, LORA, SOME_LAYERS, drawn, in_peft, names_adapted, scale
 
 from bridge import peft_adapter
 from bridge.peft_adapter import Settings
 from unsloth_jax import lora, quant, tree
 from unsloth_jax.leaves import Lora, Stacks, dense, layer
+from unsloth_jax.lora import targets as sites
 
 LENGTH = 24
 ROWS = [tiny.draw(11, LENGTH), tiny.draw(12, LENGTH)]
@@ -67,6 +68,33 @@ def test_an_adapter_of_peft_gives_the_same_logits_here(name, tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_names_of_single_experts_matrices_load_as_peft_fuses_them(name, tmp_path):
+    """PEFT then gives gate and up together a pair of twice the rank and the same scale."""
+    names = ("w1", "w2", "w3") if name == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    s = Settings(2, 6.0, targets=(*names, "v_proj"))
+    in_peft(name, s).save_pretrained(tmp_path / "theirs")
+    pair = tiny.pair(name)
+    adapters, read = peft_adapter.load(tmp_path / "theirs", pair.params)
+    expected = theirs(in_peft(name, s))
+    got = scores(pair, lora.attach(pair.params, adapters, scale(read)))
+    assert np.abs(got - expected).max() <= TOLERANCE * expected.std()
+    peft_adapter.save(tmp_path / "again", adapters, read)
+    model = peft.PeftModel.from_pretrained(tiny.reference(name), tmp_path / "again").eval()
+    assert np.abs(theirs(model) - expected).max() <= TOLERANCE * expected.std()
+
+
+def test_permuted_experts_are_noticed(tmp_path):
+    pair, s = tiny.pair("qwen3_moe_unnormed"), Settings(2, 4.0, targets=EXPERTS)
+    adapters = drawn(pair.params, s)
+    expected = scores(pair, lora.attach(pair.params, adapters, scale(s)))
+    turned = tree.map_paths(
+        lambda path, x: jnp.roll(x, 1, axis=1) if path.endswith("b") else x, adapters
+    )
+    got = scores(pair, lora.attach(pair.params, turned, scale(s)))
+    assert np.abs(got - expected).max() > 0.1 * expected.std()
+
+
 @pytest.mark.parametrize(("targets", "layers"), CHOICES, ids=str)
 def test_targets_and_layers_choose_what_peft_chooses(targets, layers):
     fields = peft.LoraConfig(r=2, target_modules=targets, layers_to_transform=layers)
@@ -83,12 +111,14 @@ def matrix_pairs(params, adapters, s: Settings):
     """(merged weight, base weight, a, b) of every adapted matrix of every layer."""
     flat, pairs = tree.flatten(params), tree.flatten(adapters)
     attached = tree.flatten(lora.attach(params, adapters, scale(s)))
+    at = lambda leaf, i: leaf if i is None else layer(leaf, i)
     for path, ids in lora.modules(params, s.targets, s.layers).items():
-        w, on = f"{path}.weight", ids or (None,)
-        at = lambda leaf, i: leaf if i is None else layer(leaf, i)
-        for i in on:
-            a, b = (np.asarray(at(pairs[f"{path}.{side}"], i)) for side in "ab")
-            yield at(attached[w], i), dense(at(flat[w], i)), a, b
+        site = sites.sites(params)[path]
+        ends = np.cumsum([0, *site.heights])
+        for w, start, stop in zip(site.weights, ends[:-1], ends[1:], strict=True):
+            for i in ids or (None,):
+                a, b = (np.asarray(at(pairs[f"{path}.{side}"], i)) for side in "ab")
+                yield at(attached[w], i), dense(at(flat[w], i)), a, b[..., start:stop, :]
 
 
 @pytest.mark.parametrize(
@@ -101,12 +131,17 @@ def test_merged_weights_equal_a_recomputation_to_one_ulp(name, dtype):
     for leaf, base, a, b in matrix_pairs(params, adapters, s):
         w, delta = np.asarray(base, np.float32), np.float32(scale(s)) * (b @ a)
         expected = (w + delta).astype(dtype).astype(np.float32)
-        ulp = np.float32(jnp.finfo(dtype).eps) * (np.abs(w) + np.abs(delta))
+        # Experts' products are summed in another order: the bound of a sum of `rank` terms.
+        terms = scale(s) * (np.abs(b) @ np.abs(a))
+        size = np.abs(delta) if b.ndim == 2 else s.rank * terms
+        ulp = np.float32(jnp.finfo(dtype).eps) * (np.abs(w) + size)
         assert isinstance(leaf, Lora)
         assert (np.abs(np.asarray(dense(leaf), np.float32) - expected) <= ulp).all()
         assert np.abs(delta).max() > 0.1
         count += 1
-    assert count == len(names_adapted(params, s.targets, s.layers))
+    chosen = lora.modules(params, s.targets, s.layers)
+    known = sites.sites(params)
+    assert count == sum(len(ids or "1") * len(known[p].weights) for p, ids in chosen.items())
 
 
 def test_merged_weights_equal_those_that_peft_merges(tmp_path):

@@ -72,7 +72,7 @@ def matrices(params) -> dict[str, np.ndarray]:
 def test_pissa_splits_weights_as_peft_does(s):
     got, state = begin(s), in_peft(s).state_dict()
     ours, original, own = matrices(got.params), matrices(tiny.pair("llama").params), 0
-    pairs = merge.pairs(got.adapters, scale(s), 3)
+    pairs = merge.pairs(got.adapters, scale(s), got.params)
     for name, w in ours.items():
         at = f"base_model.model.{name.removesuffix('.weight')}."
         if name not in pairs:
@@ -136,7 +136,7 @@ def loftq_in_torch(w: np.ndarray, rank: int, iterations: int):
 def test_loftq_puts_nf4_and_what_it_loses_in_the_place_of_weights(iterations):
     got, original = begin(LOFTQ, iterations=iterations), matrices(tiny.pair("llama").params)
     flat, ours = tree.flatten(got.params), matrices(got.params)
-    pairs = merge.pairs(got.adapters, 1.0, 3)
+    pairs = merge.pairs(got.adapters, 1.0, got.params)
     assert len(pairs) == 6 and isinstance(flat["model.layers.*.mlp.down_proj.weight"], nf4.NF4)
     for name, pair in pairs.items():
         packed, base, a, b = loftq_in_torch(original[name], 4, iterations)
@@ -301,7 +301,7 @@ def test_starts_that_mean_nothing_are_refused(s, other, message):
 def test_quantized_weights_are_refused(s):
     where = lambda path: path.endswith("q_proj.weight")
     params = quant.quantize(tiny.pair("llama").params, "nf4", where)
-    with pytest.raises(ValueError, match=r"q_proj is NF4: load with load_in_4bit=False"):
+    with pytest.raises(ValueError, match=r"q_proj is NF4: load with load_in_16bit=True"):
         begin(s, params)
 
 

@@ -12,8 +12,10 @@ import torch
 import transformers
 from transformers.activations import ACT2FN
 
+from bridge.places import places
 from unsloth_jax import decoder, decoding, rope, tree
 from unsloth_jax.layers import ACTIVATIONS
+from unsloth_jax.leaves import map_stacks
 from unsloth_jax.models import fields, llama
 
 LENGTH = 96  # beyond every window and every rope context of TINY
@@ -110,12 +112,12 @@ def weight_mutations(params: dict):
     flat = tree.flatten(params)
     for path, w in flat.items():
         if path.endswith("bias"):
-            wrong = jnp.zeros_like(w)
+            wrong = jnp.zeros_like
         elif "norm" in path:
-            wrong = jnp.ones_like(w)
+            wrong = jnp.ones_like
         else:
-            wrong = jnp.roll(w, 1, axis=-2)
-        yield path, tree.unflatten(flat | {path: wrong})
+            wrong = lambda x: jnp.roll(x, 1, axis=-2)
+        yield path, tree.unflatten(flat | {path: map_stacks(wrong, w)})
 
 
 SHARED = {field.name for field in dataclasses.fields(llama.Config)}
@@ -124,7 +126,7 @@ CAPPED = tiny.CAPS["final_logit_softcapping"]
 
 def config_mutations(pair):
     """(what, changed config) for every switch that leaves the weights' shapes alone."""
-    c, weights = pair.config, pair.family.weights
+    c = pair.config
     if any(c.windows):
         other = 9 if all(c.windows) else 8
         yield "no window", dataclasses.replace(c, windows=(None,) * c.layers)
@@ -141,7 +143,7 @@ def config_mutations(pair):
         if field.name not in SHARED and getattr(c, field.name) is not None:
             value = left_out(getattr(c, field.name))
             changed = dataclasses.replace(c, **{field.name: value})
-            if weights(changed) == weights(c):
+            if places(pair.family, changed) == places(pair.family, c):
                 yield field.name, changed
     if c.attention_cap is not None:
         yield "attention_cap", dataclasses.replace(c, attention_cap=None)

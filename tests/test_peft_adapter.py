@@ -27,7 +27,11 @@ def test_saved_files_hold_the_names_and_fields_that_peft_writes(name, tmp_path):
     assert shapes(ours) == shapes(theirs)
     mine, other = (read_config(tmp_path / who) for who in ("ours", "theirs"))
     assert set(mine) <= set(other)
-    assert {k for k in mine if mine[k] != other[k]} <= {"target_modules", "base_model_name_or_path"}
+    assert {k for k in mine if mine[k] != other[k]} <= {
+        "target_modules",
+        "target_parameters",
+        "base_model_name_or_path",
+    }
 
 
 def arrays_equal(x, y) -> bool:
@@ -75,8 +79,9 @@ def spoil_config(folder: Path, **fields):
     "fields",
     [
         dict(use_dora="yes"), dict(modules_to_save=["nothing"]), dict(alpha_pattern={"q_proj": 2}),
-        dict(rank_pattern={"q_proj": 2}), dict(bias="all"), dict(lora_bias=True), dict(r="four"),
-        dict(fan_in_fan_out=True), dict(target_parameters=["w"]), dict(corda_config={"x": 1}),
+        dict(rank_pattern={"q_proj": 4}), dict(bias="all"), dict(lora_bias=True), dict(r="four"),
+        dict(fan_in_fan_out=True), dict(target_parameters=["experts.w"]),
+        dict(corda_config={"x": 1}),
         dict(eva_config={"rho": 2.0}), dict(trainable_token_indices=[1]), dict(peft_type="IA3"),
         dict(task_type="SEQ_CLS"), dict(init_lora_weights="pissa"), dict(init_lora_weights="eva"),
         dict(layer_replication=[[0, 2]]), dict(megatron_config={"x": 1}), dict(use_qalora=True),

@@ -2,6 +2,7 @@
 
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 import transformers
 
-from unsloth_jax import decoder, tree
-from unsloth_jax.models import family as family_of
+from bridge import hf
+from bridge.safetensors_file import SafetensorsSource
+from unsloth_jax import decoder
 
 SMALL = dict(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
@@ -46,6 +48,7 @@ LONGROPE = dict(
     rope_type="longrope", rope_theta=2e4, partial_rotary_factor=0.75,
     short_factor=[1.0, 1.1, 1.2, 1.4, 1.7, 2.0], long_factor=[1.5, 2.0, 2.5, 3.0, 4.0, 6.0],
 )  # fmt: skip
+MIXED = dict(num_experts_per_tok=2)
 BIASED = dict(attention_bias=True, rms_norm_eps=0.02)
 
 TINY: dict[str, tuple[str, dict]] = {
@@ -94,6 +97,17 @@ TINY: dict[str, tuple[str, dict]] = {
     "starcoder2": ("Starcoder2", PLAIN | dict(norm_epsilon=0.02, sliding_window=8)),
     "glm4": ("Glm4", SMALL | dict(rms_norm_eps=0.02)),
     "exaone4": ("Exaone4", SMALL | WINDOWED | dict(rms_norm_eps=0.02)),
+    "mixtral": (
+        "Mixtral", PLAIN | MIXED | dict(num_local_experts=4, sliding_window=8, rms_norm_eps=0.02),
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe", SMALL | MIXED | BIASED | dict(
+            num_experts=6, moe_intermediate_size=32, norm_topk_prob=True, mlp_only_layers=[1]),
+    ),
+    "qwen3_moe_unnormed": (
+        "Qwen3Moe", SMALL | MIXED | dict(
+            num_experts=4, moe_intermediate_size=32, tie_word_embeddings=True),
+    ),
 }  # fmt: skip
 
 # One entry of each family, by its model_type.
@@ -102,7 +116,7 @@ EACH = {
     "qwen3": "qwen3", "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3_text",
     "phi3": "phi3", "granite": "granite", "cohere": "cohere", "cohere2": "cohere2",
     "olmo2": "olmo2", "smollm3": "smollm3", "starcoder2": "starcoder2", "glm4": "glm4",
-    "exaone4": "exaone4",
+    "exaone4": "exaone4", "mixtral": "mixtral", "qwen3_moe": "qwen3_moe",
 }  # fmt: skip
 # Entries whose parts others have too: all their tests but the logits' go to `make test-full`.
 LESSER = (
@@ -123,6 +137,11 @@ def redraw(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         for name, p in model.named_parameters():
             if name.endswith("bias"):
                 value = rng.normal(0, 0.5, p.shape)
+            elif ".mlp.gate.weight" in name or ".router." in name:
+                # Wide apart, so that rounding never changes a choice.
+                value = rng.normal(0, 6 / np.sqrt(p.shape[1]), p.shape)
+            elif p.ndim == 3:
+                value = rng.normal(0, 1.5 / np.sqrt(p.shape[2]), p.shape)
             elif p.ndim == 1 or "norm" in name:
                 value = rng.uniform(0.5, 1.5, p.shape)
             elif "embed_tokens" in name:
@@ -158,14 +177,9 @@ class Pair(NamedTuple):
 
 
 def ours(model: torch.nn.Module) -> tuple[ModuleType, Any, dict]:
-    """(family, config, parameters) of transformers' model, without going through files."""
-    hf = model.config.to_dict()
-    family = family_of(hf["model_type"])
-    c = family.config(hf)
-    state = {name: p.numpy() for name, p in model.state_dict().items()}
-    stack = lambda path: np.stack([state[path.replace("*", str(i))] for i in range(c.layers)])
-    flat = {p: jnp.asarray(stack(p) if "*" in p else state[p]) for p in family.weights(c)}
-    return family, c, tree.unflatten(flat)
+    """(family, config, parameters) of transformers' model, read from what it saves."""
+    with TemporaryDirectory() as folder:
+        return hf.load(SafetensorsSource(save(model, Path(folder))))
 
 
 @cache

@@ -14,8 +14,8 @@ from unsloth_jax.leaves import draws, folded, linear, linears
 
 # attend(q, k, v, *, scale, window, cap) -> (mixed values [B, T, H*h], what the cache keeps)
 Attend = Callable[..., tuple[Array, Any]]
-# mlp(weights, x [B, T, D], activation) -> [B, T, D]
-Mlp = Callable[[Params, Array, str], Array]
+# mlp(weights, x [B, T, D], activation or fn(weights, x)) -> [B, T, D]
+Mlp = Callable[[Params, Array, Any], Array]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -64,15 +64,22 @@ def scaled(x: Float[Array, "*B"], by: float) -> Float[Array, "*B"]:
 
 
 def feed_forward(
-    node: Params, x: Float[Array, "B T D"], activation: str, tiles: int = 1
+    node: Params,
+    x: Float[Array, "B T D"],
+    activation: str | Callable[[Params, Array], Array],
+    tiles: int = 1,
 ) -> Float[Array, "B T D"]:
     """down(act(gate(x)) * up(x)) (arXiv:2002.05202); without a gate c_proj(act(c_fc(x))).
+
+    A family whose MLP is another gives that as a function in the activation's place.
 
     With `tiles` the tokens pass in as many parts, each computed again in the backward pass
     (arXiv:2501.01039). Raises ValueError unless they divide the tokens.
     """
     if tiles > 1:
         return _tiled(lambda x, n: feed_forward(folded(node, n), x, activation), x, tiles, node)
+    if callable(activation):
+        return activation(node, x)
     act = ACTIVATIONS[activation]
     if "c_fc" in node:
         return linear(node["c_proj"], act(checkpoint_name(linear(node["c_fc"], x), "up")))

@@ -8,7 +8,7 @@ of a stack is a `View` of it, so that no stack is ever cut.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.grouped_matmul import grouped_matmul
 from unsloth_jax.dims import PLAIN, Params, Scores
 
 
@@ -193,6 +194,30 @@ def products(weights: Sequence[Any], x: Float[Array, "*B I"]) -> list[Array]:
         elif _apart(w) and w.base.magnitude is not None:
             ys[j] = (_across(gain(w), x) * ys[j].astype(jnp.float32)).astype(x.dtype)
     return ys
+
+
+class Groups(NamedTuple):
+    """Which of several matrices each row belongs to: rows come sorted by group."""
+
+    ids: Int[Array, " N"]  # ascending
+    sizes: Int[Array, " E"]
+
+
+def grouped(node: Params, x: Float[Array, "N I"], groups: Groups) -> Float[Array, "N O"]:
+    """`linear` of each row with the matrix of its group, of a `{weight, bias}` node [E, O, I]."""
+    y = _grouped(node["weight"], x, groups)
+    return y + node["bias"].astype(y.dtype)[groups.ids] if "bias" in node else y
+
+
+def _grouped(w, x, groups):
+    if isinstance(w, Lora):
+        up = grouped_matmul(grouped_matmul(x, w.a, groups.sizes), w.b, groups.sizes)
+        return _grouped(w.base, x, groups) + w.scale.astype(x.dtype)[groups.ids, None] * up
+    if x.shape[0] < groups.sizes.shape[0]:
+        # Few rows: only the matrices that they use are made.
+        used = dense(jax.tree.map(lambda field: jnp.asarray(field)[groups.ids], w))
+        return jnp.einsum("ni,noi->no", x, used.astype(x.dtype))
+    return grouped_matmul(x, dense(w), groups.sizes)
 
 
 def _apart(w):

@@ -49,3 +49,20 @@ def matcher(targets: tuple[str, ...] | str) -> Callable[[str], bool]:
 def of_norm(path: str) -> bool:
     """Whether a weight belongs to a norm: some are tables [heads, head width] like a matrix."""
     return path.split(".")[-2].endswith("norm")
+
+
+# Matrices that are no linear module's in transformers 5: what sends tokens to experts.
+ROUTERS = ("gate", "router")
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+def of_router(path: str) -> bool:
+    """Whether a weight decides which experts a token goes to: these stay in float32."""
+    return path.split(".")[-2] in ROUTERS
+
+
+def of_linear(path: str) -> bool:
+    """Whether a path is a linear module's weight or all experts' matrices in one."""
+    if path.endswith(".weight"):
+        return not of_norm(path) and not of_router(path)
+    return path.endswith(EXPERTS)

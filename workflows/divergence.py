@@ -3,7 +3,7 @@
 The files themselves are run: one layer, or some rows of the embeddings, are in memory at a time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +15,7 @@ from jax import Array
 
 from bridge import hf
 from bridge import tokenizer as text
+from bridge.places import Place, places
 from bridge.source import Source
 from pallas_kernels.attention import Rule
 from unsloth_jax import decoder, tree
@@ -110,9 +111,13 @@ def parts(source: Source, dtype: Any, tokens: np.ndarray, start: int = 0) -> Ite
     table = jnp.asarray(source.read(hf.EMBEDDING)[some], dtype)
     ids = jnp.asarray(numbers.reshape(tokens.shape))
     x = family.embed(c, tree.unflatten({hf.EMBEDDING: table}), ids)
-    inner = [path.split(".*.") for path in paths if ".*." in path]
+    layers: dict[int, dict[str, Any]] = {}
+    for name, place in places(family, c).items():
+        if place.layer is not None:
+            here = layers.setdefault(place.layer, {})
+            here.setdefault(place.path.partition(".*.")[2], []).append((name, place))
     for i, kind in enumerate(family.kinds(c)):
-        w = tree.unflatten({path: read(f"{layers}.{i}.{path}") for layers, path in inner})
+        w = tree.unflatten({path: _read(read, found) for path, found in layers[i].items()})
         # Waited for, else weights that are read ahead would pile up on the device.
         x = jax.block_until_ready(_layer(family, c, kind, w, x))
     head = hf.EMBEDDING if c.tied else hf.HEAD
@@ -121,6 +126,12 @@ def parts(source: Source, dtype: Any, tokens: np.ndarray, start: int = 0) -> Ite
     for at in range(0, len(whole), ROWS):
         part = {head: jnp.asarray(whole[at : at + ROWS], dtype)}
         yield np.asarray(_scores(family, c, tree.unflatten(rest | part), x))
+
+
+def _read(read: Callable[[str], Array], found: list[tuple[str, Place]]) -> Array:
+    """One layer's part of a leaf, its experts stacked."""
+    turned = [read(name).swapaxes(-1, -2) if p.swapped else read(name) for name, p in found]
+    return turned[0] if found[0][1].expert is None else jnp.stack(turned)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

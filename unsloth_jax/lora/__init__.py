@@ -16,7 +16,8 @@ import numpy as np
 
 from unsloth_jax import tree
 from unsloth_jax.dims import Params
-from unsloth_jax.leaves import Apart, Lora, Stacks, Vacant, View, layer, norms, stacks
+from unsloth_jax.leaves import Apart, Lora, Stacks, Vacant, View, layer, map_stacks, norms, stacks
+from unsloth_jax.lora.targets import Site, called, layer_count, sites
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALL_LINEAR = "all-linear"
@@ -50,15 +51,16 @@ def modules(
     """Path of each module to adapt -> its layers, () where it isn't stacked, in the tree's order.
 
     `targets` are last names, a regular expression over full names (`model.layers.0.mlp.up_proj`)
-    or "all-linear": every matrix in a layer. `layers` limits the stacked ones to these layers.
+    or "all-linear": every linear module in a layer, no experts. `layers` limits the stacked ones
+    to these layers.
     Raises ValueError for a target or layer that is not there, or where they have no module in
     common, TypeError for a layer that is no integer.
     """
-    counts = _matrices(params)
+    known = sites(params)
     if targets == ALL_LINEAR:
-        found = {p: tuple(range(n)) for p, n in counts.items() if n}
+        found = {p: site.layers for p, site in known.items() if site.layers and not site.experts}
     else:
-        found = _found(counts, targets)
+        found = _found(known, targets)
     if layers is None:
         return found
     if isinstance(targets, str) and targets != ALL_LINEAR:
@@ -66,9 +68,9 @@ def modules(
             f"layers_to_transform={layers} goes with a list of names, but target_modules is the "
             f"regular expression {targets!r}: name the layers in it"
         )
-    wanted = _wanted(layers, max(counts.values()))
+    wanted = _wanted(layers, layer_count(params))
     kept = {p: tuple(i for i in ids if i in wanted) for p, ids in found.items()}
-    left = {p: ids for p, ids in kept.items() if ids or not counts[p]}
+    left = {p: ids for p, ids in kept.items() if ids or not known[p].layers}
     if not left:
         raise ValueError(
             f"layers_to_transform={layers} leaves nothing to adapt of target_modules={targets}; "
@@ -77,30 +79,19 @@ def modules(
     return left
 
 
-def _matrices(params: Params) -> dict[str, int]:
-    """Path of each module with a matrix -> how many layers it has, 0 where it isn't stacked."""
-    out = {}
-    for path, leaf in tree.flatten(params).items():
-        stacked = ".*." in path
-        matrix = path.endswith(".weight") and not tree.of_norm(path)
-        if matrix and len(_shape(leaf)) == 2 + stacked:
-            out[path.removesuffix(".weight")] = sum(map(len, _parts(leaf))) if stacked else 0
-    return out
-
-
-def _found(counts: dict[str, int], targets: Sequence[str] | str) -> dict[str, tuple[int, ...]]:
+def _found(known: dict[str, Site], targets: Sequence[str] | str) -> dict[str, tuple[int, ...]]:
     single = [targets] if isinstance(targets, str) else [(t,) for t in targets]
     tests = {t: tree.matcher(t) for t in single}
-    names = {p: [p.replace("*", str(i), 1) for i in range(n or 1)] for p, n in counts.items()}
-    every = [name for xs in names.values() for name in xs]
+    names = {p: [[x.replace("*", i, 1) for x in called(p)] for i in site.names]
+             for p, site in known.items()}  # fmt: skip
+    every = [name for xs in names.values() for alike in xs for name in alike]
     absent = [t for t, test in tests.items() if not any(map(test, every))]
     if absent or not tests:
-        raise ValueError(f"target modules {absent or targets} match nothing; there are {[*counts]}")
-    hits = {
-        p: [i for i, name in enumerate(xs) if any(test(name) for test in tests.values())]
-        for p, xs in names.items()
-    }
-    return {p: tuple(ids) if counts[p] else () for p, ids in hits.items() if ids}
+        raise ValueError(f"target modules {absent or targets} match nothing; there are {[*known]}")
+    hit = lambda alike: any(test(name) for test in tests.values() for name in alike)
+    hits = {p: [n for n, alike in enumerate(xs) if hit(alike)] for p, xs in names.items()}
+    return {p: tuple(known[p].layers[n] for n in ids if known[p].layers)
+            for p, ids in hits.items() if ids}  # fmt: skip
 
 
 def init(
@@ -113,6 +104,8 @@ def init(
 ) -> Params:
     """A pair {a [*stack, r, I], b [*stack, O, r]} for every target, float32, `b` zero.
 
+    Experts have an axis of their own after the layers', and gate and up one pair together.
+
     A stacked target that only some layers have gets a pair for these: no pair exists for others.
     Raises ValueError for an unknown start, rank, target or layer.
     """
@@ -123,14 +116,14 @@ def init(
         )
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"LoRA rank must be a positive integer, got {rank!r}")
-    flat, out = tree.flatten(params), {}
-    chosen, counts = modules(params, targets, layers), _matrices(params)
+    chosen, known, out = modules(params, targets, layers), sites(params), {}
+    every = tuple(range(layer_count(params)))
     for at, (path, ids) in zip(jax.random.split(key, len(chosen)), chosen.items(), strict=True):
-        *_, height, width = _shape(flat[f"{path}.weight"])
-        lead = (len(ids),) if ids else ()
-        a = STARTS[start](at, (*lead, rank, width), rank)
-        b = jnp.zeros((*lead, height, rank))
-        whole = len(ids) == counts[path]
+        site = known[path]
+        lead = (*([len(ids)] if ids else []), *([site.experts] if site.experts else []))
+        a = STARTS[start](at, (*lead, rank, site.width), rank)
+        b = jnp.zeros((*lead, sum(site.heights), rank))
+        whole = ids in ((), every)
         out[f"{path}.a"], out[f"{path}.b"] = (x if whole else Stacks((x,), (ids,)) for x in (a, b))
     return tree.unflatten(out)
 
@@ -189,14 +182,6 @@ def _wanted(layers: Sequence[int], count: int) -> tuple[int, ...]:
     return tuple(sorted(set(layers)))
 
 
-def _shape(leaf: Any) -> tuple[int, ...]:
-    return leaf.parts[0].shape if isinstance(leaf, Stacks) else leaf.shape
-
-
-def _parts(leaf: Any) -> tuple[tuple[int, ...], ...]:
-    return leaf.layers if isinstance(leaf, Stacks) else (tuple(range(leaf.shape[0])),)
-
-
 def attach(
     params: Params,
     adapters: Params,
@@ -215,14 +200,23 @@ def attach(
     if not 0 <= dropout < 1 or (dropout and key is None):
         raise ValueError(f"dropout is a share from 0 below 1, with a key; got {dropout}, key {key}")
     own, whole = parts(adapters)
-    flat, new = tree.flatten(overlay(params, whole)), {}
+    flat, new, known = tree.flatten(overlay(params, whole)), {}, sites(params)
     for path in (p.removesuffix(".a") for p in own if p.endswith(".a")):
-        w, pair = flat[f"{path}.weight"], Pair(own[f"{path}.a"], own[f"{path}.b"])
-        pair = pair._replace(magnitude=own.get(f"{path}.magnitude"))
+        pair = Pair(own[f"{path}.a"], own[f"{path}.b"], own.get(f"{path}.magnitude"))
+        if known[path].experts and (dropout or pair.magnitude is not None):
+            raise ValueError(f"{path}: adapters of experts know neither dropout nor DoRA")
         if dropout:
             pair = pair._replace(key=_keys(key, path, pair.a))
-        new[f"{path}.weight"] = _wrap(w, pair, lambda base, pair: _lora(base, pair, scale, dropout))
+        at = 0
+        for name, height in zip(known[path].weights, known[path].heights, strict=True):
+            rows = slice(at, at := at + height)
+            part = pair if len(known[path].weights) == 1 else pair._replace(b=_rows(pair.b, rows))
+            new[name] = _wrap(flat[name], part, lambda base, p: _lora(base, p, scale, dropout))
     return tree.unflatten(flat | new)
+
+
+def _rows(b: Any, rows: slice) -> Any:
+    return map_stacks(lambda x: x[..., rows, :], b)
 
 
 def parts(trainable: Params) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -286,7 +280,7 @@ def _keys(key: jax.Array, path: str, a: Any) -> Any:
 def _wrap(w: Any, pair: Pair, lora: Callable[[Any, Pair], Any]) -> Any:
     if not isinstance(w, Stacks) and not isinstance(pair.a, Stacks):
         return lora(w, pair)
-    count = sum(map(len, _parts(w)))
+    count = w.shape[0] if not isinstance(w, Stacks) else sum(map(len, w.layers))
     w, *own = (stacks(x, count) for x in (w, *(x for x in pair if x is not None)))
     on = own[0].layers
     parts: dict[tuple[int, ...], Any] = {}

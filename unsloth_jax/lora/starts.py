@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from unsloth_jax import lora, tree
 from unsloth_jax.dims import Params
 from unsloth_jax.leaves import Stacks, stacks
+from unsloth_jax.lora.targets import sites
 from unsloth_jax.quant import nf4
 
 PISSA = re.compile(r"pissa(?:_niter_([1-9]\d*))?")
@@ -66,6 +67,9 @@ def begin(
     plain = lora.init(key, params, rank, targets, layers)
     flat, own = tree.flatten(params), tree.flatten(plain)
     paths = [p.removesuffix(".a") for p in own if p.endswith(".a")]
+    experts = [p for p in paths if sites(params)[p].experts]
+    if experts:
+        raise ValueError(f"init_lora_weights={start!r} is not supported for experts: {experts}")
     for path, at in zip(paths, jax.random.split(key, len(paths)), strict=True):
         w = flat[f"{path}.weight"]
         _check(path, w, rank, start)
@@ -83,7 +87,7 @@ def _check(path: str, w: Any, rank: int, start: str) -> None:
     if kinds:
         raise ValueError(
             f"init_lora_weights={start!r} starts from weights in 16 or 32 bits, but {path} is "
-            f"{', '.join(kinds)}: load with load_in_4bit=False"
+            f"{', '.join(kinds)}: load with load_in_16bit=True"
         )
     if rank > min(parts[0].shape[-2:]):
         raise ValueError(

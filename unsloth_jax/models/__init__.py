@@ -2,13 +2,17 @@
 
 A family is a module with:
     config(hf) -> Config             frozen and hashable, made from config.json
-    weights(c)                       every weight's Hugging Face name -> (shape, logical axes)
+    weights(c)                       every weight's Hugging Face name -> (shape, logical axes);
+                                     with a second `*` the shape's first axis counts its experts
     LAYERS                           the path under which the stacked layers lie
     kinds(c)                         what is static about each layer, one hashable value a layer
     angles(c, positions, lengths)    {kind: (cos, sin)}
     embed(c, params, ids, rows)      what the first layer takes, of the table's rows if given
     norm(c, params, x), head(c, params), scores(c)
     block(c, kind, w, x, angles, attend, mlp) -> (x, what attend kept)
+where not all layers have all weights, or files hold some the other way round,
+    layers_of(c, path)               numbers of the layers that have a weight (optional)
+    TRANSPOSED                       paths of which files hold the last two axes swapped (optional)
 and, where llama.cpp has the family,
     GGUF_ARCH, to_gguf(c, path, w)   its name there, and weights that it stores otherwise (optional)
     gguf_keys(c)                     keys of its own, by the names of gguf's writer (optional)
@@ -18,8 +22,13 @@ and, where llama.cpp has the family,
                                      keys, Hugging Face names of weights and rope_parameters
 """
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
+from unsloth_jax import tree
+from unsloth_jax.dims import Params
+from unsloth_jax.leaves import Stacks
 from unsloth_jax.models import (
     cohere,
     cohere2,
@@ -32,10 +41,12 @@ from unsloth_jax.models import (
     llama,
     ministral3,
     mistral,
+    mixtral,
     olmo2,
     phi3,
     qwen2,
     qwen3,
+    qwen3_moe,
     smollm3,
     starcoder2,
 )
@@ -52,10 +63,12 @@ FAMILIES: dict[str, ModuleType] = {
     "llama": llama,
     "ministral3": ministral3,
     "mistral": mistral,
+    "mixtral": mixtral,
     "olmo2": olmo2,
     "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
     "smollm3": smollm3,
     "starcoder2": starcoder2,
 }
@@ -68,3 +81,22 @@ def family(model_type: str) -> ModuleType:
             f"model_type {model_type!r} is not supported; supported: {sorted(FAMILIES)}"
         )
     return FAMILIES[model_type]
+
+
+def layers_of(model: ModuleType, c: Any, path: str) -> tuple[int, ...]:
+    """Numbers of the layers that have this weight of `weights(c)`, () for one in no layer."""
+    if ".*." not in path:
+        return ()
+    own = getattr(model, "layers_of", None)
+    return tuple(range(c.layers)) if own is None else own(c, path)
+
+
+def tree_of(model: ModuleType, c: Any, make: Callable[[str, tuple[int, ...]], Any]) -> Params:
+    """A parameter tree of `make(path, shape)`, the shapes with their layers."""
+    flat = {}
+    for path, (shape, _) in model.weights(c).items():
+        ids = layers_of(model, c, path)
+        leaf = make(path, (len(ids), *shape) if ids else shape)
+        whole = ids in ((), tuple(range(c.layers)))
+        flat[path] = leaf if whole else Stacks((leaf,), (ids,))
+    return tree.unflatten(flat)

@@ -46,16 +46,22 @@ DENSE = frozenset(
     num_key_value_heads head_dim hidden_act max_position_embeddings original_max_position_embeddings
     rms_norm_eps tie_word_embeddings rope_theta rope_scaling rope_parameters""".split()
 )
+# What mixtures of experts have: their number under either name, and how losses treat their routes.
+EXPERTS = (
+    "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size",
+    "output_router_logits", "router_aux_loss_coef",
+)  # fmt: skip
 REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
 )  # fmt: skip
 COUNTS = (
     *REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings",
-    "original_max_position_embeddings", "sliding_window",
+    "original_max_position_embeddings", "sliding_window", "num_experts", "num_local_experts",
+    "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step",
 )  # fmt: skip
 SWITCHES = (
     "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_bias",
-    "use_qk_norm",
+    "use_qk_norm", "norm_topk_prob", "output_router_logits",
 )  # fmt: skip
 NUMBERS = (
     "rms_norm_eps", "norm_epsilon", "layer_norm_eps", "query_pre_attn_scalar", "logit_scale",
@@ -191,6 +197,23 @@ def sizes(hf: Mapping[str, Any]) -> dict[str, Any]:
         eps=hf.get("rms_norm_eps", 1e-6),
         activation=activation(hf),
     )
+
+
+def experts(hf: Mapping[str, Any], default: int) -> dict[str, int]:
+    """How many experts there are and how many a token goes to, in the core's words.
+
+    Raises ValueError where both names of their number are there and differ, or a token can't go
+    to so many.
+    """
+    found = {hf[name] for name in EXPERTS[:2] if hf.get(name) is not None} or {default}
+    chosen = hf["num_experts_per_tok"]
+    if len(found) > 1 or chosen > min(found):
+        raise ValueError(
+            f"num_experts={hf.get('num_experts')!r}, num_local_experts="
+            f"{hf.get('num_local_experts')!r}, num_experts_per_tok={chosen}: expected one number "
+            "of experts, and no more for each token"
+        )
+    return dict(experts=found.pop(), chosen=chosen)
 
 
 def rope(hf: Mapping[str, Any], width: int, partial: bool = False) -> Rope:

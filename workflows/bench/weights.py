@@ -13,6 +13,7 @@ from pallas_kernels import nf4
 from unsloth_jax import quant, tree
 from unsloth_jax.dims import Params
 from unsloth_jax.models import family as family_of
+from unsloth_jax.models import tree_of
 from unsloth_jax.quant.nf4 import NF4
 from workflows.bench import configs
 
@@ -27,12 +28,10 @@ def model(shape: str) -> tuple[ModuleType, Any, Params]:
     fields = configs.config(shape)
     family = family_of(fields["model_type"])
     c = family.config(fields)
-    whole = lambda path, size: (c.layers, *size) if "*" in path else size
-    sizes = {path: whole(path, size) for path, (size, _) in family.weights(c).items()}
 
     def quantized() -> Params:
-        dense = {path: jnp.zeros(size, jnp.bfloat16) for path, size in sizes.items()}
-        return quant.quantize(tree.unflatten(dense), "nf4", lambda p: p.endswith("_proj.weight"))
+        dense = tree_of(family, c, lambda _, shape: jnp.zeros(shape, jnp.bfloat16))
+        return quant.quantize(dense, "nf4", lambda p: p.endswith("_proj.weight"))
 
     return family, c, jax.eval_shape(quantized)
 

@@ -1,0 +1,170 @@
+"""Mixtures of experts: products by group, what files hold of them, and their balance."""
+
+import bitsandbytes.functional
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.torch
+import tiny
+import torch
+
+from bridge import hf
+from bridge.safetensors_file import SafetensorsSource
+from pallas_kernels import _choice
+from pallas_kernels import grouped_matmul as kernel
+from unsloth_jax import experts, leaves, quant
+from unsloth_jax.leaves import Groups, Lora
+
+SIZES = {
+    "uneven": (3, 0, 70, 1, 26),
+    "one holds all": (0, 0, 100, 0, 0),
+    "few rows": (1, 0, 0, 2, 0),
+    "none at the ends": (0, 17, 64, 16, 0),
+}
+
+
+def drawn(sizes, height=48, width=64, seed=0):
+    """(rows, matrices, the group of each row)."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(sum(sizes), width)).astype(np.float32)
+    w = rng.normal(size=(len(sizes), height, width)).astype(np.float32)
+    return jnp.asarray(x), jnp.asarray(w), np.repeat(np.arange(len(sizes)), sizes)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_rows_are_multiplied_with_their_groups_matrix(sizes):
+    x, w, ids = drawn(sizes)
+    got = kernel.grouped_matmul(x, w, jnp.asarray(sizes, jnp.int32))
+    np.testing.assert_allclose(got, np.einsum("ni,noi->no", x, np.asarray(w)[ids]), atol=2e-5)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_gradients_of_a_grouped_product(sizes):
+    x, w, ids = drawn(sizes)
+    dy = np.random.default_rng(1).normal(size=(len(x), w.shape[1])).astype(np.float32)
+    counts = jnp.asarray(sizes, jnp.int32)
+    _, pull = jax.vjp(lambda x, w: kernel.grouped_matmul(x, w, counts), x, w)
+    dx, dw = pull(jnp.asarray(dy))
+    np.testing.assert_allclose(dx, np.einsum("no,noi->ni", dy, np.asarray(w)[ids]), atol=2e-5)
+    for group in range(len(sizes)):
+        want = dy[ids == group].T @ np.asarray(x)[ids == group]
+        np.testing.assert_allclose(dw[group], want, atol=2e-5)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_the_kernel_equals_its_reference(sizes, turned):
+    x, w, _ = drawn(sizes, 64, 64)
+    x, w = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16)
+    counts = jnp.asarray(sizes, jnp.int32)
+    with _choice.target("gpu", interpret=True):
+        got = kernel._pallas(x, w, counts, turned)
+    want = kernel.reference(x, w, counts, turned)
+    np.testing.assert_allclose(
+        np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=2**-7, atol=1e-3
+    )
+
+
+def test_tiles_cover_each_row_once_and_no_two_groups():
+    sizes = np.array([5, 0, 130, 1, 64])
+    group, first, end = map(np.asarray, kernel.tiles(jnp.asarray(sizes), int(sizes.sum()), 64))
+    seen = np.full(sizes.sum(), -1)
+    for g, start, stop in zip(group, first, end, strict=True):
+        rows = np.arange(start, min(start + 64, stop))
+        assert (seen[rows] == -1).all()
+        seen[rows] = g
+    np.testing.assert_array_equal(seen, np.repeat(np.arange(5), sizes))
+
+
+def test_the_kernel_lowers_for_a_gpu_with_its_gradient():
+    x, w, _ = drawn((40, 24), 64, 64)
+    x, w, sizes = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16), jnp.array([40, 24])
+    total = lambda x: kernel.grouped_matmul(x, w, sizes).astype(jnp.float32).var()
+    with _choice.target("gpu"):
+        text = jax.jit(jax.grad(total)).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__gpu$xla.gpu.triton") == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x, w: (x.astype(jnp.float32), w), "16 or float16, got float32"),
+        (lambda x, w: (x, w[:, :40]), r"sides of 16 n, got \(40, 64\)"),
+    ],
+)
+def test_what_the_kernel_does_not_take_is_said(change, words):
+    x, w, _ = drawn((8, 8), 64, 64)
+    x, w = change(jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16))
+    with _choice.target("gpu"), pytest.raises(ValueError, match=words):
+        kernel.grouped_matmul(x, w, jnp.array([8, 8]), "pallas")
+
+
+def test_adapters_and_quantized_matrices_of_experts_are_what_their_dense_ones_are():
+    x, w, ids = drawn((9, 4, 0, 7), 64, 64)
+    rng = np.random.default_rng(2)
+    a, b = rng.normal(size=(4, 3, 64)), rng.normal(size=(4, 64, 3))
+    a, b = (jnp.asarray(side, jnp.float32) for side in (a, b))
+    packed = quant.FORMATS["nf4"](jnp.asarray(w))
+    for base in (jnp.asarray(w), packed):
+        leaf = Lora(base, a, b, jnp.arange(1.0, 5.0))
+        dense = np.asarray(leaves.dense(leaf))
+        for rows in (slice(None), slice(8, 11)):
+            sizes = np.bincount(ids[rows], minlength=4)
+            groups = Groups(jnp.asarray(ids[rows]), jnp.asarray(sizes, jnp.int32))
+            got = leaves.grouped({"weight": leaf}, jnp.asarray(x[rows]), groups)
+            want = np.einsum("ni,noi->no", x[rows], dense[ids[rows]])
+            np.testing.assert_allclose(got, want, atol=2e-4)
+
+
+def test_routing_is_in_float32_whatever_the_model_computes_in():
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.normal(size=(4, 64)), jnp.bfloat16)
+    node = {"weight": jnp.asarray(rng.normal(size=(8, 64)), jnp.float32)}
+    got = experts.router_scores(node, x)
+    want = np.asarray(x, np.float64) @ np.asarray(node["weight"], np.float64).T
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_routers_stay_in_float32_when_a_checkpoint_is_read_in_16_bits(tmp_path):
+    tiny.save(tiny.reference("qwen3_moe"), tmp_path)
+    _, _, params = hf.load(SafetensorsSource(tmp_path), dtype=jnp.bfloat16, quantize="nf4")
+    mlp = params["model"]["layers"]["*"]["mlp"]
+    assert mlp["gate"]["weight"].parts[0].dtype == jnp.float32
+    experts_ = mlp["experts"]["*"]["up_proj"]["weight"].parts[0]
+    assert isinstance(experts_, quant.nf4.NF4) and experts_.shape == (2, 6, 32, 64)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_that_bitsandbytes_packed_one_by_one_are_taken_as_they_are(name, tmp_path):
+    """As transformers 4 stored them, whose experts were linear modules."""
+    # bitsandbytes' own dequantizing on a CPU errs where a row is no whole block.
+    own = dict(intermediate_size=128) if name == "mixtral" else dict(moe_intermediate_size=64)
+    model = tiny.reference(name, **own)
+    source = SafetensorsSource(tiny.save(model, tmp_path))
+    values, rounded = {}, {}
+    for key in source.headers():
+        value = torch.tensor(source.read(key))
+        if ".experts." not in key:
+            values[key] = value
+            continue
+        packed, state = bitsandbytes.functional.quantize_4bit(
+            value, quant_type="nf4", compress_statistics=True
+        )
+        values |= {key: packed} | {
+            f"{key}.{part}": x for part, x in state.as_dict(packed=True).items()
+        }
+        rounded[key] = bitsandbytes.functional.dequantize_4bit(packed, state)
+    safetensors.torch.save_file(values, tmp_path / "model.safetensors")
+    stored = SafetensorsSource(tmp_path)
+    family, c, params = hf.load(stored, quantize="nf4")
+    for key, want in rounded.items():
+        place = hf.places(family, c)[key]
+        node = params
+        for part in place.path.split("."):
+            node = node[part]
+        np.testing.assert_array_equal(np.asarray(leaves.dense(place.pick(node))), want.numpy())
+        leaf = place.pick(node)
+        bytes_ = np.asarray(leaf.packed)[int(leaf.number)]
+        np.testing.assert_array_equal(bytes_.ravel(), values[key].numpy().ravel())

@@ -1,0 +1,95 @@
+"""Mixtures of experts: each token goes to a few of many MLPs, and their answers are weighed.
+
+Tokens are sorted by expert and multiplied group by group (arXiv:2211.15841): none is dropped, and
+no expert works for tokens that were not sent to it. Routing is in float32.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from unsloth_jax.dims import Params
+from unsloth_jax.layers import ACTIVATIONS
+from unsloth_jax.leaves import Groups, grouped
+
+
+class Route(NamedTuple):
+    """To which experts each token goes, and with what weight; k experts a token."""
+
+    experts: Int[Array, "N k"]
+    weights: Float[Array, "N k"]
+
+
+# From the products of an expert's input to what its last matrix takes.
+Inner = Callable[[list[Array]], Array]
+
+
+def router_scores(node: Params, x: Float[Array, "N D"]) -> Float[Array, "N E"]:
+    """x @ weight.T (+ bias) in float32, whatever the model computes in."""
+    y = jnp.einsum("nd,ed->ne", *(a.astype(jnp.float32) for a in (x, node["weight"])))
+    return y + node["bias"].astype(jnp.float32)[None] if "bias" in node else y
+
+
+def softmax_route(scores: Float[Array, "N E"], k: int, renormalized: bool) -> Route:
+    """The k likeliest experts by softmax; their chances again to a sum of 1 if `renormalized`."""
+    chances, chosen = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), k)
+    if renormalized:
+        chances = chances / chances.sum(-1, keepdims=True)
+    return Route(chosen, chances)
+
+
+def gated(activation: str, products: list[Array]) -> Array:
+    """act(gate) * up, of the products [gate, up]."""
+    gate, up = products
+    return ACTIVATIONS[activation](gate) * up
+
+
+def mixture(
+    node: Params,
+    x: Float[Array, "N D"],
+    route: Route,
+    first: tuple[str, ...],
+    last: str,
+    inner: Inner,
+) -> Float[Array, "N D"]:
+    """The weighed sum of what each token's experts give.
+
+    `node` holds the experts' matrices [E, O, I] by name: `inner` of the products with those named
+    `first` is what `last` takes. Biases [E, O] stand beside them in `{weight, bias}` nodes.
+    """
+    count, k = route.experts.shape
+    flat = route.experts.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    back = jnp.argsort(order)
+    sizes = jnp.bincount(flat, length=_experts(node[last])).astype(jnp.int32)
+    groups = Groups(flat[order], sizes)
+    rows = _sorted(x, order, back, k)
+    y = grouped(node[last], inner([grouped(node[name], rows, groups) for name in first]), groups)
+    y = _permuted(y, back, order).reshape(count, k, -1)
+    weighed = y.astype(jnp.float32) * route.weights[..., None]
+    return weighed.sum(1).astype(x.dtype)
+
+
+def _experts(node: Params) -> int:
+    return node["weight"].shape[0]
+
+
+def _sorted(x: Array, order: Array, back: Array, k: int) -> Array:
+    """x's rows k times each, in the order of their experts."""
+    return _permuted(jnp.repeat(x, k, axis=0), order, back)
+
+
+@jax.custom_vjp
+def _permuted(x: Array, order: Array, back: Array) -> Array:
+    """x[order]; `back` is the inverse, so that the gradient is a gather and no scattered sum."""
+    return x[order]
+
+
+_permuted.defvjp(
+    lambda x, order, back: (x[order], back),
+    lambda back, dy: (dy[back], *(np.zeros(back.shape, jax.dtypes.float0) for _ in range(2))),
+)
