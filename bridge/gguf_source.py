@@ -42,6 +42,10 @@ OWN_MODULES = {
     "llama": tuple(
         f"block_sparse_moe.{x}" for x in ("gate", *(f"experts.w{n}" for n in (1, 2, 3)))
     ),
+    "llama4": (
+        "feed_forward.router",
+        *(f"feed_forward.{p}{n}_proj" for p in ("", "shared_expert.", "experts.") for n in GATED),
+    ),
     "qwen3moe": tuple(f"mlp.{x}" for x in ("gate", *(f"experts.{n}_proj" for n in GATED))),
 }
 # Architectures whose rows of q and k are reordered, and those whose norms have 1 added.

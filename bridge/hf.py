@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bridge import bnb_int8
+from bridge import bnb_int8, experts_apart
 from bridge.places import Place, of_path, places
 from bridge.source import Header, Source
 from unsloth_jax import tree
@@ -45,7 +45,8 @@ def check(model: ModuleType, c: Any, headers: dict[str, Header], where: str) -> 
             )
     tied = {HEAD} if c.tied else set()
     surplus = set(headers) - used - tied
-    wrong += [f"unexpected {name}" for name in sorted(surplus) if not BUFFERS.fullmatch(name)]
+    unread = re.compile("|".join([BUFFERS.pattern, *getattr(model, "UNREAD", ())]))
+    wrong += [f"unexpected {name}" for name in sorted(surplus) if not unread.fullmatch(name)]
     if wrong:
         more = f"\n  and {len(wrong) - 30} more" if len(wrong) > 30 else ""
         raise ValueError(f"{where} does not fit its config:\n  " + "\n  ".join(wrong[:30]) + more)
@@ -108,10 +109,10 @@ def load(
     ValueError as `check` does.
     """
     model, c = described(source)
+    name = str(getattr(source, "path", getattr(source, "folder", "the checkpoint")))
+    source = experts_apart.whole(source, model, c)
     headers = source.headers()
-    check(
-        model, c, headers, str(getattr(source, "path", getattr(source, "folder", "the checkpoint")))
-    )
+    check(model, c, headers, name)
     _same_head(source, headers, c)
     stored = any(h.format for h in headers.values())
     flat = {}
@@ -130,9 +131,11 @@ class Reading(NamedTuple):
 
 
 def _reader(source, headers, found: dict[str, Place], dtype, keep: str | None, pack: str | None):
+    of_router = lambda name: tree.of_router(found[name].path)
+    as_stored = lambda name: keep if headers[name].format and not of_router(name) else None
+
     def read(name: str) -> Any:
-        header = headers[name]
-        if header.format is not None and keep is not None:
+        if as_stored(name):
             leaf = source.read_quantized(name)
             _finite_statistics(name, leaf)
             if isinstance(leaf, Int8) and dtype is not None:
@@ -141,7 +144,7 @@ def _reader(source, headers, found: dict[str, Place], dtype, keep: str | None, p
         value = found[name].oriented(source.read(name))
         _finite(name, value)
         if dtype is not None:
-            kept = np.float32 if tree.of_router(found[name].path) else dtype
+            kept = np.float32 if of_router(name) else dtype
             value = value.astype(kept, copy=False)
         if pack:
             value = jax.device_put(value)  # rebound, so that the host copy goes before it packs
@@ -152,7 +155,7 @@ def _reader(source, headers, found: dict[str, Place], dtype, keep: str | None, p
 
     def kind(name: str) -> Any:
         header = headers[name]
-        return header.format if keep else None, header.dtype if dtype is None else None
+        return header.format if as_stored(name) else None, header.dtype if dtype is None else None
 
     return Reading(kind, read)
 

@@ -1,10 +1,12 @@
 """Causal attention within documents, several of which may share a row.
 
-    y[t] = sum_s softmax_s(cap(scale q[t].k[s])) v[s]    over s <= t in t's document and window
+    y[t] = sum_s softmax_s(cap(scale q[t].k[s])) v[s]    over s <= t in t's document, window, chunk
 
 Rows hold documents one after the other, numbered from 1; what follows the last is padding, number
-0. cuDNN's flash attention (through JAX) takes either whole rows or, on Hopper, the documents'
-lengths and offsets. It is compared with the reference once a process before it is used.
+0. A document's chunks (Llama 4) begin at its positions 0, `chunk`, 2 `chunk`, ...; kernels take
+each for a document. cuDNN's flash attention (through JAX) takes either whole rows or, on Hopper,
+the documents' lengths and offsets. It is compared with the reference once a process before it is
+used.
 """
 
 import concurrent.futures
@@ -33,17 +35,42 @@ class Rule(NamedTuple):
     window: int | None = None  # tokens seen, the own one included
     cap: float | None = None
     documents: int | None = None
+    chunk: int | None = None  # tokens of one document that see none of the others
 
 
 def mask(
     rule: Rule, segments: Int[Array, "B T"], positions: Int[Array, "B T"]
 ) -> Bool[Array, "B 1 1 T T"]:
-    """Which keys a query sees: same document, not later, in the window."""
+    """Which keys a query sees: same document and chunk, not later, in the window."""
     back = positions[:, :, None] - positions[:, None, :]
     seen = (back >= 0) & (segments[:, :, None] == segments[:, None, :])
     if rule.window is not None:
         seen = seen & (back < rule.window)
+    if rule.chunk is not None:
+        number = positions // rule.chunk
+        seen = seen & (number[:, :, None] == number[:, None, :])
     return seen[:, None, None]
+
+
+def without_chunks(rule: Rule, length: int) -> Rule:
+    """The rule for rows of `length` tokens whose documents are cut into their chunks."""
+    if rule.chunk is None or rule.documents is None:
+        return rule._replace(chunk=None)
+    # One more for each full chunk, after the token that every document has at least.
+    more = max(length - rule.documents, 0) // rule.chunk
+    return rule._replace(chunk=None, documents=rule.documents + more)
+
+
+def chunks(
+    rule: Rule, segments: Int[Array, "B T"], positions: Int[Array, "B T"]
+) -> Int[Array, "B T"]:
+    """The segments with a number for each chunk; padding, which comes last, keeps its 0."""
+    if rule.chunk is None or rule.chunk >= segments.shape[1]:
+        return segments
+    pair = jnp.stack([segments, positions // rule.chunk])
+    begins = (pair[:, :, 1:] != pair[:, :, :-1]).any(0)
+    number = 1 + jnp.cumsum(jnp.pad(begins, ((0, 0), (1, 0))), axis=1, dtype=segments.dtype)
+    return jnp.where(segments > 0, number, 0)
 
 
 def reference(
@@ -78,6 +105,7 @@ def masked(
 
 def supports(rule: Rule, q: Any, k: Any) -> str | None:
     """Why cuDNN's attention can't run on these, or None."""
+    rule = without_chunks(rule, q.shape[1])
     if _choice.platform() != "gpu":
         return "it needs an NVIDIA GPU"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -114,7 +142,8 @@ def attention(
     reasons = {"cudnn": supports(rule, q, k), "xla": None}
     if _choice.pick("attention", implementation, reasons) == "xla":
         return checkpoint_name(reference(rule, q, k, v, segments, positions), KEPT)
-    return _cudnn(rule, q, k, v, segments)
+    segments = chunks(rule, segments, positions)
+    return _cudnn(without_chunks(rule, q.shape[1]), q, k, v, segments)
 
 
 def _cudnn(rule, q, k, v, segments):

@@ -2,7 +2,7 @@
 
     keys[b, :, used[b]] = k[b],  values[b, :, used[b]] = v[b]
     y[b, i] = softmax_s(cap(q[b, i] . keys[b, i // G, s] * scale)) @ values[b, i // G]
-    for used[b] - window < s <= used[b];  cap(s) = c tanh(s / c), or s
+    for used[b] - window < s <= used[b], in used[b]'s chunk of slots;  cap(s) = c tanh(s / c), or s
 
 Grouped queries (arXiv:2305.13245), running softmax (arXiv:2205.14135), long rows cut into parts
 that are joined by their maxima. The kernel (Pallas, Triton) reads what is filled of the cache and
@@ -40,6 +40,7 @@ def reference(
     scale: float,
     window: int | None = None,
     cap: float | None = None,
+    chunk: int | None = None,
 ) -> Attended:
     """(mixed values, keys and values with the new token), softmax in float32."""
     batch, heads, width = q.shape
@@ -52,6 +53,7 @@ def reference(
     )
     back = used[:, None] - jnp.arange(keys.shape[2], dtype=used.dtype)[None]
     seen = back >= 0 if window is None else (back >= 0) & (back < window)
+    seen = seen if chunk is None else seen & (back <= (used % chunk)[:, None])
     scores = jnp.where(seen[:, None, None], _capped(scores * scale, cap), HIDDEN)
     chance = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     y = jnp.einsum("bkgs,bksh->bkgh", chance, values.astype(q.dtype))
@@ -92,6 +94,7 @@ def attend(
     scale: float,
     window: int | None = None,
     cap: float | None = None,
+    chunk: int | None = None,
     implementation: Implementation | None = None,
 ) -> Attended:
     """`reference`, in place where the caches are donated. Rows have `used` tokens each, below S.
@@ -100,8 +103,8 @@ def attend(
     """
     reasons = {"pallas": supports(q, keys), "xla": None}
     if _choice.pick("decode attention", implementation, reasons) == "xla":
-        return reference(q, k, v, keys, values, used, scale, window, cap)
-    return _pallas(q, k, v, keys, values, used, scale, window, cap)
+        return reference(q, k, v, keys, values, used, scale, window, cap, chunk)
+    return _pallas(q, k, v, keys, values, used, scale, window, cap, chunk)
 
 
 def parts(batch: int, heads: int, slots: int) -> int:
@@ -110,7 +113,9 @@ def parts(batch: int, heads: int, slots: int) -> int:
     return 1 << max(wanted, 1).bit_length() - 1
 
 
-def _pallas(q, k, v, keys, values, used, scale, window, cap=None, cut=None, interpret=False):
+def _pallas(
+    q, k, v, keys, values, used, scale, window, cap=None, chunk=None, cut=None, interpret=False
+):
     batch, heads, slots, width = keys.shape
     group = q.shape[1] // heads
     cut = cut or parts(batch, heads, slots)
@@ -120,7 +125,7 @@ def _pallas(q, k, v, keys, values, used, scale, window, cap=None, cut=None, inte
         mixed = [shape((batch, heads, cut, group, width), jnp.float32)]
         mixed += [shape((batch, heads, cut, group), jnp.float32)] * 2
     *mixed, keys, values = pl.pallas_call(
-        partial(_kernel, group, cut, scale, window, cap),
+        partial(_kernel, group, cut, scale, (window, chunk), cap),
         out_shape=[*mixed, shape(keys.shape, keys.dtype), shape(values.shape, values.dtype)],
         grid=(batch, heads, cut),
         input_output_aliases={4: len(mixed), 5: len(mixed) + 1},
@@ -139,7 +144,7 @@ def _pallas(q, k, v, keys, values, used, scale, window, cap=None, cut=None, inte
     return y.reshape(q.shape), keys, values
 
 
-def _kernel(group, cut, scale, window, cap, used_ref, q_ref, k_ref, v_ref, _keys, _values, *refs):
+def _kernel(group, cut, scale, limits, cap, used_ref, q_ref, k_ref, v_ref, _keys, _values, *refs):
     *out_refs, keys_ref, values_ref = refs
     row, head, part = (pl.program_id(axis) for axis in range(3))
     # Rows beyond the group repeat its last one: they compute and store the same numbers.
@@ -154,7 +159,7 @@ def _kernel(group, cut, scale, window, cap, used_ref, q_ref, k_ref, v_ref, _keys
         jnp.where(own, jnp.ones(ROWS, jnp.float32), 0.0),
         jnp.where(own, jnp.broadcast_to(wide(v)[None], q.shape), 0.0),
     )
-    first = 0 if window is None else jnp.maximum(used + 1 - window, 0)
+    first = _first(used, *limits)
     begin, end = first // BLOCK, pl.cdiv(used, BLOCK)
     share = pl.cdiv(end - begin, cut)
 
@@ -187,6 +192,12 @@ def _kernel(group, cut, scale, window, cap, used_ref, q_ref, k_ref, v_ref, _keys
         mixed_ref[row, head, part, lines, :] = mixed
         top_ref[row, head, part, lines] = top
         total_ref[row, head, part, lines] = total
+
+
+def _first(used, window, chunk):
+    """The first slot that a token in slot `used` sees."""
+    first = 0 if window is None else jnp.maximum(used + 1 - window, 0)
+    return first if chunk is None else jnp.maximum(used - used % chunk, first)
 
 
 def _product(a, b, axis):

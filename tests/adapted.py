@@ -16,6 +16,7 @@ from unsloth_jax import lora, tree
 
 SOME_LAYERS = r"model\.layers\.(0|2)\.mlp\.(up|down)_proj"
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+LLAMA4 = ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj")
 LORA = {
     "llama": Settings(4, 8.0, targets=lora.TARGETS),
     "mistral": Settings(4, 6.0, rslora=True, targets=("q_proj", "v_proj")),
@@ -35,9 +36,15 @@ LORA = {
     "starcoder2": Settings(2, 4.0, targets=("q_proj", "c_fc", "c_proj")),
     "glm4": Settings(2, 4.0, targets=("k_proj", "gate_up_proj", "down_proj")),
     "exaone4": Settings(2, 4.0, targets="all-linear", rslora=True),
+    "qwen3_5_text": Settings(3, 9.0, targets="all-linear"),
+    "falcon_h1": Settings(2, 4.0, targets=("in_proj", *lora.TARGETS)),
     "mixtral": Settings(2, 4.0, targets=("q_proj", *EXPERTS)),
     "qwen3_moe": Settings(3, 6.0, targets=("k_proj", "o_proj", *EXPERTS)),
     "qwen3_moe_unnormed": Settings(2, 4.0, targets=("q_proj", "mlp.experts.down_proj")),
+    "llama4_text": Settings(2, 4.0, targets=("q_proj", "shared_expert.down_proj", *LLAMA4)),
+    "llama4_text_unnormed": Settings(
+        3, 6.0, targets=("v_proj", "feed_forward.experts.gate_up_proj")
+    ),
     "llama_gelu": Settings(2, 8.0, targets=("lm_head", "down_proj"), layers=(1,)),
 }
 

@@ -13,6 +13,24 @@ LLAMA = dict(
     rope_scaling=None, rms_norm_eps=1e-05, tie_word_embeddings=False, torch_dtype="bfloat16",
     use_cache=True,
 )  # fmt: skip
+# The text model of Llama-4-Scout-17B-16E: a text_config of the hub's, which has images beside it.
+LLAMA_4 = dict(
+    model_type="llama4_text", _attn_implementation_autoset=True, attention_bias=False,
+    attention_chunk_size=8192, attention_dropout=0.0, attn_scale=0.1,
+    attn_temperature_tuning=True, bos_token_id=200000, cache_implementation="hybrid",
+    eos_token_id=[200001, 200007, 200008], floor_scale=8192, for_llm_compressor=False,
+    head_dim=128, hidden_act="silu", hidden_size=5120, initializer_range=0.02,
+    interleave_moe_layer_step=1, intermediate_size=8192, intermediate_size_mlp=16384,
+    max_position_embeddings=10485760, moe_layers=list(range(48)), no_rope_layers=[],
+    num_attention_heads=40, num_experts_per_tok=1, num_hidden_layers=48, num_key_value_heads=8,
+    num_local_experts=16, output_router_logits=False, pad_token_id=200018, rms_norm_eps=1e-05,
+    rope_scaling=dict(
+        factor=16.0, high_freq_factor=1.0, low_freq_factor=1.0,
+        original_max_position_embeddings=8192, rope_type="llama3"),
+    rope_theta=500000.0, router_aux_loss_coef=0.001, router_jitter_noise=0.0,
+    tie_word_embeddings=False, torch_dtype="bfloat16", use_cache=True, use_qk_norm=True,
+    vocab_size=202048,
+)  # fmt: skip
 LLAMA_3 = LLAMA | dict(
     bos_token_id=128000, eos_token_id=128001, max_position_embeddings=131072, mlp_bias=False,
     num_attention_heads=32, num_key_value_heads=8, rope_theta=500000.0, vocab_size=128256,
@@ -227,5 +245,14 @@ HUB: dict[str, Sample] = {
         ),
         8_190_735_360,
         dict(layers=36, kv_heads=8, head_width=128, qkv_bias=False, windows=(None,) * 36),
+    ),
+    # The hub counts 108_641_793_536, its vision model and projector among them.
+    "meta-llama/Llama-4-Scout-17B-16E, its text model": Sample(
+        LLAMA_4,
+        107_769_861_120,
+        dict(
+            kind="llama3", low=1.0, high=1.0, factor=16.0, chunk=8192, growth=0.1, floor=8192,
+            experts=16, chosen=1, sparse=(True,) * 48, turned=(True, True, True, False) * 12,
+        ),
     ),
 } | MORE  # fmt: skip

@@ -52,6 +52,53 @@ def test_packed_documents_are_attended_as_torch_attends_each_alone(window):
     assert np.isfinite(y).all()
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 7, 100])
+@pytest.mark.parametrize("window", [None, 3])
+def test_chunks_of_a_document_are_attended_as_torch_attends_each_alone(chunk, window):
+    rule = Rule(0.3, window, documents=3, chunk=chunk)
+    y = attention.attention(rule, Q, KEYS, V, *numbered())
+    for row, sizes in enumerate(DOCUMENTS):
+        ends = np.cumsum(sizes)
+        for start, end in zip(ends - sizes, ends, strict=True):
+            for at in range(start, end, chunk):
+                here = (row, slice(at, min(at + chunk, end)))
+                expected = in_torch(Q[here], KEYS[here], V[here], window)
+                np.testing.assert_allclose(y[here], expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8, 23, 24, 100])
+@pytest.mark.parametrize("documents", [DOCUMENTS, [[T], [T - 1]], [[1, 1, 22], [8, 8, 8]]], ids=str)
+def test_what_kernels_take_for_documents_are_chunks_and_no_more_than_is_said(documents, chunk):
+    segments, positions = numbered(documents)
+    rule = Rule(0.3, documents=max(map(len, documents)), chunk=chunk)
+    pieces, plain = (
+        attention.chunks(rule, segments, positions), attention.without_chunks(rule, T),
+    )  # fmt: skip
+    assert plain.chunk is None and pieces.max() <= plain.documents
+    np.testing.assert_array_equal(pieces == 0, segments == 0)
+    # All numbers from 1 on are there, as `spans` takes them.
+    assert all(set(range(1, row.max() + 1)) <= set(row.tolist()) for row in np.asarray(pieces))
+    want = attention.reference(rule, Q, KEYS, V, segments, positions)
+    got = attention.reference(plain, Q, KEYS, V, pieces, positions)
+    real = np.asarray(segments) > 0
+    np.testing.assert_array_equal(np.asarray(got)[real], np.asarray(want)[real])
+
+
+def test_a_kernel_is_given_chunks_in_the_place_of_documents(monkeypatch):
+    told = {}
+    monkeypatch.setattr(attention, "supports", lambda *_: None)
+    monkeypatch.setattr(
+        attention,
+        "_cudnn",
+        lambda rule, q, k, v, segments: told.update(rule=rule, ids=segments) or q,
+    )
+    monkeypatch.setattr(_choice, "pick", lambda *_: "cudnn")
+    rule = Rule(0.3, documents=3, chunk=4)
+    attention.attention(rule, Q, KEYS, V, *numbered())
+    assert told["rule"] == Rule(0.3, documents=8)
+    assert told["ids"][0, :10].tolist() == [1, 1, 1, 1, 2, 3, 3, 3, 3, 4]
+
+
 def without_windows(rule, q, k, v, segments):
     """What a kernel that forgot the window would answer."""
     positions = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)

@@ -10,6 +10,7 @@ import tiny
 import torch
 import transformers
 from hub_configs import HUB
+from hub_families import DENSE
 
 from unsloth_jax import decoder, rope
 from unsloth_jax.models import FAMILIES, family
@@ -34,9 +35,7 @@ def test_configs_of_the_hub_are_read_with_the_right_sizes(name):
 
 
 def test_every_dense_family_has_a_config_of_the_hub():
-    has_experts = lambda entry: any("experts" in key for key in tiny.TINY[entry][1])
-    dense = {name for name, entry in tiny.EACH.items() if not has_experts(entry)}
-    assert len(dense) >= 17 and dense <= {sample.hf["model_type"] for sample in HUB.values()}
+    assert {*DENSE} <= {sample.hf["model_type"] for sample in HUB.values()}
 
 
 @pytest.mark.slow
@@ -49,7 +48,10 @@ def test_transformers_has_as_many_parameters_for_the_configs_of_the_hub(name):
     assert sum(p.numel() for p in model.parameters()) == HUB[name].parameters
 
 
-NEEDED = {"ministral3": {"rope_parameters": tiny.YARN | {"llama_4_scaling_beta": 0.5}}}
+NEEDED = {
+    "ministral3": {"rope_parameters": tiny.YARN | {"llama_4_scaling_beta": 0.5}},
+    "qwen3_5_text": {"full_attention_interval": 2},
+}
 # Projections that a family has joined, or never gives a bias.
 WITHOUT = {"phi3": ("qkv_bias", "o_bias", "mlp_bias"), "glm4": ("mlp_bias",)}
 
@@ -222,6 +224,22 @@ REFUSED = {
     "llama3 factors swapped": (
         "llama", dict(rope_parameters=tiny.LLAMA3 | {"low_freq_factor": 8.0}),
         "low_freq_factor=8.0", "got 4.0"),
+    "no chunk": (
+        "llama4_text", dict(attention_chunk_size=None), "attention_chunk_size=None", "over 0"),
+    "windows for chunks": (
+        "llama4_text", dict(layer_types=["sliding_attention"] * 3), "sliding_attention",
+        "chunked_attention"),
+    "layers that are not there": (
+        "llama4_text", dict(moe_layers=[0, 3]), "[0, 3]", "the 3 layers"),
+    "rope here and there": ("llama4_text", dict(no_rope_layers=[1, 0]), "[1, 0]", "3 of 0 and 1"),
+    "tuning by a number": (
+        "llama4_text", dict(attn_temperature_tuning=4), "attn_temperature_tuning=4",
+        "true or false"),
+    "experts as modules": (
+        "llama4_text", dict(for_llm_compressor=True), "for_llm_compressor=True", "False"),
+    "more experts than there are": (
+        "llama4_text", dict(num_local_experts=2, num_experts_per_tok=3), "num_experts_per_tok=3",
+        "no more"),
     "head of its own": ("qwen2", dict(head_dim=64), "head_dim=64", "qwen2"),
 }  # fmt: skip
 
@@ -257,6 +275,19 @@ def test_a_bias_switch_adds_its_weights_and_no_others():
     }
     assert names(attention_bias=True) == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert names(mlp_bias=True) == {"gate_proj", "up_proj", "down_proj"}
+
+
+def test_layers_of_llama_4_follow_their_lists_or_their_steps():
+    by_step = read("llama4_text", num_hidden_layers=8, interleave_moe_layer_step=2)
+    assert by_step.sparse == (False, True) * 4
+    assert by_step.turned == by_step.chunked == ((True,) * 3 + (False,)) * 2
+    assert read("llama4_text", no_rope_layers=[]) == read("llama4_text")
+    lists = dict(no_rope_layers=[1, 0, 0], moe_layers=[], layer_types=["full_attention"] * 3)
+    c = read("llama4_text", **lists, attention_chunk_size=None)
+    assert (c.turned, c.sparse, c.chunk) == ((True, False, False), (False,) * 3, None)
+    assert not any(
+        "expert" in path or "router" in path for path in family("llama4_text").weights(c)
+    )
 
 
 def test_windows_start_at_max_window_layers():

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from hub_families import DENSE
 
 from unsloth_jax import tree
 from unsloth_jax.models import family, fields
@@ -21,14 +22,14 @@ OTHER = {
 }  # fmt: skip
 
 
-DENSE = [name for name, (_, own) in tiny.TINY.items() if not any("experts" in key for key in own)]
-
-
 @cache
 def stated(name: str) -> dict[str, Any]:
     """An entry's config.json as transformers writes it."""
     kind, own = tiny.TINY[name]
     return getattr(transformers, f"{kind}Config")(**own).to_dict()
+
+
+ENTRIES = [name for name in tiny.TINY if stated(name)["model_type"] in DENSE]
 
 
 def other(field: str, value: Any) -> Any:
@@ -109,7 +110,7 @@ def idle(name: str) -> set[str]:
     return {path for path, hf in changes(stated(name)) if read(hf) == base}
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", ENTRIES)
 def test_every_config_field_matters_is_refused_or_is_named_unread(name):
     """Another Config gives other weights or logits: test_models.py and test_config.py."""
     assert read(stated(name)) is not None
@@ -117,7 +118,7 @@ def test_every_config_field_matters_is_refused_or_is_named_unread(name):
 
 
 def test_no_field_is_named_unread_that_is_read():
-    found = {(stated(name)["model_type"], path) for name in DENSE for path in idle(name)}
+    found = {(stated(name)["model_type"], path) for name in ENTRIES for path in idle(name)}
     named = {(kind, path) for kind, paths in UNREAD.items() for path in paths}
     assert named <= found | {("any", path) for _, path in found}
 
@@ -131,7 +132,7 @@ NEEDED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", ENTRIES)
 def test_a_field_left_out_is_read_as_transformers_reads_it(name):
     hf, kind = stated(name), getattr(transformers, f"{tiny.TINY[name][0]}Config")
     for field in hf:
@@ -166,7 +167,7 @@ def both_logits(name: str, hf: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", ENTRIES)
 def test_logits_follow_transformers_wherever_a_changed_field_is_taken(name):
     """Whether we read a field or leave it unread; what we refuse may do anything there."""
     base = read(stated(name))

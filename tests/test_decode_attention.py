@@ -34,12 +34,13 @@ def example(name: str, dtype=jnp.bfloat16) -> tuple:
     return *rows, *caches, jnp.asarray(used, jnp.int32)
 
 
-def by_hand(q, k, v, keys, values, used, scale, window) -> np.ndarray:
+def by_hand(q, k, v, keys, values, used, scale, window, chunk=None) -> np.ndarray:
     """float64 [B, H, h], a query at a time."""
     q, k, v, keys, values = (np.asarray(x, np.float64) for x in (q, k, v, keys, values))
     out, group = np.zeros(q.shape), q.shape[1] // k.shape[1]
     for b, n in enumerate(np.asarray(used)):
         first = 0 if window is None else max(0, n + 1 - window)
+        first = first if chunk is None else max(first, n - n % chunk)
         for i in range(q.shape[1]):
             j = i // group
             seen = np.concatenate([keys[b, j, first:n], k[b, j][None]])
@@ -78,6 +79,17 @@ def test_the_kernel_equals_the_reference(name, window, cut):
     close(got[0], want[0], 1e-2)
     for ours, theirs in zip(got[1:], want[1:], strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("window, chunk, cut", [(None, 63, 1), (None, 32, 2), (20, 64, 1)])
+def test_a_token_sees_no_chunk_but_its_own(window, chunk, cut):
+    args, scale = example("ragged", jnp.float32), SHAPES["ragged"][-1] ** -0.5
+    limits = dict(window=window, chunk=chunk)
+    y, *_ = op.attend(*args, scale=scale, **limits, implementation="xla")
+    close(y, by_hand(*args, scale, **limits), 1e-5)
+    args = example("ragged")
+    got = op._pallas(*args, scale, **limits, cut=cut, interpret=True)
+    close(got[0], op.reference(*args, scale, **limits)[0], 1e-2)
 
 
 @pytest.mark.parametrize("cut", [1, 4])

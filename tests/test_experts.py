@@ -1,15 +1,20 @@
 """Mixtures of experts: products by group, what files hold of them, and their balance."""
 
+import json
+
+import bitsandbytes
 import bitsandbytes.functional
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import tiny
 import torch
+import transformers
 
-from bridge import hf
+from bridge import bnb_nf4, hf
 from bridge.safetensors_file import SafetensorsSource
 from pallas_kernels import _choice
 from pallas_kernels import grouped_matmul as kernel
@@ -136,6 +141,25 @@ def test_routers_stay_in_float32_when_a_checkpoint_is_read_in_16_bits(tmp_path):
     assert isinstance(experts_, quant.nf4.NF4) and experts_.shape == (2, 6, 32, 64)
 
 
+def test_routers_that_a_file_holds_in_4_bits_are_dequantized(tmp_path):
+    """bitsandbytes packs them with everything, being linear modules in transformers."""
+    source = SafetensorsSource(tiny.save(tiny.reference("llama4_text"), tmp_path))
+    values, wanted = {}, []
+    for key in source.headers():
+        value = source.read(key)
+        if ".router." not in key:
+            values[key] = value
+            continue
+        leaf = quant.nf4.quantize(jnp.asarray(value, jnp.bfloat16))
+        wanted.append(np.asarray(leaf.dequantize()))
+        values |= bnb_nf4.tensors(key, jax.tree.map(np.asarray, leaf))
+    safetensors.numpy.save_file(values, tmp_path / "model.safetensors")
+    _, _, params = hf.load(SafetensorsSource(tmp_path), dtype=jnp.bfloat16, quantize="nf4")
+    (found,) = params["model"]["layers"]["*"]["feed_forward"]["router"]["weight"].parts
+    assert found.dtype == jnp.float32 and len(wanted) == 2
+    np.testing.assert_array_equal(np.asarray(found), np.stack(wanted).astype(np.float32))
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_experts_that_bitsandbytes_packed_one_by_one_are_taken_as_they_are(name, tmp_path):
     """As transformers 4 stored them, whose experts were linear modules."""
@@ -168,3 +192,72 @@ def test_experts_that_bitsandbytes_packed_one_by_one_are_taken_as_they_are(name,
         leaf = place.pick(node)
         bytes_ = np.asarray(leaf.packed)[int(leaf.number)]
         np.testing.assert_array_equal(bytes_.ravel(), values[key].numpy().ravel())
+
+
+def four_bits(weight: torch.Tensor, key: str) -> dict[str, torch.Tensor]:
+    """bitsandbytes' tensors of one linear module's weight, statistics nested."""
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        weight.contiguous(), quant_type="nf4", compress_statistics=True
+    )
+    parts = state.as_dict(packed=True).items()
+    return {key: packed} | {f"{key}.{part}": x for part, x in parts}
+
+
+def test_experts_of_llama_4_that_bitsandbytes_packed_one_by_one_give_transformers_logits(tmp_path):
+    """As transformers reads them, and wrote them before version 5."""
+    model = tiny.reference("llama4_text")
+    source = SafetensorsSource(tiny.save(model, tmp_path))
+    values = {}
+    for key in source.headers():
+        value = torch.tensor(source.read(key))
+        owner, _, last = key.rpartition(".")
+        if not key.endswith(("gate_up_proj", "down_proj")):
+            values |= {key: value} if "proj" not in key else four_bits(value, key)
+            continue
+        for e, one in enumerate(value.transpose(1, 2)):
+            names = ("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",)
+            for name, part in zip(names, one.chunk(len(names)), strict=True):
+                values |= four_bits(part, f"{owner}.{e}.{name}.weight")
+    safetensors.torch.save_file(values, tmp_path / "model.safetensors", {"format": "pt"})
+    how = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32",
+        bnb_4bit_use_double_quant=True, llm_int8_skip_modules=["lm_head", "router"],
+    )  # fmt: skip
+    text = json.loads((tmp_path / "config.json").read_text())
+    text |= {"quantization_config": how.to_dict()}
+    (tmp_path / "config.json").write_text(json.dumps(text))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager", device_map="cpu"
+    )
+    for module in theirs.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    row = tiny.draw(7, 24)
+    with torch.no_grad():
+        want = theirs(torch.tensor([row])).logits.numpy()
+    for kept in ("nf4", None):
+        family, c, params = hf.load(SafetensorsSource(tmp_path), quantize=kept)
+        for name in ("gate_up_proj", "down_proj"):
+            (leaf,) = params["model"]["layers"]["*"]["feed_forward"]["experts"][name].parts
+            assert isinstance(leaf, quant.nf4.NF4) == (kept is not None) and len(leaf.shape) == 4
+        got = np.asarray(tiny.logits(family, c, params, *tiny.padded([row], len(row))))
+        assert np.abs(got - want).max() <= 1e-4 * want.std()
+
+
+def test_experts_of_which_one_is_missing_are_named(tmp_path):
+    source = SafetensorsSource(tiny.save(tiny.reference("llama4_text"), tmp_path))
+    values = {key: source.read(key) for key in source.headers()}
+    key = "model.layers.0.feed_forward.experts.down_proj"
+    fused = values.pop(key)
+    values |= {
+        f"{key.removesuffix('.down_proj')}.{e}.down_proj.weight": fused[e].T.copy()
+        for e in range(3)
+    }
+    safetensors.numpy.save_file(values, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"missing {key} (?s:.*)unexpected .*experts.2.down_proj"):
+        hf.load(SafetensorsSource(tmp_path))
+    values[f"{key.removesuffix('.down_proj')}.3.down_proj.weight"] = fused[3].T.copy()
+    safetensors.numpy.save_file(values, tmp_path / "model.safetensors")
+    _, _, params = hf.load(SafetensorsSource(tmp_path))
+    (found,) = params["model"]["layers"]["*"]["feed_forward"]["experts"]["down_proj"].parts
+    np.testing.assert_array_equal(found[0], fused.swapaxes(1, 2))

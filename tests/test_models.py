@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from functools import partial
 from types import ModuleType
 
 import jax.numpy as jnp
@@ -116,7 +117,8 @@ def weight_mutations(params: dict):
         elif "norm" in path:
             wrong = jnp.ones_like
         else:
-            wrong = lambda x: jnp.roll(x, 1, axis=-2)
+            # Of a convolution the taps, of a layer's vectors those of another layer.
+            wrong = partial(jnp.roll, shift=1, axis=-1 if "conv1d" in path else -2)
         yield path, tree.unflatten(flat | {path: map_stacks(wrong, w)})
 
 
@@ -131,6 +133,9 @@ def config_mutations(pair):
         other = 9 if all(c.windows) else 8
         yield "no window", dataclasses.replace(c, windows=(None,) * c.layers)
         yield "other windows", dataclasses.replace(c, windows=(other,) * c.layers)
+    if c.chunk:
+        yield "no chunks", dataclasses.replace(c, chunk=None)
+        yield "other chunks", dataclasses.replace(c, chunk=2 * c.chunk)
     if c.activation != "silu":
         # Where gelu is exact or not makes little difference: one entry of TINY is about it.
         for other in ("silu", "gelu") if pair.family is llama else ("silu",):
@@ -277,6 +282,8 @@ def spelled_as_transformers_4(hf: dict, kind: str) -> dict:
     scaling = dict(hf["rope_parameters"])
     name = scaling.pop("rope_type")
     old |= {"rope_theta": scaling.pop("rope_theta"), "torch_dtype": "float32"}
+    if name == "default" and "partial_rotary_factor" in scaling:
+        old["partial_rotary_factor"] = scaling["partial_rotary_factor"]
     return old | {"rope_scaling": None if name == "default" else {kind: name} | scaling}
 
 
@@ -306,6 +313,9 @@ ROPES = {
         original_max_position_embeddings=2048),
     "qwen2.5 yarn": dict(
         rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=2048),
+    "llama-4": dict(
+        rope_type="llama3", rope_theta=5e5, factor=16.0, low_freq_factor=1.0, high_freq_factor=1.0,
+        original_max_position_embeddings=2048),
     "yarn, attention factor": dict(
         rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=2048,
         attention_factor=0.7),

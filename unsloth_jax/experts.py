@@ -55,11 +55,13 @@ def mixture(
     first: tuple[str, ...],
     last: str,
     inner: Inner,
+    weigh_inputs: bool = False,
 ) -> Float[Array, "N D"]:
     """The weighed sum of what each token's experts give.
 
     `node` holds the experts' matrices [E, O, I] by name: `inner` of the products with those named
-    `first` is what `last` takes. Biases [E, O] stand beside them in `{weight, bias}` nodes.
+    `first` is what `last` takes. Biases [E, O] stand beside them in `{weight, bias}` nodes. With
+    `weigh_inputs` weights multiply what experts take, else what they give.
     """
     count, k = route.experts.shape
     flat = route.experts.reshape(-1)
@@ -68,9 +70,12 @@ def mixture(
     sizes = jnp.bincount(flat, length=_experts(node[last])).astype(jnp.int32)
     groups = Groups(flat[order], sizes)
     rows = _sorted(x, order, back, k)
+    if weigh_inputs:
+        by = _permuted(route.weights.reshape(-1, 1), order, back)
+        rows = (rows.astype(jnp.float32) * by).astype(x.dtype)
     y = grouped(node[last], inner([grouped(node[name], rows, groups) for name in first]), groups)
-    y = _permuted(y, back, order).reshape(count, k, -1)
-    weighed = y.astype(jnp.float32) * route.weights[..., None]
+    y = _permuted(y, back, order).reshape(count, k, -1).astype(jnp.float32)
+    weighed = y if weigh_inputs else y * route.weights[..., None]
     return weighed.sum(1).astype(x.dtype)
 
 

@@ -235,7 +235,7 @@ def _say_attention(job: Job, documents: int) -> None:
     """One line where a GPU's attention holds every score, since no kernel takes these shapes."""
     c, dtype = job.config, plan.activations(job)
     shape = lambda heads: jax.ShapeDtypeStruct((job.batch, job.length, heads, c.head_width), dtype)
-    rules = {attention.Rule(1.0, w, c.attention_cap, documents) for w in c.windows}
+    rules = {attention.Rule(1.0, w, c.attention_cap, documents, c.chunk) for w in c.windows}
     reasons = {attention.supports(rule, shape(c.heads), shape(c.kv_heads)) for rule in rules}
     if job.platform == "gpu" and reasons != {None}:
         say(f"attention runs through XLA, with all scores in memory: {max(filter(None, reasons))}")

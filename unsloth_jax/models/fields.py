@@ -57,16 +57,17 @@ REQUIRED = (
 COUNTS = (
     *REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings",
     "original_max_position_embeddings", "sliding_window", "num_experts", "num_local_experts",
-    "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step",
+    "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "attention_chunk_size",
+    "floor_scale", "interleave_moe_layer_step", "intermediate_size_mlp", "no_rope_layer_interval",
 )  # fmt: skip
 SWITCHES = (
     "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_bias",
-    "use_qk_norm", "norm_topk_prob", "output_router_logits",
+    "use_qk_norm", "norm_topk_prob", "output_router_logits", "attn_temperature_tuning",
 )  # fmt: skip
 NUMBERS = (
     "rms_norm_eps", "norm_epsilon", "layer_norm_eps", "query_pre_attn_scalar", "logit_scale",
     "attn_logit_softcapping", "final_logit_softcapping", "embedding_multiplier",
-    "attention_multiplier", "residual_multiplier", "logits_scaling",
+    "attention_multiplier", "residual_multiplier", "logits_scaling", "attn_scale",
 )  # fmt: skip
 ROPE_ANY = frozenset("rope_type type rope_theta partial_rotary_factor".split())
 ROPE_WORDS = frozenset("rope_type type truncate finetuned".split())
@@ -142,7 +143,7 @@ def _kinds(hf: Mapping[str, Any]) -> None:
     wrong = [
         f"{name}={hf[name]!r}, expected a whole number over 0"
         for name in COUNTS
-        if hf.get(name) is not None and not (_number(hf[name]) and isinstance(hf[name], Integral))
+        if hf.get(name) is not None and not _whole(hf[name])
     ]
     wrong += [
         f"{name}={hf[name]!r}, expected true or false"
@@ -158,6 +159,20 @@ def _kinds(hf: Mapping[str, Any]) -> None:
         wrong.append("rms_norm_eps=None, expected a number over 0")
     if wrong:
         raise ValueError(f"config of {hf.get('model_type')!r} has " + "; ".join(wrong))
+
+
+def counts(hf: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises ValueError with every field of these that is no whole number over 0."""
+    wrong = [f"{n}={hf[n]!r}" for n in names if not _whole(hf[n])]
+    if wrong:
+        raise ValueError(
+            f"config of {hf.get('model_type')!r} has {', '.join(wrong)}; expected whole numbers "
+            "over 0"
+        )
+
+
+def _whole(value: Any) -> bool:
+    return _number(value) and isinstance(value, Integral)
 
 
 def _heads(hf: Mapping[str, Any]) -> None:
@@ -299,8 +314,8 @@ def _rope_numbers(kind: str, r: Mapping[str, Any]) -> None:
     if not isinstance(r.get("truncate", True), bool):
         raise ValueError(f"rope key truncate={r['truncate']!r}, expected true or false")
     low, high = r.get("low_freq_factor"), r.get("high_freq_factor")
-    if low is not None and high is not None and low >= high:
-        raise ValueError(f"high_freq_factor must be over low_freq_factor={low}, got {high}")
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"high_freq_factor is below low_freq_factor={low}, got {high}")
 
 
 def _longrope(r: Mapping[str, Any], width: int, context: int) -> dict[str, Any]:

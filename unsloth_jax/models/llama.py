@@ -44,6 +44,7 @@ class Config:
     mlp_bias: bool
     windows: tuple[int | None, ...]
     attention_cap: float | None = None
+    chunk: int | None = None  # tokens, where a family's layers have chunks
 
 
 def config(hf: Mapping[str, Any]) -> Config:

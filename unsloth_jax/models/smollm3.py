@@ -31,7 +31,7 @@ DEFAULTS = dict(num_key_value_heads=4, max_position_embeddings=32768, tie_word_e
 
 @dataclass(frozen=True)
 class Config(llama.Config):
-    turned: tuple[bool, ...] = ()  # whether a layer has rope
+    turned: tuple[bool, ...] = ()  # whether each layer has rope
 
 
 def config(hf: Mapping[str, Any]) -> Config:
@@ -41,13 +41,13 @@ def config(hf: Mapping[str, Any]) -> Config:
         hf = {"rope_theta": 2e6} | hf
     fields.check(hf, own=OWN)
     common = fields.sizes(hf)
-    turned = _turned(hf, common["layers"])
+    on = turned(hf)
     bias = hf.get("attention_bias", False)
     sliding = hf.get("use_sliding_window") and hf.get("sliding_window") is not None
     kinds = {} if hf.get("layer_types") else {"max_window_layers": 0 if sliding else 28}
     windows = fields.windows(hf | kinds, common["layers"])
     if not hf.get("layer_types"):
-        windows = tuple(None if on else one for one, on in zip(windows, turned, strict=True))
+        windows = tuple(None if has else one for one, has in zip(windows, on, strict=True))
     return Config(
         **common,
         rope=fields.rope(hf, common["head_width"]),
@@ -56,13 +56,13 @@ def config(hf: Mapping[str, Any]) -> Config:
         o_bias=bias,
         mlp_bias=hf.get("mlp_bias", False),
         windows=windows,
-        turned=turned,
+        turned=on,
     )
 
 
-def _turned(hf: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
-    """`no_rope_layers` has a 1 for each layer that does have rope."""
-    given = hf.get("no_rope_layers")
+def turned(hf: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Whether each layer has rope: `no_rope_layers` has a 1 for those that do."""
+    layers, given = hf["num_hidden_layers"], hf.get("no_rope_layers")
     if given is None:
         every = hf.get("no_rope_layer_interval", 4)
         return tuple((i + 1) % every != 0 for i in range(layers))
