@@ -1,13 +1,11 @@
-"""config.json of models on the hub as their authors wrote them, with what they must be read as."""
+"""config.json of models on the hub as their authors wrote them, with what they must be read as.
 
-from typing import Any, NamedTuple
+Llama, Mistral and Qwen stand here, the other families in hub_families.py.
+"""
 
+from typing import Any
 
-class Sample(NamedTuple):
-    hf: dict[str, Any]
-    parameters: int  # as the hub counts them
-    expected: dict[str, Any]  # fields of our Config
-
+from hub_families import MORE, Sample
 
 LLAMA = dict(
     architectures=["LlamaForCausalLM"], model_type="llama", attention_bias=False,
@@ -123,6 +121,14 @@ HUB: dict[str, Sample] = {
         1_235_814_400,
         dict(layers=16, kv_heads=8, head_width=64, tied=True, kind="llama3", factor=32.0),
     ),
+    "meta-llama/Llama-3.2-3B": Sample(
+        LLAMA_3 | dict(
+            head_dim=128, hidden_size=3072, intermediate_size=8192, num_attention_heads=24,
+            num_hidden_layers=28, rope_scaling=llama3_scaling(32.0), tie_word_embeddings=True,
+        ),
+        3_212_749_824,
+        dict(layers=28, heads=24, head_width=128, tied=True, kind="llama3", factor=32.0),
+    ),
     "unsloth/Llama-3.2-1B-bnb-4bit": Sample(
         LLAMA_3 | dict(
             _name_or_path="unsloth/Llama-3.2-1B", head_dim=64, hidden_size=2048,
@@ -176,6 +182,23 @@ HUB: dict[str, Sample] = {
         ),
         7_248_023_552,
         dict(layers=32, kv_heads=8, head_width=128, windows=(None,) * 32, theta=1e6),
+    ),
+    "mistralai/Mistral-7B-Instruct-v0.2": Sample(
+        MISTRAL | dict(
+            attention_dropout=0.0, rope_theta=1000000.0, sliding_window=None,
+            transformers_version="4.36.0", vocab_size=32000,
+        ),
+        7_241_732_096,
+        dict(windows=(None,) * 32, theta=1e6),
+    ),
+    "mistralai/Mistral-Nemo-Instruct-2407": Sample(
+        MISTRAL | dict(
+            attention_dropout=0.0, head_dim=128, hidden_size=5120, max_position_embeddings=131072,
+            num_hidden_layers=40, rope_theta=1000000.0, sliding_window=None,
+            transformers_version="4.43.0.dev0", vocab_size=131072,
+        ),
+        12_247_782_400,
+        dict(layers=40, kv_heads=8, head_width=128, windows=(None,) * 40),
     ),
     "Qwen/Qwen2.5-0.5B": Sample(
         QWEN2 | dict(
@@ -259,4 +282,4 @@ HUB: dict[str, Sample] = {
             experts=16, chosen=1, sparse=(True,) * 48, turned=(True, True, True, False) * 12,
         ),
     ),
-}  # fmt: skip
+} | MORE  # fmt: skip

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import torch
 import transformers
 from hub_configs import HUB
+from hub_families import DENSE
 
 from unsloth_jax import decoder, rope
 from unsloth_jax.models import FAMILIES, family
@@ -28,8 +30,22 @@ def test_configs_of_the_hub_are_read_with_the_right_sizes(name):
     module = family(sample.hf["model_type"])
     c = module.config(sample.hf)
     assert parameters(module, c) == sample.parameters
-    found = dataclasses.asdict(c.rope) | {k: v for k, v in vars(c).items() if k != "rope"}
+    found = dataclasses.asdict(c.rope) | {"rope_width": c.rope.width} | vars(c)
     assert {k: found[k] for k in sample.expected} == sample.expected
+
+
+def test_every_dense_family_has_a_config_of_the_hub():
+    assert {*DENSE} <= {sample.hf["model_type"] for sample in HUB.values()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HUB)
+def test_transformers_has_as_many_parameters_for_the_configs_of_the_hub(name):
+    hf = {k: v for k, v in HUB[name].hf.items() if k != "quantization_config"}
+    with torch.device("meta"):
+        config = transformers.AutoConfig.for_model(**hf)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == HUB[name].parameters
 
 
 NEEDED = {
@@ -140,6 +156,14 @@ REFUSED = {
     "both directions": ("llama", dict(is_causal=False), "is_causal=False", "True"),
     "activation": ("qwen3", dict(hidden_act="swish2"), "'swish2'", "silu"),
     "biases of joined projections": ("phi3", dict(attention_bias=True), "attention_bias", "False"),
+    "full layers only now and then": ("phi3", dict(full_attn_mod=2), "full_attn_mod=2", "(1,)"),
+    "biases of a head": ("phi3", dict(lm_head_bias=True), "lm_head_bias=True", "False"),
+    "no gate": ("cohere2", dict(use_gated_activation=False), "use_gated_activation=False", "True"),
+    "one after another": ("cohere2", dict(use_parallel_block=False), "use_parallel_block", "True"),
+    "two epsilons": (
+        "starcoder2", dict(layer_norm_epsilon=1e-3), "layer_norm_epsilon=0.001", "1e-05"),
+    "two activations": ("gemma2", dict(hidden_act="silu"), "'silu'", "gelu_pytorch_tanh"),
+    "two windows": ("gemma2", dict(sliding_window_size=8), "sliding_window_size=8", "4096"),
     "another kind of norm": ("starcoder2", dict(norm_type="rms"), "norm_type='rms'", "layer_norm"),
     "a share of a head": ("cohere2", dict(rotary_pct=0.5), "rotary_pct=0.5", "1"),
     "full layers first": (

@@ -21,6 +21,9 @@ and, where llama.cpp has the family,
     GGUF_ARCH, to_gguf(c, path, w)   its name there, and weights that it stores otherwise (optional)
     gguf_keys(c)                     keys of its own, by the names of gguf's writer (optional)
     gguf_fixed(c)                    {what: (this model's, the only one of llama.cpp)} (optional)
+    GGUF_READS                       the architecture's keys that this family alone reads, and
+    from_gguf(values, names, rope)   config.json's own fields of a file that has these values of
+                                     keys, Hugging Face names of weights and rope_parameters
 """
 
 from collections.abc import Callable

@@ -14,7 +14,8 @@ HARMLESS = frozenset(
     """_attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled
     _name_or_path attn_implementation gradient_checkpointing
     architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id
-    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
+    cache_implementation chunk_size_feed_forward cross_attention_hidden_size
+    decoder_start_token_id diversity_penalty
     do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
     id2label initializer_range is_decoder is_llama_config label2id length_penalty max_length

@@ -20,12 +20,13 @@ from unsloth_jax.models.llama import to_gguf as to_gguf
 from unsloth_jax.models.llama import weights as weights
 
 GGUF_ARCH = "smollm3"
+GGUF_READS = ()
 
 OWN = (
     "attention_bias", "mlp_bias", "use_sliding_window", "sliding_window", "layer_types",
     "no_rope_layers", "no_rope_layer_interval", "max_window_layers",
 )  # fmt: skip
-DEFAULTS = dict(max_position_embeddings=32768, tie_word_embeddings=True)
+DEFAULTS = dict(num_key_value_heads=4, max_position_embeddings=32768, tie_word_embeddings=True)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def config(hf: Mapping[str, Any]) -> Config:
     if "rope_theta" not in (hf.get("rope_parameters") or {}):
         hf = {"rope_theta": 2e6} | hf
     fields.check(hf, own=OWN)
-    common = fields.sizes({"num_key_value_heads": 4} | hf)
+    common = fields.sizes(hf)
     on = turned(hf)
     bias = hf.get("attention_bias", False)
     sliding = hf.get("use_sliding_window") and hf.get("sliding_window") is not None
@@ -92,3 +93,8 @@ def block(
 def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
     """What llama.cpp has one value for: (this model's, that one)."""
     return {"layers with rope": (c.turned, tuple((i + 1) % 4 != 0 for i in range(c.layers)))}
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    return llama.from_gguf(values, names, rope)
