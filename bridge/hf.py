@@ -41,8 +41,11 @@ def check(model: ModuleType, c: Any, headers: dict[str, Header], where: str) -> 
                 f"{name} has dtype {headers[name].dtype}, expected a float or 4-bit NF4 blocks"
             )
     tied = {HEAD} if c.tied else set()
-    surplus = set(headers) - used - tied
-    wrong += [f"unexpected {name}" for name in sorted(surplus) if not BUFFERS.fullmatch(name)]
+    unused = [BUFFERS, *([re.compile(model.unused(c))] if hasattr(model, "unused") else [])]
+    surplus = sorted(set(headers) - used - tied)
+    wrong += [
+        f"unexpected {name}" for name in surplus if not any(p.fullmatch(name) for p in unused)
+    ]
     if wrong:
         more = f"\n  and {len(wrong) - 30} more" if len(wrong) > 30 else ""
         raise ValueError(f"{where} does not fit its config:\n  " + "\n  ".join(wrong[:30]) + more)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import _choice
 
 Implementation = Literal["pallas", "xla"]
-Attended = tuple[Float[Array, "B H h"], Float[Array, "B K S h"], Float[Array, "B K S h"]]
+Attended = tuple[Float[Array, "B H u"], Float[Array, "B K S h"], Float[Array, "B K S u"]]
 
 BLOCK = 64  # keys that a program reads at a time
 ROWS = 16  # queries of a group, padded to a matrix unit's smallest side
@@ -33,9 +33,9 @@ HIDDEN = -1e30  # the score of a key that is not seen
 def reference(
     q: Float[Array, "B H h"],
     k: Float[Array, "B K h"],
-    v: Float[Array, "B K h"],
+    v: Float[Array, "B K u"],
     keys: Float[Array, "B K S h"],
-    values: Float[Array, "B K S h"],
+    values: Float[Array, "B K S u"],
     used: Int[Array, " B"],
     scale: float,
     window: int | None = None,
@@ -54,16 +54,16 @@ def reference(
     seen = back >= 0 if window is None else (back >= 0) & (back < window)
     scores = jnp.where(seen[:, None, None], _capped(scores * scale, cap), HIDDEN)
     chance = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    y = jnp.einsum("bkgs,bksh->bkgh", chance, values.astype(q.dtype))
-    return y.reshape(batch, heads, width), keys, values
+    y = jnp.einsum("bkgs,bksu->bkgu", chance, values.astype(q.dtype))
+    return y.reshape(batch, heads, -1), keys, values
 
 
 def _capped(scores, cap):
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
-def supports(q: Array, keys: Array) -> str | None:
-    """Why the kernel can't run on queries [B, H, h] and a cache [B, K, S, h], or None."""
+def supports(q: Array, keys: Array, values: Array) -> str | None:
+    """Why the kernel can't run on queries [B, H, h] and caches [B, K, S, h], or None."""
     _, heads, slots, width = keys.shape
     if _choice.platform() != "gpu":
         return "it needs a GPU"
@@ -76,6 +76,8 @@ def supports(q: Array, keys: Array) -> str | None:
             f"it takes heads 16 to 256 wide (a power of two), slots in blocks of {BLOCK} and up "
             f"to {ROWS} queries a group, got queries {q.shape} and a cache {keys.shape}"
         )
+    if values.shape[3] != width:
+        return f"it takes keys and values of one width, got {width} and {values.shape[3]}"
     if keys.size >= 2**31:
         return f"the cache {keys.shape} passes 2^31 elements and is indexed in 32 bits"
     return None
@@ -84,9 +86,9 @@ def supports(q: Array, keys: Array) -> str | None:
 def attend(
     q: Float[Array, "B H h"],
     k: Float[Array, "B K h"],
-    v: Float[Array, "B K h"],
+    v: Float[Array, "B K u"],
     keys: Float[Array, "B K S h"],
-    values: Float[Array, "B K S h"],
+    values: Float[Array, "B K S u"],
     used: Int[Array, " B"],
     *,
     scale: float,
@@ -98,7 +100,7 @@ def attend(
 
     Raises ValueError with the reason where the implementation asked for can't run.
     """
-    reasons = {"pallas": supports(q, keys), "xla": None}
+    reasons = {"pallas": supports(q, keys, values), "xla": None}
     if _choice.pick("decode attention", implementation, reasons) == "xla":
         return reference(q, k, v, keys, values, used, scale, window, cap)
     return _pallas(q, k, v, keys, values, used, scale, window, cap)

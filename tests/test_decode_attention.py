@@ -85,7 +85,7 @@ def test_the_kernel_equals_the_reference(name, window, cut):
 def test_the_kernel_lowers_for_a_gpu_and_writes_the_caches_in_place(name, cut):
     args = example(name)
     with _choice.target("gpu"):
-        assert op.supports(args[0], args[3]) is None
+        assert op.supports(args[0], *args[3:5]) is None
         run = lambda *args: op._pallas(*args, 0.125, 40, cut=cut)
         text = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @__gpu$xla.gpu.triton") == (1 if cut == 1 else 2)

@@ -277,6 +277,8 @@ def spelled_as_transformers_4(hf: dict, kind: str) -> dict:
     scaling = dict(hf["rope_parameters"])
     name = scaling.pop("rope_type")
     old |= {"rope_theta": scaling.pop("rope_theta"), "torch_dtype": "float32"}
+    if "partial_rotary_factor" in scaling:
+        old["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
     return old | {"rope_scaling": None if name == "default" else {kind: name} | scaling}
 
 

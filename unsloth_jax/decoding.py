@@ -26,7 +26,7 @@ class Cache:
     """Keys and values, a pair of arrays a layer; slot s of a row holds the token at position s."""
 
     keys: tuple[Any, ...]  # [B, K, S, h] each
-    values: tuple[Any, ...]
+    values: tuple[Any, ...]  # [B, K, S, u]
     used: Any  # int32 [B]: slots that hold tokens
     context: Any  # int32 [B]: the document length that rotary scaling saw at the start
 
@@ -37,9 +37,10 @@ class Cache:
 
 def empty(c: Any, batch: int, slots: int, dtype: Any) -> Cache:
     """A cache of `slots` tokens a row that holds none."""
-    zeros = lambda: jnp.zeros((batch, c.kv_heads, slots, c.head_width), dtype)
+    zeros = lambda width: jnp.zeros((batch, c.kv_heads, slots, width), dtype)
     none = lambda: jnp.zeros((batch,), jnp.int32)
-    arrays = (tuple(zeros() for _ in range(c.layers)) for _ in range(2))
+    widths = c.head_width, c.value_width
+    arrays = (tuple(zeros(width) for _ in range(c.layers)) for width in widths)
     return Cache(*arrays, none(), none())
 
 
@@ -60,7 +61,8 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens.shape)
     segments = (positions < lengths[:, None]).astype(jnp.int32)
     by = family.angles(c, positions, jnp.broadcast_to(lengths[:, None], tokens.shape))
-    kept = jnp.zeros((c.layers, batch, length, c.kv_heads, c.head_width), dtype)
+    widths = c.head_width, c.value_width
+    kept = (jnp.zeros((c.layers, batch, length, c.kv_heads, width), dtype) for width in widths)
 
     def body(carry, kind, w, i):
         x, keys, values = carry
@@ -79,7 +81,7 @@ def prefill(
         return x, *kept
 
     x = family.embed(c, params, tokens)
-    x, keys, values = scan_layers(family, c, params, (x, kept, kept), body)
+    x, keys, values = scan_layers(family, c, params, (x, *kept), body)
     room = ((0, 0), (0, 0), (0, slots - length), (0, 0))
     apart = lambda stack: tuple(jnp.pad(one.swapaxes(1, 2), room) for one in stack)
     cache = Cache(apart(keys), apart(values), lengths, lengths)

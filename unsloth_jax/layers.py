@@ -12,7 +12,7 @@ from pallas_kernels import attention as kernel
 from unsloth_jax.dims import Params
 from unsloth_jax.leaves import draws, folded, linear, linears
 
-# attend(q, k, v, *, scale, window, cap) -> (mixed values [B, T, H*h], what the cache keeps)
+# attend(q, k, v, *, scale, window, cap) -> (mixed values [B, T, H*u], what the cache keeps)
 Attend = Callable[..., tuple[Array, Any]]
 # mlp(weights, x [B, T, D], activation or fn(weights, x)) -> [B, T, D]
 Mlp = Callable[[Params, Array, Any], Array]
@@ -106,10 +106,10 @@ def self_attention(
     rule: kernel.Rule,
     q: Float[Array, "B T H h"],
     k: Float[Array, "B T K h"],
-    v: Float[Array, "B T K h"],
+    v: Float[Array, "B T K u"],
     segments: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-) -> Float[Array, "B T H*h"]:
+) -> Float[Array, "B T H*u"]:
     """Attention of whole rows to themselves, by the fastest kernel that takes them."""
     y = kernel.attention(rule, q, k, v, segments, positions)
     return y.reshape(*q.shape[:2], -1)

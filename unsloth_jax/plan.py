@@ -208,15 +208,17 @@ def _kept(memory: Memory) -> tuple[str, ...]:
 
 def _flash(job: Job) -> bool:
     """Whether attention runs without its scores in memory."""
-    width, capped = job.config.head_width, job.config.attention_cap is not None
+    c, capped = job.config, job.config.attention_cap is not None
+    width = max(c.head_width, c.value_width)
     fits = width % 8 == 0 and width <= 128 and not capped
     return job.platform == "gpu" and _item(job) == 2 and fits
 
 
 def _residuals(job: Job, memory: Memory) -> int:
     c, names = job.config, _kept(memory)
-    q, kv = c.heads * c.head_width, c.kv_heads * c.head_width
-    widths = {"q": q, "k": kv, "v": kv, attention.KEPT: q, "mid": c.width}
+    heads = c.heads, c.kv_heads
+    (q, k), (mixed, v) = ([n * width for n in heads] for width in (c.head_width, c.value_width))
+    widths = {"q": q, "k": k, "v": v, attention.KEPT: mixed, "mid": c.width}
     widths |= {"gate": c.mlp_width, "up": c.mlp_width}
     row = _item(job) * (sum(widths[n] for n in names) + c.width * (memory.keep != "offload"))
     if attention.KEPT in names and _flash(job):

@@ -12,6 +12,7 @@ A family is a module with:
     block(c, kind, w, x, angles, attend, mlp) -> (x, what attend kept)
 where not all layers have all weights, or files hold some the other way round,
     layers_of(c, path)               numbers of the layers that have a weight (optional)
+    unused(c)                        a regular expression of files' names without use (optional)
     TRANSPOSED                       paths of which files hold the last two axes swapped (optional)
 and, where llama.cpp has the family,
     GGUF_ARCH, to_gguf(c, path, w)   its name there, and weights that it stores otherwise (optional)
@@ -29,11 +30,13 @@ from unsloth_jax.leaves import Stacks
 from unsloth_jax.models import (
     cohere,
     cohere2,
+    deepseek_v3,
     exaone4,
     gemma,
     gemma2,
     gemma3_text,
     glm4,
+    glm4_moe,
     granite,
     llama,
     ministral3,
@@ -51,11 +54,13 @@ from unsloth_jax.models import (
 FAMILIES: dict[str, ModuleType] = {
     "cohere": cohere,
     "cohere2": cohere2,
+    "deepseek_v3": deepseek_v3,
     "exaone4": exaone4,
     "gemma": gemma,
     "gemma2": gemma2,
     "gemma3_text": gemma3_text,
     "glm4": glm4,
+    "glm4_moe": glm4_moe,
     "granite": granite,
     "llama": llama,
     "ministral3": ministral3,

@@ -56,16 +56,19 @@ REQUIRED = (
 COUNTS = (
     *REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings",
     "original_max_position_embeddings", "sliding_window", "num_experts", "num_local_experts",
-    "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step",
+    "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "n_routed_experts",
+    "n_shared_experts", "n_group", "topk_group", "kv_lora_rank", "q_lora_rank",
+    "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
 )  # fmt: skip
 SWITCHES = (
     "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_bias",
-    "use_qk_norm", "norm_topk_prob", "output_router_logits",
+    "use_qk_norm", "norm_topk_prob", "output_router_logits", "rope_interleave",
 )  # fmt: skip
 NUMBERS = (
     "rms_norm_eps", "norm_epsilon", "layer_norm_eps", "query_pre_attn_scalar", "logit_scale",
     "attn_logit_softcapping", "final_logit_softcapping", "embedding_multiplier",
     "attention_multiplier", "residual_multiplier", "logits_scaling",
+    "routed_scaling_factor",
 )  # fmt: skip
 ROPE_ANY = frozenset("rope_type type rope_theta partial_rotary_factor".split())
 ROPE_WORDS = frozenset("rope_type type truncate finetuned".split())
@@ -317,8 +320,18 @@ def _longrope(r: Mapping[str, Any], width: int, context: int) -> dict[str, Any]:
     return dict(attention_factor=float(attention), context=context, **lists)
 
 
+def yarn_growth(hf: Mapping[str, Any], factor: float) -> float:
+    """What DeepSeek's yarn multiplies queries and keys with, besides cos and sin."""
+    by = _rope_fields(hf)[0].get("mscale_all_dim")
+    return _growth(factor, by) if by else 1.0
+
+
+def _growth(factor: float, by: float = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
+
+
 def _yarn(r: Mapping[str, Any]) -> dict[str, Any]:
-    grow = lambda by=1.0: 1.0 if r["factor"] <= 1 else 0.1 * by * math.log(r["factor"]) + 1.0
+    grow = lambda by=1.0: _growth(r["factor"], by)
     attention = r.get("attention_factor")
     if attention is None:
         m, all_dim = r.get("mscale"), r.get("mscale_all_dim")

@@ -44,6 +44,11 @@ class Config:
     windows: tuple[int | None, ...]
     attention_cap: float | None = None
 
+    @property
+    def value_width(self) -> int:
+        """Of a head's values, where a family gives them no width of their own."""
+        return self.head_width
+
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
