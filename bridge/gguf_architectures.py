@@ -16,7 +16,7 @@ HEADS = ("head_count", "head_count_kv")
 # The order of a file's keys, as most of the converter's classes have it.
 USUAL = (
     "block_count", "context_length", *SIZES, *HEADS, "rope_scaling", "rope_freq_base", "eps",
-    "head_lengths",
+    "experts", "head_lengths",
 )  # fmt: skip
 GEMMA = ("context_length", "embedding_length", "block_count", "feed_forward_length", *HEADS,
          "eps", "head_lengths")  # fmt: skip
@@ -48,6 +48,7 @@ ARCHITECTURES = {
     "llama": LLAMA._replace(ropes=(*SCALINGS, "llama3")),
     "qwen2": Architecture(head_lengths=None),
     "qwen3": Architecture(),
+    "qwen3moe": Architecture(biases=()),
     "gemma": Architecture(
         activation="gelu_pytorch_tanh", ropes=("default",), theta=1e4, tied=True, keys=GEMMA
     ),

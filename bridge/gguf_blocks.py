@@ -64,6 +64,7 @@ class Sizes(NamedTuple):
     layers: int
     heads: int
     kv_heads: int
+    experts: int = 1
 
 
 def format_named(name: str) -> Format:
@@ -84,14 +85,30 @@ def choose(fmt: Format, shapes: Mapping[str, tuple[int, ...]], sizes: Sizes) -> 
     choices = {}
     for name, shape in shapes.items():
         wanted = fmt.head if name == head else _wanted(fmt, name, sizes)
-        if len(shape) < 2 or name.endswith("_norm.weight"):
+        if len(shape) < 2 or name.endswith(("_norm.weight", "ffn_gate_inp.weight")):
             wanted = Kind.F32
         choices[name] = Choice(_fitting(wanted, shape[-1]), wanted)
     return choices
 
 
+# Names of tensors that some layers hold in more bits.
+MORE = ("attn_v.weight", "attn_qkv.weight", "ffn_down.weight", "ffn_down_exps.weight")
+
+
+def _beside_eight(fmt: Format, name: str) -> Kind | None:
+    """What attention gets beside eight experts, where llama-quantize spends more bits on it."""
+    if fmt.base in PLAIN:
+        return None
+    if name.endswith(("attn_k.weight", "attn_v.weight")):
+        return Kind.Q8_0
+    return Kind.Q5_K if name.endswith("attn_output.weight") and fmt.base == Kind.Q4_K else None
+
+
 def _wanted(fmt: Format, name: str, sizes: Sizes) -> Kind:
-    if not name.endswith(("attn_v.weight", "attn_qkv.weight", "ffn_down.weight")):
+    wide = _beside_eight(fmt, name) if sizes.experts == 8 else None
+    if wide is not None:
+        return wide
+    if not name.endswith(MORE):
         return fmt.base
     if needs_more_bits(int(name.split(".")[1]), sizes.layers):
         return fmt.more
@@ -127,7 +144,8 @@ def overflows(w: np.ndarray) -> bool:
 
 def encode(w: np.ndarray, kind: Kind) -> np.ndarray:
     """Rows of a float32 array as ggml lays them out: float32, float16 or uint8 [rows, bytes]."""
-    return libgguf.quantize_rows(w, int(kind))
+    rows = libgguf.quantize_rows(w.reshape(-1, w.shape[-1]), int(kind))
+    return rows if w.ndim < 3 else rows.reshape(*w.shape[:-1], -1)
 
 
 def decode(rows: np.ndarray, kind: Kind) -> np.ndarray:

@@ -15,7 +15,15 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
-from bridge import gguf_blocks, gguf_header, gguf_metadata, gguf_tokens, hf, verify_gguf
+from bridge import (
+    gguf_blocks,
+    gguf_experts,
+    gguf_header,
+    gguf_metadata,
+    gguf_tokens,
+    hf,
+    verify_gguf,
+)
 from bridge.gguf_architectures import ARCHITECTURES
 from bridge.gguf_blocks import Choice, Format
 from bridge.places import places
@@ -122,7 +130,8 @@ def _plan(
     notes = gguf_metadata.refuse_unspeakable(model, c, config)
     tokens = gguf_tokens.read(folder, config, model.GGUF_ARCH)
     named = _named(model, c, weights)
-    sizes = gguf_blocks.Sizes(model.GGUF_ARCH, c.layers, c.heads, c.kv_heads)
+    experts = getattr(c, "experts", 1)
+    sizes = gguf_blocks.Sizes(model.GGUF_ARCH, c.layers, c.heads, c.kv_heads, experts)
     choices = gguf_blocks.choose(fmt, {n: w.shape for n, w in named.items()}, sizes)
     order = sorted(named, key=_quantized_order) if gguf_blocks.is_quantized(fmt) else list(named)
     entries = [Entry(n, named[n], choices[n]) for n in order]
@@ -134,14 +143,12 @@ def _named(model: ModuleType, c: Any, weights: list[Weight]) -> dict[str, Weight
 
     Raises ValueError for a bias that llama.cpp has no place for.
     """
-    wanted = set(places(model, c))
-    out = {}
+    known, out = places(model, c), {}
     for name, w in gguf_metadata.rope_factors(c.rope).items():
         out[name] = Weight(name, w.shape, w.dtype, lambda w=w: w)
-    named = gguf_names(model.GGUF_ARCH, c.layers, wanted)
-    for w in sorted(weights, key=lambda w: w.name):
-        if w.name in wanted:
-            out[named[w.name]] = w
+    ordered = gguf_experts.merged([w for w in weights if w.name in known], known)
+    named = gguf_names(model.GGUF_ARCH, c.layers, [w.name for w in ordered])
+    out |= {named[w.name]: w for w in ordered}
     biases, reads = [n for n in out if n.endswith(".bias")], ARCHITECTURES[model.GGUF_ARCH].biases
     lost = [n for n in biases if n.split(".")[-2] not in reads]
     if lost:
@@ -176,7 +183,8 @@ def _metadata(
     """All keys, in the converter's order; llama-quantize moves two of them to the end."""
     quantized = gguf_blocks.is_quantized(plan.fmt)
     gguf_metadata.rope_attention(out, plan.config)
-    gguf_metadata.general(out, folder, name, sum(math.prod(e.weight.shape) for e in plan.entries))
+    label = gguf_experts.size_label({e.name: tuple(e.weight.shape) for e in plan.entries})
+    gguf_metadata.general(out, folder, name, label)
     gguf_metadata.architecture(out, plan.config, config)
     if not quantized:
         out.add_file_type(plan.fmt.file_type)

@@ -15,6 +15,8 @@ from bridge.gguf_architectures import ARCHITECTURES, differences
 # Names in generation_config.json and in gguf's writer.
 SAMPLING = {"top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "temperature": "temp"}
 CONTEXTS = ("max_position_embeddings",)
+# Whose class in transformers doesn't fill head_dim in, where its architecture's other models do.
+WITHOUT_HEAD_DIM = ("mixtral",)
 # The converter holds this one for what Command R was trained on.
 COHERE_CONTEXTS = ("model_max_length", *CONTEXTS)
 
@@ -60,7 +62,7 @@ def rope_attention(out: gguf.GGUFWriter, c: Any) -> None:
         out.add_rope_scaling_attn_factors(c.rope.attention_factor)
 
 
-def general(out: gguf.GGUFWriter, folder: str | Path, name: str, parameters: int) -> None:
+def general(out: gguf.GGUFWriter, folder: str | Path, name: str, size_label: str) -> None:
     """What the file is called, and the sampling settings of generation_config.json."""
     out.add_type(gguf.GGUFType.MODEL)
     file = Path(folder) / "generation_config.json"
@@ -69,7 +71,7 @@ def general(out: gguf.GGUFWriter, folder: str | Path, name: str, parameters: int
         if settings.get(theirs) is not None:
             getattr(out, f"add_sampling_{ours}")(settings[theirs])
     out.add_name(name)
-    out.add_size_label(gguf.size_label(parameters, parameters, 0, 0))
+    out.add_size_label(size_label)
 
 
 def architecture(out: gguf.GGUFWriter, c: Any, config: Mapping[str, Any]) -> None:
@@ -94,8 +96,17 @@ def _eps(out: gguf.GGUFWriter, c: Any, config: Mapping[str, Any]) -> None:
     (out.add_layer_norm_eps if layer_norm else out.add_layer_norm_rms_eps)(c.eps)
 
 
+def _experts(out: gguf.GGUFWriter, c: Any, config: Mapping[str, Any]) -> None:
+    """How many experts there are and how many a token goes to, of a mixture."""
+    if getattr(c, "experts", None):
+        out.add_expert_count(c.experts)
+        out.add_expert_used_count(c.chosen)
+
+
 def _head_lengths(out: gguf.GGUFWriter, c: Any, config: Mapping[str, Any]) -> None:
     writes = ARCHITECTURES[out.arch].head_lengths
+    if config["model_type"] in WITHOUT_HEAD_DIM:
+        writes = None
     if writes or (writes is None and config.get("head_dim")):
         out.add_key_length(c.head_width)
         out.add_value_length(c.head_width)
@@ -154,6 +165,7 @@ STEPS = {
     "rope_context": _rope_context,
     "rope_dimensions": lambda out, c, config: out.add_rope_dimension_count(c.rope.width),
     "eps": _eps,
+    "experts": _experts,
     "head_lengths": _head_lengths,
 }
 

@@ -30,6 +30,7 @@ LAYER_MODULES = (
 # Modules that only some architectures have; they win where gguf calls two of them the same.
 JOINED = ("self_attn.qkv_proj", "mlp.gate_up_proj")
 BEHIND = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+GATED = ("gate", "up", "down")
 OWN_MODULES = {
     "gemma2": BEHIND,
     "gemma3": BEHIND,
@@ -38,6 +39,10 @@ OWN_MODULES = {
     "exaone4": BEHIND[1:],
     "glm4": ("post_self_attn_layernorm", "post_mlp_layernorm", JOINED[1]),
     "starcoder2": ("mlp.c_fc", "mlp.c_proj"),
+    "llama": tuple(
+        f"block_sparse_moe.{x}" for x in ("gate", *(f"experts.w{n}" for n in (1, 2, 3)))
+    ),
+    "qwen3moe": tuple(f"mlp.{x}" for x in ("gate", *(f"experts.{n}_proj" for n in GATED))),
 }
 # Architectures whose rows of q and k are reordered, and those whose norms have 1 added.
 PAIRED = ("llama", "granite", "smollm3", "mistral3")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bridge import bnb_int8
 from bridge.places import Place, of_path, places
 from bridge.source import Header, Source
 from unsloth_jax import tree
@@ -16,6 +17,7 @@ from unsloth_jax.dims import Params
 from unsloth_jax.leaves import Stacks
 from unsloth_jax.models import family
 from unsloth_jax.quant import FORMATS
+from unsloth_jax.quant.int8 import Int8
 
 # Buffers that old checkpoints carry and the config alone decides.
 BUFFERS = re.compile(
@@ -38,7 +40,8 @@ def check(model: ModuleType, c: Any, headers: dict[str, Header], where: str) -> 
             wrong.append(f"{name} has shape {headers[name].shape}, the config says {place.shape}")
         elif not headers[name].dtype.startswith(("float", "bfloat")):
             wrong.append(
-                f"{name} has dtype {headers[name].dtype}, expected a float or 4-bit NF4 blocks"
+                f"{name} has dtype {headers[name].dtype}, expected a float, 4-bit NF4 blocks or "
+                "int8 rows with their SCB"
             )
     tied = {HEAD} if c.tied else set()
     unused = [BUFFERS, *([re.compile(model.unused(c))] if hasattr(model, "unused") else [])]
@@ -81,6 +84,19 @@ def described(source: Source) -> tuple[ModuleType, Any]:
     return model, model.config(source.config)
 
 
+def own_format(config: dict[str, Any]) -> str | None:
+    """The format, of FORMATS, that config.json says its weights have; None for 16 or 32 bits."""
+    said = config.get("quantization_config") or {}
+    if said.get("load_in_8bit") and not said.get("llm_int8_has_fp16_weight"):
+        return "int8"
+    return "nf4" if said.get("load_in_4bit") else None
+
+
+def kept(config: dict[str, Any], quantize: str | None) -> str | None:
+    """The format that `load` gives the layers of a checkpoint: its own goes before another."""
+    return quantize and (own_format(config) or quantize)
+
+
 def load(
     source: Source,
     dtype: Any = None,
@@ -89,10 +105,10 @@ def load(
 ) -> tuple[ModuleType, Any, Params]:
     """(family, config, parameters) of a checkpoint, read weight by weight into stacks in place.
 
-    `dtype` None keeps each weight's own; otherwise routers are in float32. `quantize="nf4"` packs
-    the weights that `where` names, unless the checkpoint is already quantized: then its blocks are
-    taken as they are. With `quantize=None` quantized weights are dequantized. Raises ValueError as
-    `check` does.
+    `dtype` None keeps each weight's own; otherwise routers are in float32. `quantize`, of FORMATS,
+    packs the weights that `where` names, unless the checkpoint is already quantized: then its own
+    are taken as they are. With `quantize=None` quantized weights are dequantized. Raises
+    ValueError as `check` does.
     """
     model, c = described(source)
     headers = source.headers()
@@ -120,8 +136,10 @@ def _reader(source, headers, found: dict[str, Place], dtype, keep: str | None, p
     def read(name: str) -> Any:
         header = headers[name]
         if header.format is not None and keep is not None:
-            leaf = source.read_nf4(name)
+            leaf = source.read_quantized(name)
             _finite_statistics(name, leaf)
+            if isinstance(leaf, Int8) and dtype is not None:
+                leaf = leaf.replace(dtype=jnp.dtype(dtype).name)  # files name none
             return jax.device_put(leaf)
         value = found[name].oriented(source.read(name))
         _finite(name, value)
@@ -130,7 +148,9 @@ def _reader(source, headers, found: dict[str, Place], dtype, keep: str | None, p
             value = value.astype(kept, copy=False)
         if pack:
             value = jax.device_put(value)  # rebound, so that the host copy goes before it packs
-            return FORMATS[pack](value)
+            packed = FORMATS[pack](value)
+            _packable(name, packed)
+            return packed
         return value
 
     def kind(name: str) -> Any:
@@ -174,6 +194,14 @@ def _finite(name: str, value: np.ndarray) -> None:
         raise ValueError(f"{name} holds values that are not finite")
 
 
+def _packable(name: str, leaf: Any) -> None:
+    if isinstance(leaf, Int8) and not np.isfinite(np.asarray(leaf.absmax)).all():
+        raise ValueError(
+            f"{name} holds values over 65504, the most of float16, through which bitsandbytes' "
+            "int8 goes: load in 4 bits, or with load_in_16bit=True"
+        )
+
+
 # The field of a 4-bit leaf -> what a checkpoint calls it.
 STATISTICS = {
     "absmax": "absmax",
@@ -185,6 +213,9 @@ STATISTICS = {
 
 def _finite_statistics(name: str, leaf: Any) -> None:
     """Raises ValueError as for dense weights; bytes are always finite, what scales them may not."""
+    if isinstance(leaf, Int8):
+        _finite(bnb_int8.scale_of(name), leaf.absmax)
+        return
     for field, called in STATISTICS.items():
         value = getattr(leaf, field)
         if value is not None:

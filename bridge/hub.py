@@ -11,6 +11,9 @@ from typing import Literal
 
 import huggingface_hub
 from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError
+
+from bridge import hub_names
 
 WANTED = (
     *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
@@ -115,6 +118,11 @@ def _download(name: str, options: dict, unwanted: Sequence[str]) -> Path:
         patterns = {"allow_patterns": list(WANTED), "ignore_patterns": list(unwanted)}
         return Path(huggingface_hub.snapshot_download(name, **options, **patterns))
     except (OSError, ValueError) as error:
+        if isinstance(error, GatedRepoError) and (copy := hub_names.copy_of(f"{owner}/{repo}")):
+            raise OSError(
+                f"{name!r} is open only to accounts that its owner has let in: give token=, or "
+                f"take {copy!r}, which by its name is Unsloth's copy"
+            ) from error
         raise OSError(f"{name!r} is neither here nor on the hub: {_reason(error)}") from error
 
 

@@ -11,11 +11,12 @@ import numpy as np
 from bridge.places import Place, places
 from bridge.safetensors_file import Weight
 from bridge.source import Source
-from unsloth_jax import leaves, lora, tree
+from unsloth_jax import leaves, lora, quant, tree
 from unsloth_jax.dims import Params
 from unsloth_jax.lora.targets import Site, sites
 
 ORIGINAL, DEQUANTIZED = "original16", "dequant4"
+DEQUANTIZED8 = "dequant8"  # what DEQUANTIZED is where the weights trained on are int8
 CHECKPOINT = "checkpoint"  # what ORIGINAL is where the checkpoint's own weights are blocks
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -117,15 +118,16 @@ def merged(
 
     `base="original16"` adds to the checkpoint's own weights where `source` holds them in 16 or 32
     bits, or in the blocks of a quantized GGUF (then `base` of the result is "checkpoint"),
-    "dequant4" (and bitsandbytes' 4-bit checkpoints) to the dequantized ones. `dtype` None keeps
-    16-bit weights as they are and turns float32 into bfloat16; what balances experts keeps its
-    own in any case. `initial` holds the pairs that were
-    taken out of `params` before training: the checkpoint gets the difference to them. Raises
-    ValueError for an unknown base or an adapter that belongs to no weight, and while reading for a
-    result not finite.
+    "dequant4" (and bitsandbytes' 4-bit checkpoints) to the dequantized ones, "dequant8" where
+    these are int8. `dtype` None keeps 16-bit weights as they are and turns float32 into bfloat16;
+    what balances experts keeps its own in any case. `initial` holds the pairs that were taken out
+    of `params` before training: the checkpoint gets the difference to them. Raises ValueError for
+    an unknown base or an adapter that belongs to no weight, and while reading for a result not
+    finite.
     """
-    if base not in (ORIGINAL, DEQUANTIZED):
-        raise ValueError(f"base must be one of {[ORIGINAL, DEQUANTIZED]}, got {base!r}")
+    trained_on = dequantized(params)
+    if base not in (ORIGINAL, trained_on):
+        raise ValueError(f"base must be one of {[ORIGINAL, trained_on]}, got {base!r}")
     flat, deltas = tree.flatten(params), pairs(adapters, scale, params)
     whole = lora.parts(adapters or {})[1]
     where = places(model, c)
@@ -158,12 +160,17 @@ def merged(
         weights.append(Weight(name, where[name].shape, kind, where[name].turned(read)))
     blocks = sorted({headers[n].blocks for n in deltas if n in headers} - {None})
     trained = {name for name, place in where.items() if place.path in whole}
-    facts = _facts(at_hand, blocks, len(deltas), len(trained), scale)
+    used = (CHECKPOINT if blocks else ORIGINAL) if at_hand else trained_on
+    facts = _facts(used, blocks, len(deltas), len(trained), scale)
     return Merged(weights, facts["base"], frozenset(deltas) | trained, facts, norms)
 
 
-def _facts(at_hand: bool, blocks: list[str], adapted: int, trained: int, scale: float) -> dict:
-    used = (CHECKPOINT if blocks else ORIGINAL) if at_hand else DEQUANTIZED
+def dequantized(params: Params) -> str:
+    """What the base is called where it is the weights that were trained on."""
+    return DEQUANTIZED8 if quant.stored(params) == "int8" else DEQUANTIZED
+
+
+def _facts(used: str, blocks: list[str], adapted: int, trained: int, scale: float) -> dict:
     facts = {"base": used, "adapted": adapted, "scale": scale}
     facts |= {"trained": trained} if trained else {}
     return facts | ({"base_blocks": blocks} if used == CHECKPOINT else {})

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from bridge import bnb_nf4
+from bridge import bnb_int8, bnb_nf4
 from bridge.source import Header
 
 DTYPES = {
@@ -74,6 +74,10 @@ class SafetensorsSource:
                 # Stacks hold leaves of one layout, so the layout is part of the format's name.
                 layout = f"nf4 in blocks of {state.block}, nested {state.nested_block}"
                 out[name] = Header(state.matrix, state.dtype, layout)
+            elif bnb_int8.is_int8(self._where, name):
+                companions.update(bnb_int8.members(self._where, name))
+                shape = tuple(file.get_slice(name).get_shape())
+                out[name] = Header(shape, self._dtype, bnb_int8.FORMAT)
             else:
                 piece = file.get_slice(name)
                 out[name] = Header(tuple(piece.get_shape()), _dtype(name, piece.get_dtype()).name)
@@ -83,14 +87,22 @@ class SafetensorsSource:
         """One tensor exactly as it lies in the file."""
         return self._where[name].get_tensor(name)
 
-    def read_nf4(self, name: str) -> Any:
-        """The 4-bit leaf of a weight, its bytes and statistics untouched, on the host."""
+    def read_quantized(self, name: str) -> Any:
+        """The quantized leaf of a weight, its bytes and statistics untouched, on the host."""
+        if bnb_int8.is_int8(self._where, name):
+            return bnb_int8.parts(self.tensor, name, self._where, self._dtype)
         return bnb_nf4.parts(self.tensor, name, self._where)
+
+    @property
+    def _dtype(self) -> str:
+        """What int8 weights stand for: the config's dtype, else the one that they were made of."""
+        named = self.config.get("dtype", self.config.get("torch_dtype"))
+        return named if named in ("float32", "bfloat16", "float16") else "float16"
 
     def read(self, name: str) -> np.ndarray:
         """One weight as a dense array in its header's dtype."""
-        if bnb_nf4.is_nf4(self._where, name):
-            return np.asarray(_dequantized(self.read_nf4(name)))
+        if bnb_nf4.is_nf4(self._where, name) or bnb_int8.is_int8(self._where, name):
+            return np.asarray(_dequantized(self.read_quantized(name)))
         return self.tensor(name)
 
 

@@ -10,7 +10,7 @@ class Header(NamedTuple):
 
     shape: tuple[int, ...]  # as Hugging Face has it, [out, in]
     dtype: str  # "float32", "float16", "bfloat16": what reading (or dequantising) gives
-    format: str | None = None  # the layout of 4-bit blocks in words, None for plain numbers
+    format: str | None = None  # the layout of quantized values in words, None for plain numbers
     blocks: str | None = None  # the type that reading dequantises, such as GGUF's Q4_1
 
 

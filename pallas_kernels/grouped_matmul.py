@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import _choice
 
 Implementation = Literal["pallas", "xla"]
-ROWS, COLS, DEPTH = 64, 128, 64  # of a program's tile, and of one step of its sum
+ROWS, COLS, DEPTH = 128, 128, 64  # of a program's tile, and of one step of its sum
+WARPS, STAGES = 8, 3
 
 
 def _sums(of_rows: int, of_other: int, groups: list[int]) -> jax.lax.RaggedDotDimensionNumbers:
@@ -151,7 +152,7 @@ def _pallas(x, w, sizes, turned):
         kernel,
         out_shape=jax.ShapeDtypeStruct((rows, height), x.dtype),
         grid=(group.shape[0], height // cols),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES),
         interpret=_choice.interpreting(),
         name="grouped_matmul",
     )(group, first, end, x, w)

@@ -146,7 +146,7 @@ def test_every_reference_keyword_with_its_default_is_taken(folder, tmp_path):
 
 REFUSED = {
     "from_pretrained": dict(
-        load_in_8bit=True, load_in_fp8="block", fast_inference=True,
+        load_in_fp8="block", fast_inference=True,
         rope_scaling={"type": "linear"}, qat_scheme="int4", num_labels=2, trust_remote_code=True,
         float32_mixed_precision=False, offload_embedding=True, quantization_config={},
         text_only=True,
@@ -540,7 +540,7 @@ def test_one_width_beside_the_default_is_no_clash(folder):
     for given in (dict(load_in_16bit=True), dict(load_in_16bit=True, load_in_4bit=False)):
         model, _ = FastLanguageModel.from_pretrained(str(folder), max_seq_length=64, **given)
         assert not model.quantized
-    given = dict(load_in_4bit=True, load_in_16bit=False, load_in_8bit=None, load_in_fp8=False)
+    given = dict(load_in_4bit=True, load_in_16bit=False, load_in_8bit=False, load_in_fp8=None)
     assert FastLanguageModel.from_pretrained(str(folder), max_seq_length=64, **given)[0].quantized
 
 
@@ -556,6 +556,7 @@ NAMES = [
     (dict(cache_dir=5), TypeError, "cache_dir must be str | None, got 5"),
     (dict(token=5), TypeError, "token must be str | bool | None, got 5"),
     (dict(local_files_only=None), TypeError, "local_files_only must be bool, got None"),
+    (dict(load_in_8bit=None), TypeError, "load_in_8bit must be bool, got None"),
     (dict(load_in_16bit=None), TypeError, "load_in_16bit must be bool, got None"),
 ]
 

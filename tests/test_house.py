@@ -25,7 +25,7 @@ ALLOWED = {
     ),
 }
 # The core from the bottom up: a module imports earlier ones only.
-CORE = ["dims", "tree", "leaves", "rope", "layers", "quant", "lora", "models"]
+CORE = ["dims", "tree", "leaves", "rope", "layers", "experts", "quant", "lora", "models"]
 CORE += ["remat", "decoder", "unstack", "decoding", "sample"]
 ASIDE = {
     "losses": {"dims", "leaves"},

@@ -301,7 +301,7 @@ def test_starts_that_mean_nothing_are_refused(s, other, message):
 def test_quantized_weights_are_refused(s):
     where = lambda path: path.endswith("q_proj.weight")
     params = quant.quantize(tiny.pair("llama").params, "nf4", where)
-    with pytest.raises(ValueError, match=r"q_proj is NF4: load with load_in_4bit=False"):
+    with pytest.raises(ValueError, match=r"q_proj is NF4: load with load_in_16bit=True"):
         begin(s, params)
 
 

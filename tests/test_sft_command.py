@@ -83,6 +83,21 @@ def test_a_run_goes_on_from_its_own_settings(there):
     assert steps == [1, 2, 3]
 
 
+@pytest.mark.slow
+def test_a_run_in_8_bits_leaves_settings_that_run_again(there, capsys):
+    path, flags = there
+    flags = [flag for flag in flags if flag != "--no-load-in-4bit"]
+    sft.main([*flags, "--load-in-8bit", "--output-dir", "a"])
+    written = settings_file.read(path / "a" / "config.yaml")
+    assert (written["load_in_8bit"], written["load_in_4bit"]) == (True, False)
+    assert json.loads((path / "a" / "run.json").read_text())["model"]["stored as"] == "int8"
+    sft.main(["--config", "a/config.yaml", "--output-dir", "b"])
+    a, b = ((path / n / "adapter" / "adapter_model.safetensors").read_bytes() for n in "ab")
+    assert a == b
+    sft.main(["--config", "a/config.yaml", "--dry-run"])
+    assert "a dry run" in capsys.readouterr().out
+
+
 def test_help_lists_every_setting(capsys):
     with pytest.raises(SystemExit) as ended:
         sft.main(["--help"])
@@ -160,7 +175,7 @@ def test_a_dry_run_of_a_plan_that_fits_nowhere_says_what_would(there, capsys):
         ("system_message: hi", "system_message needs a chat_template"),
         ("instruction_part: hi", "need train_on_responses_only"),
         ("eval_dataset: [a.jsonl, b.jsonl]", "need a name each, as name=path"),
-        ("load_in_8bit: true", "load_in_8bit=True is not supported yet"),
+        ("load_in_fp8: true", "load_in_fp8=True is not supported yet"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named_before_anything_is_trained(there, text, error):

@@ -207,7 +207,7 @@ def test_a_tied_head_is_trained_with_its_embedding_or_not_at_all(tied):
 
 def test_what_cannot_be_adapted_or_resized_is_refused(folder, tmp_path):
     model, tokenizer = tiny_chat.load(folder, load_in_4bit=True)
-    with pytest.raises(ValueError, match="is NF4: load with load_in_4bit=False"):
+    with pytest.raises(ValueError, match="is NF4: load with load_in_16bit=True"):
         FastLanguageModel.get_peft_model(model, init_lora_weights="loftq")
     for given, error, message in (
         (dict(new_tokens="<red>"), TypeError, "new_tokens must be a list of texts"),

@@ -66,11 +66,13 @@ def main() -> None:
     parser.add_argument("--min-p", type=float, default=0.0)
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=3407)
-    parser.add_argument("--load-in-4bit", action="store_true")
+    width = parser.add_mutually_exclusive_group()
+    width.add_argument("--load-in-4bit", action="store_true")
+    width.add_argument("--load-in-8bit", action="store_true")
     a = parser.parse_args()
     try:
         model, _ = FastLanguageModel.from_pretrained(
-            a.folder, a.max_seq_length, load_in_4bit=a.load_in_4bit
+            a.folder, a.max_seq_length, load_in_4bit=a.load_in_4bit, load_in_8bit=a.load_in_8bit
         )
     except (OSError, ValueError, RuntimeError) as error:
         parser.error(str(error))

@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 
-from bridge import gguf_tokenizer, hub
+from bridge import gguf_tokenizer, hf, hub
 from bridge import tokenizer as text
 from bridge.source import Header
 from unsloth_jax import optim, plan
 from unsloth_jax.plan import UNBOUNDED, Budget
-from workflows import machine, row_lengths, schemas, sources
+from workflows import machine, row_lengths, schemas, sources, widths
 from workflows import plan as planning
 from workflows.face import FastLanguageModel, compute_dtype
 from workflows.keywords import say
@@ -37,26 +37,27 @@ class Described:
         raise ValueError(f"a dry run reads no weights, and {name!r} is one")
 
 
+@widths.one_width
 def loaded(model_name: str, **given: Any) -> tuple[Model, Any]:
     """What from_pretrained gives, with shapes in place of weights, which are not read.
 
     Adapter folders, and settings that change the weights, are loaded for good.
     """
     find = {k: given[k] for k in ("revision", "cache_dir", "local_files_only") if k in given}
-    path = hub.find(model_name, weights=False, **find)
+    fmt = widths.packed(**{name: given[name] for name in widths.PACKED if name in given})
+    exact = given.get("use_exact_model_name", False)
+    name, path = widths.located(model_name, fmt, exact, find, weights=False)
     adapters = path.is_dir() and (path / hub.ADAPTER).exists()
     if adapters or any(given.get(name) for name in DEEP):
         say("this dry run loads the weights: adapters, or settings that change them, are given")
         return FastLanguageModel.from_pretrained(model_name, **given)
-    four = given.get("load_in_4bit", True) and not given.get("load_in_16bit", False)
     dtype = compute_dtype(given.get("dtype"))
     fields = planning.fields(str(path))
-    family, c, params = planning.shapes(fields, dtype, four)
+    fmt = hf.kept(fields, fmt)
+    family, c, params = planning.shapes(fields, dtype, fmt)
     length = given.get("max_seq_length", 2048)
     tokenizer = _tokenizer(path)
-    model = Model(
-        model_name, Described(fields), family, c, params, path, tokenizer, length, dtype, four
-    )
+    model = Model(name, Described(fields), family, c, params, path, tokenizer, length, dtype, fmt)
     return model, tokenizer
 
 

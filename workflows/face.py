@@ -1,14 +1,12 @@
 """Unsloth's names over the pure core; signatures and defaults are theirs."""
 
 import difflib
-import functools
-import inspect
 import os
 import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,8 +18,8 @@ from bridge import export, gguf_tokenizer, hf, hub, peft_adapter, safetensors_fi
 from bridge import tokenizer as text
 from bridge.gguf_source import GGUFSource
 from bridge.peft_adapter import Settings
-from unsloth_jax import lora
-from workflows import adapting, vocabulary
+from unsloth_jax import lora, quant
+from workflows import adapting, vocabulary, widths
 from workflows.face_keywords import (
     LOAD_IGNORED,
     LOAD_KINDS,
@@ -33,7 +31,6 @@ from workflows.face_keywords import (
     PEFT_LATER,
     PEFT_RANGES,
     PEFT_USED,
-    WIDTHS,
 )
 from workflows.keywords import ranged, say, settle, shown, typed, written
 from workflows.model import Model
@@ -101,35 +98,18 @@ def _is_device(value: Any) -> bool:
     return not isinstance(value, bool) and bool(DEVICES.fullmatch(str(value)))
 
 
-def one_width(load: Callable) -> Callable:
-    """`load`, which refuses two of WIDTHS where the caller names both; a default is no wish."""
-    names = inspect.signature(load).parameters
-
-    @functools.wraps(load)
-    def checked(*args: Any, **given: Any) -> Any:
-        named = dict(zip(names, args, strict=False)) | given
-        asked = [f"{n}={named[n]!r}" for n in WIDTHS if named.get(n) not in (None, False)]
-        if len(asked) > 1:
-            raise ValueError(
-                f"{load.__name__} got {' and '.join(asked)}, expected one width of {list(WIDTHS)}; "
-                "load_in_4bit=True is the default"
-            )
-        return load(*args, **given)
-
-    return checked
-
-
 class FastLanguageModel:
     """Loading and adapting, by the names of Unsloth's notebooks."""
 
     @staticmethod
-    @one_width
+    @widths.one_width
     def from_pretrained(
         model_name: str | Path = DEFAULT,
         max_seq_length: int = 2048,
         dtype: Any = None,
         load_in_4bit: bool = True,
         *,
+        load_in_8bit: bool = False,
         load_in_16bit: bool = False,
         full_finetuning: bool = False,
         resize_model_vocab: int | None = None,
@@ -138,6 +118,7 @@ class FastLanguageModel:
         revision: str | None = None,
         cache_dir: str | None = None,
         local_files_only: bool = False,
+        use_exact_model_name: bool = False,
         **other: Any,
     ) -> tuple[Model, Any]:
         """(model, tokenizer) of a local folder, a GGUF file, an adapter folder or a hub name.
@@ -146,9 +127,11 @@ class FastLanguageModel:
             max_seq_length: longest prompt plus answer, and longest training row, in tokens.
             dtype: None (float32 on a CPU, bfloat16 on a GPU), a name, or a NumPy or JAX dtype.
             load_in_4bit: packs the layers' matrices as NF4; False (or load_in_16bit) keeps `dtype`.
+            load_in_8bit: packs them as int8 rows, bitsandbytes' LLM.int8 of the weights alone.
             full_finetuning: all weights are trained, in float32 beside those computed with; the
                 model needs no get_peft_model, and is loaded as with load_in_4bit=False.
             resize_model_vocab: rows that embedding and head get, before anything is trained.
+            use_exact_model_name: a name of a 4-bit repo is never taken for its 16-bit parent.
             device_map: "cpu", or "cuda" to insist on a GPU; the others take what JAX finds.
 
         Raises ValueError for what the checkpoint or a keyword asks that is not supported, with
@@ -156,26 +139,24 @@ class FastLanguageModel:
         """
         find = dict(revision=revision, token=token, cache_dir=cache_dir)
         find["local_files_only"] = local_files_only
-        settle("from_pretrained", other, LOAD_USED, LOAD_IGNORED, LOAD_LATER)
-        given = find | dict(model_name=model_name, max_seq_length=max_seq_length)
-        given |= dict(load_in_4bit=load_in_4bit, load_in_16bit=load_in_16bit)
-        given |= dict(full_finetuning=full_finetuning, resize_model_vocab=resize_model_vocab)
-        typed("from_pretrained", given, LOAD_KINDS)
-        written("from_pretrained", given, LOAD_NAMES)
-        ranged("from_pretrained", given, {"max_seq_length": (1, None)})
+        bits = dict(load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit)
+        bits |= dict(load_in_16bit=load_in_16bit, full_finetuning=full_finetuning)
+        name = dict(model_name=model_name, use_exact_model_name=use_exact_model_name)
+        sizes = dict(max_seq_length=max_seq_length, resize_model_vocab=resize_model_vocab)
+        _check_load(find | bits | name | sizes, other)
         require_device(device_map)
-        path = hub.find(model_name, **find)
-        four = load_in_4bit and not load_in_16bit and not full_finetuning
-        load = dict(max_seq_length=max_seq_length, dtype=compute_dtype(dtype), four=four)
+        how = dict(fmt=widths.packed(**bits), exact=use_exact_model_name, find=find)
+        name, path = widths.located(model_name, **how)
+        load = dict(max_seq_length=max_seq_length, dtype=compute_dtype(dtype), fmt=how["fmt"])
         if hub.kind(path) == "adapter":
             if full_finetuning or resize_model_vocab is not None:
                 raise ValueError(
                     f"full_finetuning and resize_model_vocab need a whole model, but {path} holds "
                     "adapters: load their base, or merge them into it first"
                 )
-            model = _load_adapter(path, find, load)
+            model = _load_adapter(path, how | {"find": find | {"revision": None}}, load)
             return model, model.tokenizer
-        model = _load(str(model_name), path, **load)
+        model = _load(name, path, **load)
         if resize_model_vocab is not None:
             vocabulary.resize(model, resize_model_vocab)
         if full_finetuning:
@@ -261,6 +242,13 @@ class FastLanguageModel:
         return model
 
 
+def _check_load(given: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    settle("from_pretrained", other, LOAD_USED, LOAD_IGNORED, LOAD_LATER)
+    typed("from_pretrained", given, LOAD_KINDS)
+    written("from_pretrained", given, LOAD_NAMES)
+    ranged("from_pretrained", given, {"max_seq_length": (1, None)})
+
+
 def _adapt(model: Model, peft: Settings, seed: int, iterations: int) -> None:
     """Adapters, unless there are some; raises TypeError where these have other settings."""
     if model.adapters is None:
@@ -303,14 +291,14 @@ def _compare_templates(model: Model, own: Any) -> None:
     say("\n".join([f"{said}; the adapter's is used:", *shown, *left]))
 
 
-def _load_adapter(path: Path, find: dict[str, Any], load: dict[str, Any]) -> Model:
-    """An adapter folder with the base that it names."""
+def _load_adapter(path: Path, how: dict[str, Any], load: dict[str, Any]) -> Model:
+    """An adapter folder with the base that it names; `how` is what `widths.located` takes."""
     config = path / peft_adapter.CONFIG
     fields = safetensors_file.read_json(config)
     base = fields.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{config} names no base_model_name_or_path to load")
-    model = _load(base, hub.find(base, **(find | {"revision": fields.get("revision")})), **load)
+    model = _load(*widths.located(base, recorded=fields.get("revision"), **how), **load)
     adapting.load(model, path)
     own = text.load(path) if any((path / name).exists() for name in text.FILES) else None
     _compare_templates(model, own)
@@ -319,7 +307,7 @@ def _load_adapter(path: Path, find: dict[str, Any], load: dict[str, Any]) -> Mod
     return model
 
 
-def _load(name: str, path: Path, *, max_seq_length: int, dtype: Any, four: bool) -> Model:
+def _load(name: str, path: Path, *, max_seq_length: int, dtype: Any, fmt: str | None) -> Model:
     """A model folder or a GGUF file as a Model without adapters."""
     if hub.kind(path) == "gguf":
         source = GGUFSource(path)
@@ -331,12 +319,14 @@ def _load(name: str, path: Path, *, max_seq_length: int, dtype: Any, four: bool)
         source, folder = safetensors_file.SafetensorsSource(path), path
     hf.described(source)  # its complaints before the tokenizer's
     tokenizer = text.load(folder)
-    check_room(name, source.config, dtype, four)
-    family, c, params = hf.load(source, dtype, "nf4" if four else None)
+    check_room(name, source.config, dtype, hf.kept(source.config, fmt))
+    widths.tell(name, source.config, fmt)
+    family, c, params = hf.load(source, dtype, fmt)
     longest = source.config.get("max_position_embeddings", max_seq_length)
     if max_seq_length > longest:
         say(
             f"max_seq_length={max_seq_length} passes the {longest} positions the model was trained "
             "on; rope is not rescaled"
         )
-    return Model(name, source, family, c, params, folder, tokenizer, max_seq_length, dtype, four)
+    stored = quant.stored(params)
+    return Model(name, source, family, c, params, folder, tokenizer, max_seq_length, dtype, stored)

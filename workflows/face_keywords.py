@@ -2,17 +2,17 @@
 
 from workflows.inputs import SEEDS
 
-WIDTHS = ("load_in_4bit", "load_in_8bit", "load_in_16bit", "load_in_fp8")
 LOAD_KINDS = {
-    "model_name": str, "max_seq_length": int, "load_in_4bit": bool, "load_in_16bit": bool,
+    "model_name": str, "max_seq_length": int, "load_in_4bit": bool, "load_in_8bit": bool,
+    "load_in_16bit": bool, "full_finetuning": bool, "resize_model_vocab": int | None,
     "token": str | bool | None, "revision": str | None, "cache_dir": str | None,
-    "local_files_only": bool, "full_finetuning": bool, "resize_model_vocab": int | None,
+    "local_files_only": bool, "use_exact_model_name": bool,
 }  # fmt: skip
 LOAD_NAMES = ("model_name", "revision", "cache_dir")
 LOAD_USED = (
-    "model_name", "max_seq_length", "dtype", "load_in_4bit", "load_in_16bit", "token", "device_map",
-    "revision", "cache_dir", "local_files_only", "full_finetuning",
-    "resize_model_vocab",
+    "model_name", "max_seq_length", "dtype", "load_in_4bit", "load_in_8bit", "load_in_16bit",
+    "token", "device_map", "revision", "cache_dir", "local_files_only", "full_finetuning",
+    "resize_model_vocab", "use_exact_model_name",
 )  # fmt: skip
 PEFT_USED = (
     "r", "target_modules", "lora_alpha", "layers_to_transform", "finetune_last_n_layers",
@@ -20,7 +20,6 @@ PEFT_USED = (
     "memory_budget", "lora_dropout", "modules_to_save", "loftq_config", "use_dora",
 )  # fmt: skip
 LOAD_LATER = {
-    "load_in_8bit": (False, None),
     "load_in_fp8": (False, None),
     "rope_scaling": (None,),
     "offload_embedding": (False, None),
@@ -43,7 +42,6 @@ LOAD_LATER = {
 }
 LOAD_IGNORED = {
     "fix_tokenizer": "the tokenizer is read and never altered",
-    "use_exact_model_name": "names are never mapped to other repos",
     "use_gradient_checkpointing": "it is set by get_peft_model",
     "gpu_memory_utilization": "no second engine shares the GPU",
     "random_state": "loading draws nothing",

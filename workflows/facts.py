@@ -30,7 +30,7 @@ def of(trainer: Any, total: int, data: dict[str, Any]) -> dict[str, Any]:
         "steps in all": total,
         "warm-up steps": a.warmup(total),
         "length": trainer.length,
-        "base model": [Path(m.name).name, str(m.dtype), m.quantized],
+        "base model": [Path(m.name).name, str(m.dtype), m.stored],
         "adapter scale": m.scale,
         "initial pairs": short_hash(m.initial) if m.initial else None,
         "optimizers": [x is not None for x in trainer.optimizers],

@@ -52,12 +52,16 @@ class Model:
     tokenizer: Any
     max_seq_length: int
     dtype: Any
-    quantized: bool
+    stored: str | None  # the format of quantized layers, of quant.FORMATS
     adapters: Params | None = None
     peft: Settings | None = None
     initial: Params | None = None  # the pairs that a start took out of `params`
     memory: Memory | str = PLAIN  # or "auto", "unsloth": settled when the batch is known
     memory_budget: int | float | str | None = None  # what training may take of the device
+
+    @property
+    def quantized(self) -> bool:
+        return self.stored is not None
 
     @property
     def scale(self) -> float:
@@ -225,7 +229,7 @@ class Model:
         return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
     def print_trainable_parameters(self) -> None:
-        """Prints how many parameters train, in PEFT's words; 4-bit ones count as what they hold."""
+        """Prints how many parameters train, in PEFT's words; packed ones count in full."""
         own = lora.parts(self.adapters or {})[1]
         trained = sum(x.size for x in jax.tree.leaves(self.adapters or {}))
         frozen = (x for path, x in tree.flatten(self.params).items() if path not in own)
@@ -249,7 +253,8 @@ class Model:
         Args:
             save_method: "merged_16bit", or "lora" for the adapters alone.
             base: what the delta is added to: "original16", the checkpoint's own weights where they
-                are at hand, or "dequant4", the 4-bit weights that were trained on.
+                are at hand, or "dequant4" ("dequant8"), the weights that were trained on, in 4
+                (8) bits.
         """
         used = ("save_directory", "tokenizer", "save_method", "max_shard_size", "base")
         settle("save_pretrained_merged", other, used, saving.SAVE_IGNORED, saving.SAVE_LATER)

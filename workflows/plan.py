@@ -39,6 +39,7 @@ from workflows.interrupts import uninterrupted
 from workflows.keywords import say
 from workflows.objective import SFT, Objective
 from workflows.streams import Streamed
+from workflows.widths import packed
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -90,10 +91,15 @@ def budget(asked: int | float | str | None, held: int = 0) -> Budget | None:
     return None if whole is None else Budget(free, machine.host_pinnable())
 
 
-def shapes(fields: dict[str, Any], dtype: Any, quantized: bool) -> tuple[ModuleType, Any, Params]:
+LESS = {None: "quarter", "int8": "half"}  # what 4 bits take of a format
+
+
+def shapes(
+    fields: dict[str, Any], dtype: Any, stored: str | None
+) -> tuple[ModuleType, Any, Params]:
     """(family, config, parameters as shapes) of config.json's fields.
 
-    Quantized layers are NF4 with nested statistics. Raises ValueError for an unknown model.
+    `stored` is the layers' format, of quant.FORMATS. Raises ValueError for an unknown model.
     """
     if "model_type" not in fields:
         raise ValueError(f"config.json names no model_type; it has {sorted(fields)}")
@@ -102,22 +108,23 @@ def shapes(fields: dict[str, Any], dtype: Any, quantized: bool) -> tuple[ModuleT
 
     def made() -> Params:
         params = tree_of(family, c, lambda _, shape: jnp.zeros(shape, dtype))
-        return quant.quantize(params, "nf4", hf.is_linear) if quantized else params
+        return quant.quantize(params, stored, hf.is_linear) if stored else params
 
     return family, c, jax.eval_shape(made)
 
 
-def check_room(name: str, fields: dict[str, Any], dtype: Any, quantized: bool) -> None:
+def check_room(name: str, fields: dict[str, Any], dtype: Any, stored: str | None) -> None:
     """Raises MemoryError where a model's weights alone are more than the device has left."""
     free = machine.device_free()
     if free is None:
         return
-    need = plan.size(shapes(fields, dtype, quantized)[2])
+    need = plan.size(shapes(fields, dtype, stored)[2])
     if need > free:
         raise MemoryError(
             f"the weights of {name} take {plan.gib(need)}, JAX can take {plan.gib(free)} of this "
             "device: `python -m workflows.doctor` says who holds the rest and which settings "
-            "limit it" + ("" if quantized else "; load_in_4bit=True takes about a quarter")
+            "limit it"
+            + ("" if stored == "nf4" else f"; load_in_4bit=True takes about a {LESS[stored]}")
         )
 
 
@@ -298,7 +305,9 @@ def fraction() -> float:
 
 def asked_job(a: argparse.Namespace) -> tuple[Job, optax.GradientTransformation]:
     optimizer = optim.make(a.optimizer, optim.schedule("constant", 1e-4, 0, 1), max_grad_norm=1.0)
-    family, c, params = shapes(fields(a.model), a.dtype, not a.load_in_16bit)
+    config = fields(a.model)
+    stored = hf.kept(config, packed(True, a.load_in_8bit, a.load_in_16bit))
+    family, c, params = shapes(config, a.dtype, stored)
     names = a.target_modules
     targets = names if names == lora.ALL_LINEAR else tuple(names.split(","))
     of = states(params, optimizer, targets)
@@ -318,7 +327,9 @@ def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--target-modules", default=",".join(lora.TARGETS))
     p.add_argument("--optimizer", default="adamw_8bit", choices=list(optim.OPTIMIZERS))
     p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    p.add_argument("--load-in-16bit", action="store_true", help="no NF4")
+    width = p.add_mutually_exclusive_group()
+    width.add_argument("--load-in-8bit", action="store_true", help="int8 instead of NF4")
+    width.add_argument("--load-in-16bit", action="store_true", help="no NF4")
     p.add_argument("--gpu", default="80GB", help="its memory, of which XLA takes a share")
     p.add_argument("--memory-budget", help="what a run may take of it, instead of that share")
     p.add_argument("--host", help="host memory that may be pinned, such as 64GB; else unbounded")

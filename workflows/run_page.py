@@ -96,7 +96,7 @@ def facts(trainer: Any, batches: Any, plans: Sequence[Plan] = ()) -> dict[str, A
             "name": m.name,
             "family": m.family.__name__.rpartition(".")[2],
             "dtype": str(m.dtype),
-            "stored as": "NF4" if m.quantized else str(m.dtype),
+            "stored as": {"nf4": "NF4"}.get(m.stored, m.stored or str(m.dtype)),
             "max_seq_length": m.max_seq_length,
             "chat template sha256": export.text_hash(_template(trainer.tokenizer)),
         },

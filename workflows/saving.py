@@ -229,9 +229,9 @@ def _merged(model: "Model", dtype: str | None, base: str) -> merge.Merged:
 
 
 def _distances(m: "Model", found: merge.Merged) -> dict[str, Any]:
-    """How far the 4-bit weights of training lie from those the delta was added to."""
-    four = m.quantized or m.initial is not None
-    if not (four and m.adapters and found.base != merge.DEQUANTIZED):
+    """How far the quantized weights of training lie from those the delta was added to."""
+    trained_on, packed = merge.dequantized(m.params), m.quantized or m.initial is not None
+    if not (packed and m.adapters and found.base != trained_on):
         return {}
     ratios = merge.distances(m.family, m.config, m.params, m.adapters, m.scale, m.source, m.initial)
     if not ratios:
@@ -239,9 +239,9 @@ def _distances(m: "Model", found: merge.Merged) -> dict[str, Any]:
     values = np.asarray(list(ratios.values()))
     median, largest = float(np.median(values)), float(values.max())
     say(
-        f"the delta is added to {_named(found)}; 4-bit error over delta: median "
-        f"{median:.1f}, largest {largest:.1f} (base='dequant4' merges into the weights that were "
-        "trained on)"
+        f"the delta is added to {_named(found)}; {trained_on[-1]}-bit error over delta: median "
+        f"{median:.1f}, largest {largest:.1f} (base={trained_on!r} merges into the weights that "
+        "were trained on)"
     )
     return {"base_error_over_delta": {"median": median, "largest": largest}}
 
@@ -282,8 +282,9 @@ def _divergence(
         f"likeliest token equal at {found.same_token:.0%} of {reference.tokens.size}"
     )
     if found.kl > divergence.FAR:
-        other = model.quantized and base != merge.DEQUANTIZED
-        advice = "; base='dequant4' merges into the weights that were trained on" if other else ""
+        other = merge.dequantized(model.params)
+        advice = f"; base={other!r} merges into the weights that were trained on"
+        advice = advice if model.quantized and base != other else ""
         say(f"WARNING: {what}: that is far, {divergence.FAR} is the most of sound exports{advice}")
     return found.facts()
 

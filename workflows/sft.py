@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from bridge import export, gguf_blocks
 from unsloth_jax.chat_templates import get_chat_template
-from workflows import dry_run, report, saving, settings_file, sft_settings
+from workflows import dry_run, report, saving, settings_file, sft_settings, widths
 from workflows.face import FastLanguageModel
 from workflows.model import Model
 from workflows.responses_only import train_on_responses_only
@@ -64,6 +64,7 @@ def made(
         raise ValueError("no train_dataset; expected a file, a folder or a hub name")
     name = {"model_name": full["model"]["model_name"]}
     model, tokenizer = load(**name | given["model"])
+    full["model"] |= widths.settled(given["model"])
     full["adapters"] |= adapted(model, given["adapters"], adapt)
     if given_data["chat_template"] is not None:
         how = {name: given_data[name] for name in ("map_eos_token", "system_message")}

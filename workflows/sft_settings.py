@@ -68,7 +68,7 @@ class Saved:
         save_adapter: the adapters as a PEFT folder, output_dir/adapter.
         save_merged: the merged 16-bit model, output_dir/merged.
         save_gguf: formats of GGUF files in output_dir/gguf, such as q8_0 q4_k_m.
-        merge_base: what adapters are added to: original16 or dequant4.
+        merge_base: what adapters are added to: original16, dequant4 or dequant8.
         run_in_llama_cpp: llama.cpp runs the GGUF files, where xllamacpp is installed.
     """
 

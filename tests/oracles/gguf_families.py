@@ -136,6 +136,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ministral3": SMALL
     | named("ministral3", "Ministral3")
     | dict(head_dim=32, rope_parameters=rope(1e6, **YARN)),
+    "mixtral": SMALL
+    | named("mixtral", "Mixtral")
+    | dict(num_local_experts=12, num_experts_per_tok=2, sliding_window=None, rope_theta=1e6),
+    "qwen3_moe": SMALL
+    | named("qwen3_moe", "Qwen3Moe")
+    | dict(head_dim=32, num_experts=12, num_experts_per_tok=4, moe_intermediate_size=32)
+    | dict(norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[], rope_theta=1e6),
 }
 WIDE = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=8)
 CONFIGS |= {
@@ -144,11 +151,13 @@ CONFIGS |= {
     "wide_cohere2": CONFIGS["cohere2"] | WIDE | dict(layer_types=SLIDING * 2, head_dim=32),
     "wide_starcoder2": CONFIGS["starcoder2"] | WIDE,
     "wide_glm4": CONFIGS["glm4"] | WIDE,
+    "wide_mixtral": CONFIGS["mixtral"] | WIDE | dict(num_local_experts=8),
+    "wide_qwen3_moe": CONFIGS["qwen3_moe"] | WIDE | dict(moe_intermediate_size=256),
 }
 BY_SENTENCEPIECE = ("gemma", "gemma2", "gemma3_text", "phi3")
 FORMATS = {name: ("f32",) for name in CONFIGS} | {"gemma2": ("f32", "bf16")}
 QUANTIZED = {name: ("q4_k_m",) for name in CONFIGS if name.startswith("wide_")}
-QUANTIZED |= {"wide_phi3": ("q4_k_m", "q5_k_m", "q8_0")}
+QUANTIZED |= {name: ("q4_k_m", "q5_k_m", "q8_0") for name in ("wide_phi3", "wide_mixtral")}
 # As the converter calls the splitting of these families' tokenizers, which is the tiny one's too.
 PRES = dict(granite="refact", starcoder2="starcoder", cohere="command-r", cohere2="command-r")
 WITHOUT_PREFIX, WITH_PREFIX = b"\x18\x00", b"\x18\x01"  # add_dummy_prefix of the normalizer
@@ -165,6 +174,8 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def values(config: dict[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:
     """As gguf_answers.py draws them; Gemma's norms store what they differ from 1 by."""
     w = base.values(name, shape).astype(np.float32)
+    if name.endswith(".gate.weight"):
+        return w * 8  # routers' scores wide apart, so that rounding changes no choice
     if not name.endswith("norm.weight"):
         return w
     w = 1 + w / 4 if len(shape) > 1 else w

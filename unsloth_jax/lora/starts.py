@@ -87,7 +87,7 @@ def _check(path: str, w: Any, rank: int, start: str) -> None:
     if kinds:
         raise ValueError(
             f"init_lora_weights={start!r} starts from weights in 16 or 32 bits, but {path} is "
-            f"{', '.join(kinds)}: load with load_in_4bit=False"
+            f"{', '.join(kinds)}: load with load_in_16bit=True"
         )
     if rank > min(parts[0].shape[-2:]):
         raise ValueError(

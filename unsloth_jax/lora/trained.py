@@ -36,7 +36,7 @@ def init(
     if broken:
         raise ValueError(
             f"only float arrays on the device can be trained as they are, but there are {broken}: "
-            "load with load_in_4bit=False, or train adapters"
+            "load with load_in_16bit=True, or train adapters"
         )
     copy = lambda leaf: map_stacks(lambda x: jnp.array(x, dtype, copy=True), leaf)
     return tree.unflatten({path: copy(leaf) for path, leaf in found.items()})

@@ -9,13 +9,16 @@ from jaxtyping import Array, Float
 from unsloth_jax.dims import Params
 from unsloth_jax.layers import Attend, Mlp, feed_forward
 from unsloth_jax.models import fields, llama
+from unsloth_jax.models.llama import GGUF_ARCH as GGUF_ARCH
 from unsloth_jax.models.llama import LAYERS as LAYERS
 from unsloth_jax.models.llama import angles as angles
 from unsloth_jax.models.llama import embed as embed
+from unsloth_jax.models.llama import gguf_keys as gguf_keys
 from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import kinds as kinds
 from unsloth_jax.models.llama import norm as norm
 from unsloth_jax.models.llama import scores as scores
+from unsloth_jax.models.llama import to_gguf as to_gguf
 from unsloth_jax.models.qwen3_moe import Config, moe, of_experts
 
 NAMES = "w1", "w3", "w2"  # gate, up, down

@@ -18,6 +18,7 @@ from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import norm as norm
 from unsloth_jax.models.llama import scores as scores
 
+GGUF_ARCH = "qwen3moe"
 Names = tuple[str, str, str]
 NAMES: Names = ("gate_proj", "up_proj", "down_proj")
 DENSE = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -116,3 +117,16 @@ def block(
     window, sparse = kind
     c_mlp = (lambda node, y, _: mlp(node, y, partial(moe, c, NAMES))) if sparse else mlp
     return qwen3.block(c, window, w, x, by, attend, c_mlp)
+
+
+def gguf_keys(c: Config) -> dict[str, Any]:
+    """Keys that llama.cpp's converter adds for this family, by gguf's names."""
+    return {"expert_feed_forward_length": c.expert_width}
+
+
+def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
+    """What llama.cpp has one value for: (this model's, that one)."""
+    return {
+        "norm_topk_prob": (c.renormalized, True),
+        "mixtures of experts": (c.sparse, (True,) * c.layers),
+    }

@@ -10,13 +10,15 @@ import numpy as np
 from pallas_kernels import nf4_fp8
 from unsloth_jax import tree
 from unsloth_jax.dims import Params
-from unsloth_jax.leaves import map_stacks
-from unsloth_jax.quant import nf4
+from unsloth_jax.leaves import Stacks, map_stacks
+from unsloth_jax.quant import int8, nf4
 
 # Compiled here: run one operation at a time, quantizing holds float32 copies of a whole stack.
 FORMATS: dict[str, Callable[..., Any]] = {
     "nf4": jax.jit(nf4.quantize, static_argnames=("dtype", "double", "block")),
+    "int8": jax.jit(int8.quantize, static_argnames=("dtype",)),
 }
+KINDS = {nf4.NF4: "nf4", int8.Int8: "int8"}
 
 
 def quantize(params: Params, fmt: str, where: Callable[[str], bool]) -> Params:
@@ -40,6 +42,15 @@ def quantize(params: Params, fmt: str, where: Callable[[str], bool]) -> Params:
         return map_stacks(lambda part: one(path, part), leaf) if where(path) else leaf
 
     return tree.map_paths(visit, params)
+
+
+def stored(params: Params) -> str | None:
+    """The format, of FORMATS, of the first quantized leaf; None where there is none."""
+    for leaf in tree.flatten(params).values():
+        for part in leaf.parts if isinstance(leaf, Stacks) else (leaf,):
+            if type(part) in KINDS:
+                return KINDS[type(part)]
+    return None
 
 
 def matmul_in(params: Params, dtype: str, emulate: bool = False) -> Params:

@@ -68,6 +68,10 @@ class NF4:
         packed, statistics = jax.tree.map(jnp.asarray, (self.packed, self.statistics))
         if self.number is not None or len(self.shape) == 2:
             return nf4_dequantize.dequantize(self.layout, packed, statistics, self.number)
+        if len(self.shape) == 3 and not nf4_dequantize.supports(self.layout, packed, statistics):
+            # One launch for all, with a number each: nothing is copied.
+            one = lambda i: nf4_dequantize.dequantize(self.layout, packed, statistics, i)
+            return jax.vmap(one)(jnp.arange(self.shape[0]))
         one = lambda packed, statistics: nf4.dequantize(self.layout, packed, statistics)
         for _ in self.shape[:-2]:
             one = jax.vmap(one)

@@ -24,6 +24,7 @@ from pallas_kernels import (
     adam8_update,
     attention,
     cross_entropy,
+    grouped_matmul,
     nf4_dequantize,
     nf4_fp8,
     nf4_matmul,
@@ -184,6 +185,45 @@ def log_probabilities(N: int, V: int, D: int) -> Op:
     )
 
 
+def grouped_product(rows_: int, experts: int, O: int, I: int) -> Op:
+    """A mixture's product and its gradient by the rows, tokens spread evenly but for chance."""
+
+    def inputs(key: jax.Array) -> Arrays:
+        kx, kw, kg, ks = jax.random.split(key, 4)
+        x = jax.random.normal(kx, (rows_, I), jnp.bfloat16)
+        w = jax.random.normal(kw, (experts, O, I), jnp.bfloat16)
+        g = jax.random.normal(kg, (rows_, O), jnp.bfloat16)
+        ids = jax.random.randint(ks, (rows_,), 0, experts)
+        return x, w, g, jnp.bincount(ids, length=experts).astype(jnp.int32)
+
+    def both(implementation: str | None) -> Callable[..., Any]:
+        def run(x, w, g, sizes):
+            of = lambda x: grouped_matmul.grouped_matmul(x, w, sizes, implementation)
+            y, pull = jax.vjp(of, x)
+            return y, pull(g)[0]
+
+        return run
+
+    moved = 2 * (2 * experts * O * I + 2 * rows_ * (O + I))
+    name = f"grouped product and dx, {rows_} rows, {experts} x {O}x{I}"
+    return Op(name, inputs, both(None), both("xla"), moved, 4 * rows_ * O * I)
+
+
+def expert_weights(experts: int, O: int, I: int) -> Op:
+    """A layer's experts from NF4 to bfloat16."""
+
+    def inputs(key: jax.Array) -> Arrays:
+        dense = jax.random.normal(key, (experts, O, I), jnp.bfloat16) * I**-0.5
+        return (jax.jit(nf4.quantize)(dense),)
+
+    ours = lambda w: w.dequantize()
+    other = lambda w: jax.vmap(partial(nf4_dequantize.reference_one, w.layout))(
+        w.packed, w.statistics
+    )
+    moved = experts * (packed_bytes(O, I) + 2 * O * I)
+    return Op(f"NF4 dequantize, {experts} x {O}x{I}", inputs, ours, other, moved, 0, True)
+
+
 def adam_update(size: int) -> Op:
     """Adam's direction and its two 8-bit moments of one array."""
 
@@ -215,10 +255,22 @@ def ops(O: int, I: int) -> list[Op]:
         attention_of(2, T, 1, **heads),
         attention_of(4, T, 8, **heads),
         log_probabilities(M, 128256 if large else 512, I),
+        *mixtures(large),
         adam_update(41_943_040 if large else 8192),  # adapters of Llama-3.1-8B, rank 16
         row_product(1, O, I, 2.0, 3.5),
         row_product(16, O, I, 1.5, 2.2),
         row_product(64, O, I, 1.1, 1.5),
+    ]
+
+
+def mixtures(large: bool) -> list[Op]:
+    """At the shapes of Qwen3-30B-A3B and Mixtral-8x7B, 4,096 tokens."""
+    if not large:
+        return [grouped_product(64, 4, 64, 64), expert_weights(4, 64, 128)]
+    return [
+        grouped_product(4096 * 8, 128, 768, 2048),
+        grouped_product(4096 * 2, 8, 14336, 4096),
+        expert_weights(128, 768, 2048),
     ]
 
 

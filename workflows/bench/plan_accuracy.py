@@ -77,7 +77,7 @@ TINY = tuple(Case(2, 128, Memory(keep), 4, "tiny") for keep in ("none", "full"))
 
 def job(case: Case) -> Job:
     """The case as shapes, planned for a GPU wherever this runs."""
-    family, c, params = planning.shapes(SHAPES[case.shape], "bfloat16", quantized=True)
+    family, c, params = planning.shapes(SHAPES[case.shape], "bfloat16", "nf4")
     states = planning.states(params, RULE)
     return Job(family, c, params, states, case.rank, case.batch, case.length)
 

@@ -1,0 +1,50 @@
+"""Experts in GGUF: one tensor of all of a layer's, and what counts them.
+
+Source: llama.cpp's conversion/qwen.py and llama.py (`modify_tensors`), gguf's `size_label`.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import gguf
+import numpy as np
+
+from bridge.places import Place
+from bridge.safetensors_file import Weight
+
+MARK = "_exps."  # in llama.cpp's names of such tensors
+
+
+def merged(weights: Iterable[Weight], found: Mapping[str, Place]) -> list[Weight]:
+    """The weights in the converter's order: sorted, a layer's experts stacked where they end."""
+    ordered = sorted(weights, key=lambda w: w.name)
+    last = {found[w.name].layer: w.name for w in ordered if found[w.name].expert is not None}
+    out: list[Weight] = []
+    parts: dict[str, dict[int, Weight]] = {}
+    for w in ordered:
+        place = found[w.name]
+        if place.expert is None:
+            out.append(w)
+            continue
+        name = place.path.replace("*", str(place.layer), 1).replace(".*.", ".")
+        parts.setdefault(name, {})[place.expert] = w
+        if w.name == last[place.layer]:
+            out += [_stacked(name, parts[name]) for name in sorted(parts)]
+            parts = {}
+    return out
+
+
+def _stacked(name: str, parts: Mapping[int, Weight]) -> Weight:
+    each = [parts[e] for e in sorted(parts)]
+    read = lambda: np.stack([w.read() for w in each])
+    return Weight(name, (len(each), *each[0].shape), each[0].dtype, read)
+
+
+def size_label(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The converter's word for the model's size, such as 8x7B, from its tensors' shapes."""
+    total = sum(map(math.prod, shapes.values()))
+    each = {name: shape for name, shape in shapes.items() if MARK in name}
+    alone = sum(math.prod(shape) // shape[0] for shape in each.values())
+    shared = total - sum(map(math.prod, each.values()))
+    count = sum(shape[0] for shape in each.values()) // len(each) if each else 0
+    return gguf.size_label(total, shared, alone, count)
