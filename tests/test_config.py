@@ -31,9 +31,18 @@ def test_configs_of_the_hub_are_read_with_the_right_sizes(name):
     assert {k: found[k] for k in sample.expected} == sample.expected
 
 
-NEEDED = {"ministral3": {"rope_parameters": tiny.YARN | {"llama_4_scaling_beta": 0.5}}}
+NEEDED = {
+    "ministral3": {"rope_parameters": tiny.YARN | {"llama_4_scaling_beta": 0.5}},
+    "deepseek_v3": dict(num_attention_heads=2, num_key_value_heads=2, first_k_dense_replace=1),
+}
 # Projections that a family has joined, or never gives a bias.
-WITHOUT = {"phi3": ("qkv_bias", "o_bias", "mlp_bias"), "glm4": ("mlp_bias",)}
+# Mixtures in all layers have no dense MLP either.
+WITHOUT = {
+    "phi3": ("qkv_bias", "o_bias", "mlp_bias"),
+    "glm4": ("mlp_bias",),
+    "mixtral": ("mlp_width", "mlp_bias"),
+    "qwen3_moe": ("mlp_width", "mlp_bias"),
+}
 
 
 def read(model_type: str, **changes):
@@ -196,6 +205,23 @@ REFUSED = {
     "llama3 factors swapped": (
         "llama", dict(rope_parameters=tiny.LLAMA3 | {"low_freq_factor": 8.0}),
         "low_freq_factor=8.0", "got 4.0"),
+    "fewer keys than queries": (
+        "deepseek_v3", dict(num_attention_heads=4), "num_attention_heads=4", "as many"),
+    "a head of another width": (
+        "deepseek_v3", dict(head_dim=32), "head_dim=32", "qk_rope_head_dim=64"),
+    "routing by softmax": ("deepseek_v3", dict(scoring_func="softmax"), "'softmax'", "sigmoid"),
+    "another choice of experts": ("deepseek_v3", dict(topk_method="greedy"), "greedy", "noaux_tc"),
+    "mixtures with gaps": ("deepseek_v3", dict(moe_layer_freq=2), "moe_layer_freq=2", "1"),
+    "two predicted tokens": (
+        "deepseek_v3", dict(num_nextn_predict_layers=2), "num_nextn_predict_layers=2", "(0, 1"),
+    "uneven groups": ("deepseek_v3", dict(n_group=7), "n_group=7", "equal groups"),
+    "groups of one": ("glm4_moe", dict(n_group=128), "n_group=128", "2 or more"),
+    "too many groups": ("glm4_moe", dict(topk_group=2), "topk_group=2", "room in"),
+    "no room in groups": (
+        "glm4_moe", dict(n_group=32, topk_group=1), "num_experts_per_tok=8", "room in"),
+    "dense layers below zero": (
+        "glm4_moe", dict(first_k_dense_replace=-1), "first_k_dense_replace=-1", "from 0 on"),
+    "no shared experts": ("glm4_moe", dict(n_shared_experts=0), "n_shared_experts=0", "over 0"),
     "head of its own": ("qwen2", dict(head_dim=64), "head_dim=64", "qwen2"),
 }  # fmt: skip
 

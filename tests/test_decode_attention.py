@@ -37,7 +37,7 @@ def example(name: str, dtype=jnp.bfloat16) -> tuple:
 def by_hand(q, k, v, keys, values, used, scale, window) -> np.ndarray:
     """float64 [B, H, h], a query at a time."""
     q, k, v, keys, values = (np.asarray(x, np.float64) for x in (q, k, v, keys, values))
-    out, group = np.zeros(q.shape), q.shape[1] // k.shape[1]
+    out, group = np.zeros((*q.shape[:2], v.shape[2])), q.shape[1] // k.shape[1]
     for b, n in enumerate(np.asarray(used)):
         first = 0 if window is None else max(0, n + 1 - window)
         for i in range(q.shape[1]):
@@ -65,6 +65,17 @@ def test_the_reference_equals_a_sum_by_hand(name, window):
         want = np.asarray(old).copy()
         want[rows, :, np.asarray(args[-1])] = new
         np.testing.assert_array_equal(cache, want)
+
+
+def test_values_may_have_another_width_than_keys():
+    q, k, v, keys, values, used = example("ragged", jnp.float32)
+    args = q, k, v[..., :24], keys, values[..., :24], used
+    y, _, new = op.attend(*args, scale=0.2, window=None)
+    close(y, by_hand(*args, 0.2, None), 1e-5)
+    assert new.shape == args[4].shape
+    half = [x.astype(jnp.bfloat16) for x in args[:-1]]
+    with _choice.target("gpu"), pytest.raises(ValueError, match="one width, got 32 and 24"):
+        op.attend(*half, used, scale=0.2, implementation="pallas")
 
 
 @pytest.mark.parametrize(

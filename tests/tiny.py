@@ -1,5 +1,6 @@
 """Tiny random checkpoints of every family, every tensor redrawn so that mistakes show."""
 
+from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -180,7 +181,8 @@ def redraw(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def reference(name: str, **changes) -> torch.nn.Module:
     """transformers' model of one entry, float32, eager attention, redrawn."""
     family, fields = TINY[name]
-    config = getattr(transformers, f"{family}Config")(**(fields | changes))
+    # A copy: some configs write into the dict of their rope.
+    config = getattr(transformers, f"{family}Config")(**deepcopy(fields | changes))
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")
     return redraw(model(config).float().eval())

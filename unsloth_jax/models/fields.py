@@ -320,13 +320,13 @@ def _longrope(r: Mapping[str, Any], width: int, context: int) -> dict[str, Any]:
     return dict(attention_factor=float(attention), context=context, **lists)
 
 
-def yarn_growth(hf: Mapping[str, Any], factor: float) -> float:
+def yarn_growth(hf: Mapping[str, Any], factor: float | int) -> float:
     """What DeepSeek's yarn multiplies queries and keys with, besides cos and sin."""
     by = _rope_fields(hf)[0].get("mscale_all_dim")
     return _growth(factor, by) if by else 1.0
 
 
-def _growth(factor: float, by: float = 1.0) -> float:
+def _growth(factor: float | int, by: float | int = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
 
 
