@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import _choice
 
 Implementation = Literal["pallas", "xla"]
-ROWS, COLS, DEPTH = 128, 128, 64  # of a program's tile, and of one step of its sum
+ROWS, COLS, DEPTH = 128, 256, 64  # of a program's tile, and of one step of its sum
 WARPS, STAGES = 8, 3
 
 
@@ -140,7 +140,7 @@ def _pallas(x, w, sizes, turned):
                 )
                 sides = across[None], along[:, None]
                 matrix = plgpu.load(w_ref.at[(g, *(sides[::-1] if turned else sides))])
-                return total + pl.dot(part, matrix)
+                return total + jnp.dot(part, matrix, preferred_element_type=jnp.float32)
 
             total = jnp.zeros((tile, cols), jnp.float32)
             total = jax.lax.fori_loop(0, width // depth, more, total)

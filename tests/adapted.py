@@ -35,6 +35,8 @@ LORA = {
     "starcoder2": Settings(2, 4.0, targets=("q_proj", "c_fc", "c_proj")),
     "glm4": Settings(2, 4.0, targets=("k_proj", "gate_up_proj", "down_proj")),
     "exaone4": Settings(2, 4.0, targets="all-linear", rslora=True),
+    "qwen3_5_text": Settings(3, 9.0, targets="all-linear"),
+    "falcon_h1": Settings(2, 4.0, targets=("in_proj", *lora.TARGETS)),
     "mixtral": Settings(2, 4.0, targets=("q_proj", *EXPERTS)),
     "qwen3_moe": Settings(3, 6.0, targets=("k_proj", "o_proj", *EXPERTS)),
     "qwen3_moe_unnormed": Settings(2, 4.0, targets=("q_proj", "mlp.experts.down_proj")),

@@ -34,6 +34,7 @@ def test_configs_of_the_hub_are_read_with_the_right_sizes(name):
 NEEDED = {
     "ministral3": {"rope_parameters": tiny.YARN | {"llama_4_scaling_beta": 0.5}},
     "deepseek_v3": dict(num_attention_heads=2, num_key_value_heads=2, first_k_dense_replace=1),
+    "qwen3_5_text": {"full_attention_interval": 2},
 }
 # Projections that a family has joined, or never gives a bias.
 # Mixtures in all layers have no dense MLP either.

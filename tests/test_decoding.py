@@ -152,10 +152,10 @@ def big() -> tuple:
     return family, c, jax.eval_shape(make)
 
 
-def draft_of(c) -> sample.Draft:
+def draft_of(family, c) -> sample.Draft:
     """A generation of BATCH rows under way."""
     rows = lambda dtype: jnp.zeros((BATCH,), dtype)
-    room = decoding.empty(c, BATCH, SLOTS, jnp.float32)
+    room = decoding.empty(family, c, BATCH, SLOTS, jnp.float32)
     seen = jnp.zeros((BATCH, c.vocab), bool)
     start = (rows(jnp.int32), rows(jnp.float32), seen, rows(bool), jax.random.key(0))
     return sample.Draft(room, *start)
@@ -168,7 +168,9 @@ def compiled(decode):
     run = lambda params, draft: decode(
         family, c, params, draft, jnp.asarray([-2]), knobs, steps=16, limit=16
     )
-    lowered = jax.jit(run, donate_argnums=1).lower(params, jax.eval_shape(lambda: draft_of(c)))
+    lowered = jax.jit(run, donate_argnums=1).lower(
+        params, jax.eval_shape(lambda: draft_of(family, c))
+    )
     return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -219,7 +221,7 @@ def test_for_a_gpu_attention_is_one_or_two_launches_a_layer(batch, launches):
         for path, (size, _) in family.weights(c).items()
     })  # fmt: skip
     plain = jax.eval_shape(lambda p: unstack.materialized(family, c, p), shapes)
-    room = jax.eval_shape(lambda: decoding.empty(c, batch, 256, jnp.bfloat16))
+    room = jax.eval_shape(lambda: decoding.empty(family, c, batch, 256, jnp.bfloat16))
     row = jax.ShapeDtypeStruct((batch,), jnp.int32)
     with _choice.target("gpu"):
         run = jax.jit(lambda *args: decoding.step(family, c, *args), donate_argnums=1)

@@ -7,6 +7,7 @@ import bitsandbytes
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import tiny
 import tiny_chat
@@ -135,6 +136,49 @@ def test_a_trained_model_is_merged_into_what_transformers_computes(name, tmp_pat
     assert np.abs(again(ids) - theirs).max() <= 2e-4 * theirs.std()
     # Sums of base and adapters are rounded to 16 bits in the file, here they are not.
     assert np.abs(trained - theirs).mean() <= 0.1 * theirs.std()
+
+
+@pytest.mark.parametrize("four", [True, False], ids=["4 bits", "32 bits"])
+def test_experts_are_trained_merged_and_exported(four, tmp_path):
+    kind, fields = tiny.TINY["qwen3_moe"]
+    own = fields | dict(vocab_size=tiny_chat.VOCAB, moe_intermediate_size=64)
+    folder = tiny_chat.save(tmp_path / "base", kind, **own)
+    model, tokenizer = tiny_chat.load(folder, max_seq_length=60, load_in_4bit=four)
+    FastLanguageModel.get_peft_model(model, r=4)
+    named = "model.layers.*.mlp.experts."
+    before = {p: x for p, x in tree.flatten(model.adapters).items() if p.startswith(named)}
+    assert before.keys() == {
+        f"{named}{m}.{side}" for m in ("gate_up_proj", "down_proj") for side in "ab"
+    }
+    args = SFTConfig(
+        per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=2e-2,
+        lr_scheduler_type="constant", max_length=60, max_steps=3, packing=True,
+        output_dir=str(tmp_path / "run"), save_strategy="no",
+    )  # fmt: skip
+    SFTTrainer(
+        model=model, tokenizer=tokenizer, train_dataset=tiny_chat.MESSAGES, args=args
+    ).train()
+    after = tree.flatten(model.adapters)
+    for path, x in before.items():
+        moved = jax.tree.map(lambda new, old: bool((new != old).any()), after[path], x)
+        assert all(jax.tree.leaves(moved)), path
+    ids = np.asarray([ROW[:24]])
+    trained = model(ids)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    theirs = peft.PeftModel.from_pretrained(
+        tiny_chat.reference(folder), str(tmp_path / "adapter")
+    ).eval()
+    if not four:
+        with torch.no_grad():
+            expected = theirs(torch.tensor(ids)).logits.numpy()
+        assert np.abs(trained - expected).max() <= 2e-4 * expected.std()
+    base = "dequant4" if four else "original16"
+    model.save_pretrained_merged(str(tmp_path / "merged"), tokenizer, base=base)
+    with torch.no_grad():
+        merged = tiny_chat.reference(tmp_path / "merged")(torch.tensor(ids)).logits.numpy()
+    assert np.abs(trained - merged).mean() <= 0.1 * merged.std()
+    again, _ = tiny_chat.load(str(tmp_path / "adapter"), max_seq_length=60, load_in_4bit=four)
+    np.testing.assert_allclose(again(ids), trained, atol=1e-5 * trained.std())
 
 
 def test_the_page_of_families_shows_what_was_measured():

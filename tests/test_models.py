@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from functools import partial
 from types import ModuleType
 
 import jax.numpy as jnp
@@ -116,7 +117,8 @@ def weight_mutations(params: dict):
         elif "norm" in path:
             wrong = jnp.ones_like
         else:
-            wrong = lambda x: jnp.roll(x, 1, axis=-2)
+            # Of a convolution the taps, of a layer's vectors those of another layer.
+            wrong = partial(jnp.roll, shift=1, axis=-1 if "conv1d" in path else -2)
         yield path, tree.unflatten(flat | {path: map_stacks(wrong, w)})
 
 
@@ -277,8 +279,8 @@ def spelled_as_transformers_4(hf: dict, kind: str) -> dict:
     scaling = dict(hf["rope_parameters"])
     name = scaling.pop("rope_type")
     old |= {"rope_theta": scaling.pop("rope_theta"), "torch_dtype": "float32"}
-    if "partial_rotary_factor" in scaling:
-        old["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
+    if name == "default" and "partial_rotary_factor" in scaling:
+        old["partial_rotary_factor"] = scaling["partial_rotary_factor"]
     return old | {"rope_scaling": None if name == "default" else {kind: name} | scaling}
 
 

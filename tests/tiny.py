@@ -49,6 +49,10 @@ LONGROPE = dict(
     rope_type="longrope", rope_theta=2e4, partial_rotary_factor=0.75,
     short_factor=[1.0, 1.1, 1.2, 1.4, 1.7, 2.0], long_factor=[1.5, 2.0, 2.5, 3.0, 4.0, 6.0],
 )  # fmt: skip
+MAMBA = dict(
+    mamba_d_ssm=128, mamba_n_heads=8, mamba_n_groups=2, mamba_d_state=24, mamba_d_conv=3,
+    mamba_chunk_size=16, num_hidden_layers=2,
+)  # fmt: skip
 MIXED = dict(num_experts_per_tok=2)
 ROUTED = MIXED | dict(
     moe_intermediate_size=32, n_routed_experts=8, n_shared_experts=2, n_group=2, topk_group=1,
@@ -106,6 +110,25 @@ TINY: dict[str, tuple[str, dict]] = {
     "starcoder2": ("Starcoder2", PLAIN | dict(norm_epsilon=0.02, sliding_window=8)),
     "glm4": ("Glm4", SMALL | dict(rms_norm_eps=0.02)),
     "exaone4": ("Exaone4", SMALL | WINDOWED | dict(rms_norm_eps=0.02)),
+    "qwen3_5_text": (
+        "Qwen3_5Text", SMALL | dict(
+            num_hidden_layers=4, rms_norm_eps=0.02, attention_bias=True,
+            layer_types=[*["linear_attention"] * 2, "full_attention", "linear_attention"],
+            rope_parameters=DEFAULT | dict(partial_rotary_factor=0.5, mrope_section=[3, 3, 2]),
+            linear_conv_kernel_dim=3, linear_key_head_dim=16, linear_value_head_dim=32,
+            linear_num_key_heads=2, linear_num_value_heads=4),
+    ),
+    "falcon_h1": (
+        "FalconH1", SMALL | MAMBA | BIASED | dict(
+            mlp_bias=True, mamba_proj_bias=True, projectors_bias=True, mamba_rms_norm=True,
+            embedding_multiplier=0.6, lm_head_multiplier=0.5, key_multiplier=0.7,
+            attention_in_multiplier=1.3, attention_out_multiplier=0.8, ssm_in_multiplier=0.9,
+            ssm_out_multiplier=1.2, mlp_multipliers=[1.4, 0.7],
+            ssm_multipliers=[1.3, 0.8, 0.7, 1.2, 0.6]),
+    ),
+    "falcon_h1_plain": (
+        "FalconH1", PLAIN | MAMBA | dict(mamba_conv_bias=False, tie_word_embeddings=True),
+    ),
     "mixtral": (
         "Mixtral", PLAIN | MIXED | dict(num_local_experts=4, sliding_window=8, rms_norm_eps=0.02),
     ),
@@ -138,12 +161,14 @@ EACH = {
     "qwen3": "qwen3", "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3_text",
     "phi3": "phi3", "granite": "granite", "cohere": "cohere", "cohere2": "cohere2",
     "olmo2": "olmo2", "smollm3": "smollm3", "starcoder2": "starcoder2", "glm4": "glm4",
-    "exaone4": "exaone4", "mixtral": "mixtral", "qwen3_moe": "qwen3_moe", "glm4_moe": "glm4_moe",
+    "exaone4": "exaone4", "qwen3_5_text": "qwen3_5_text", "falcon_h1": "falcon_h1",
+    "mixtral": "mixtral", "qwen3_moe": "qwen3_moe", "glm4_moe": "glm4_moe",
     "deepseek_v3": "deepseek_v3",
 }  # fmt: skip
 # Entries whose parts others have too: all their tests but the logits' go to `make test-full`.
 LESSER = (
-    "ministral3", "gemma", "phi3_window", "granite", "cohere", "olmo2", "smollm3", "exaone4"
+    "ministral3", "gemma", "phi3_window", "granite", "cohere", "olmo2", "smollm3", "exaone4",
+    "glm4_moe", "glm4_moe_unnormed", "deepseek_v3_whole_queries",
 )  # fmt: skip
 
 
@@ -160,6 +185,11 @@ def redraw(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         for name, p in model.named_parameters():
             if name.endswith("bias"):
                 value = rng.normal(0, 0.5, p.shape)
+            elif name.endswith("A_log"):
+                # States that fade within some tens of tokens, as trained ones do.
+                value = rng.uniform(-3, 0, p.shape)
+            elif "conv1d" in name:
+                value = rng.normal(0, 1.5 / np.sqrt(p.shape[-1]), p.shape)
             elif ".mlp.gate.weight" in name or ".router." in name:
                 # Wide apart, so that rounding never changes a choice.
                 value = rng.normal(0, 6 / np.sqrt(p.shape[1]), p.shape)

@@ -16,10 +16,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.attention import Rule
 from unsloth_jax import remat, tree
 from unsloth_jax.dims import Params
-from unsloth_jax.layers import feed_forward, self_attention
+from unsloth_jax.layers import feed_forward, row_mixers
 from unsloth_jax.leaves import Lora, Quantized, View, layer, scores, stacks
 from unsloth_jax.remat import Memory
 
@@ -192,14 +191,11 @@ def forward(
 def _layer(family, c, positions, segments, memory, documents):
     """fn(x, kind, weights, layer number) -> x for tokens that see each other."""
     by = family.angles(c, positions, document_lengths(segments))
-
-    def attend(q, k, v, *, scale, window, cap=None):
-        rule = Rule(scale, window, cap, documents=documents)
-        return self_attention(rule, q, k, v, segments, positions), None
+    mixers = row_mixers(segments, positions, documents)
 
     def layer(x, kind, w, i):
         x = checkpoint_name(x, remat.INPUT)
-        return family.block(c, kind, w, x, by, attend, partial(feed_forward, tiles=memory.tiles))[0]
+        return family.block(c, kind, w, x, by, mixers, partial(feed_forward, tiles=memory.tiles))[0]
 
     return layer
 

@@ -1,4 +1,4 @@
-"""Keys and values of what was read, and the two ways to read on: a prompt, then token by token.
+"""What a layer remembers of what was read, and the two ways to read on: a prompt, then by token.
 
 A prompt goes through scanned layers like a training row. A token goes through unrolled layers,
 each with a cache of its own, which is written in place where it is donated.
@@ -12,36 +12,60 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import decode_attention
+from pallas_kernels import causal_conv, decode_attention, recurrence
 from pallas_kernels.attention import Rule
 from unsloth_jax import unstack
 from unsloth_jax.decoder import scan_layers
 from unsloth_jax.dims import Params
-from unsloth_jax.layers import self_attention
+from unsloth_jax.layers import Mixers, no_state, self_attention
+from unsloth_jax.models import holds
 from unsloth_jax.unstack import Unstacked
+
+NAMES = ("keys", "values", "tails", "states")
 
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values, a pair of arrays a layer; slot s of a row holds the token at position s."""
+    """What each layer keeps, one entry a layer, None where it has no use for such an array.
+
+    Slot s of a row's keys and values holds the token at position s.
+    """
 
     keys: tuple[Any, ...]  # [B, K, S, h] each
-    values: tuple[Any, ...]  # [B, K, S, u]
-    used: Any  # int32 [B]: slots that hold tokens
+    values: tuple[Any, ...]  # [B, K, S, u] each
+    tails: tuple[Any, ...]  # [B, taps - 1, C] each: what a convolution looks back at
+    states: tuple[Any, ...]  # float32 [B, H, K, V] each: of a recurrence
+    used: Any  # int32 [B]: tokens that were read
     context: Any  # int32 [B]: the document length that rotary scaling saw at the start
 
     @property
     def slots(self) -> int:
-        return self.keys[0].shape[2]
+        return next(keys for keys in self.keys if keys is not None).shape[2]
 
 
-def empty(c: Any, batch: int, slots: int, dtype: Any) -> Cache:
+def _shapes(family: ModuleType, c: Any, batch: int, attended: tuple[int, ...], dtype: Any):
+    """{name: shape and dtype of the array, or None, of each layer}."""
+    every = holds(family, c)
+    new = jax.ShapeDtypeStruct
+    lead = lambda shape, dtype: None if shape is None else new((batch, *shape), dtype)
+    keys, values = (
+        [lead((*attended, width) if one.attends else None, dtype) for one in every]
+        for width in (c.head_width, c.v_width)
+    )
+    tails = [lead(one.tail, dtype) for one in every]
+    states = [lead(one.state, jnp.float32) for one in every]
+    return dict(zip(NAMES, (keys, values, tails, states), strict=True))
+
+
+def empty(family: ModuleType, c: Any, batch: int, slots: int, dtype: Any) -> Cache:
     """A cache of `slots` tokens a row that holds none."""
-    zeros = lambda width: jnp.zeros((batch, c.kv_heads, slots, width), dtype)
+    shapes = _shapes(family, c, batch, (c.kv_heads, slots), dtype)
+    arrays = {
+        name: tuple(x if x is None else jnp.zeros(x.shape, x.dtype) for x in layers)
+        for name, layers in shapes.items()
+    }
     none = lambda: jnp.zeros((batch,), jnp.int32)
-    widths = c.head_width, c.value_width
-    arrays = (tuple(zeros(width) for _ in range(c.layers)) for width in widths)
-    return Cache(*arrays, none(), none())
+    return Cache(**arrays, used=none(), context=none())
 
 
 def prefill(
@@ -59,33 +83,69 @@ def prefill(
     """
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens.shape)
-    segments = (positions < lengths[:, None]).astype(jnp.int32)
     by = family.angles(c, positions, jnp.broadcast_to(lengths[:, None], tokens.shape))
-    widths = c.head_width, c.value_width
-    kept = (jnp.zeros((c.layers, batch, length, c.kv_heads, width), dtype) for width in widths)
+    mixers = _prompt_mixers(positions, lengths)
+    shapes = _shapes(family, c, batch, (length, c.kv_heads), dtype)
+    having = {name: [x is not None for x in layers] for name, layers in shapes.items()}
 
     def body(carry, kind, w, i):
-        x, keys, values = carry
+        x, stacks = carry
+        x, kept = family.block(c, kind, w, x, by, mixers)
+        return x, stacks | {n: _put(stacks[n], new, having[n], i) for n, new in kept.items()}
 
-        def attend(q, k, v, *, scale, window, cap=None):
-            rule = Rule(scale, window, cap, documents=1)
-            put = lambda old, new: jax.lax.dynamic_update_index_in_dim(
-                old, new.astype(dtype), i, axis=0
-            )
-            return self_attention(rule, q, k, v, segments, positions), (
-                put(keys, k),
-                put(values, v),
-            )
-
-        x, kept = family.block(c, kind, w, x, by, attend)
-        return x, *kept
-
+    stacks = {name: _stack(layers) for name, layers in shapes.items()}
     x = family.embed(c, params, tokens)
-    x, keys, values = scan_layers(family, c, params, (x, *kept), body)
+    x, stacks = scan_layers(family, c, params, (x, stacks), body)
     room = ((0, 0), (0, 0), (0, slots - length), (0, 0))
-    apart = lambda stack: tuple(jnp.pad(one.swapaxes(1, 2), room) for one in stack)
-    cache = Cache(apart(keys), apart(values), lengths, lengths)
+    by_heads = lambda x: jnp.pad(x.swapaxes(1, 2), room)
+    apart = lambda n, turn=lambda x: x: _apart(having[n], map(turn, stacks[n]))
+    pairs = (apart(name, by_heads) for name in ("keys", "values"))
+    cache = Cache(*pairs, apart("tails"), apart("states"), lengths, lengths)
     return family.norm(c, params, x), cache
+
+
+def _prompt_mixers(positions: Int[Array, "B T"], lengths: Int[Array, " B"]) -> Mixers:
+    """Mixers of one document a row, which keep what its last token leaves behind."""
+    inside = positions < lengths[:, None]
+    segments, going_on = inside.astype(jnp.int32), jnp.zeros_like(inside)
+
+    def attend(q, k, v, *, scale, window, cap=None):
+        rule = Rule(scale, window, cap, documents=1)
+        y = self_attention(rule, q, k, v, segments, positions)
+        return y, {"keys": k, "values": v}
+
+    def convolve(x, w, bias):
+        past = w.shape[-1] - 1
+        before = jnp.pad(x, ((0, 0), (past, 0), (0, 0)))
+        last = lengths[:, None] + jnp.arange(past, dtype=jnp.int32)[None]
+        tail = jnp.take_along_axis(before, last[..., None], axis=1)
+        return causal_conv.convolve(x, w, bias, going_on), {"tails": tail}
+
+    def recur(q, k, v, decay, beta=None):
+        # Padding without keys and decay leaves the state as it is.
+        k = jnp.where(inside[..., None, None], k, 0)
+        decay = jnp.where(inside[..., None], decay, 0)
+        y, state = recurrence.recur(q, k, v, decay, beta, going_on, no_state(k, v))
+        return y, {"states": state}
+
+    return Mixers(attend, convolve, recur)
+
+
+def _stack(layers):
+    """Zeros for all layers that have an array, () where none has one."""
+    there = [x for x in layers if x is not None]
+    return jnp.zeros((len(there), *there[0].shape), there[0].dtype) if there else ()
+
+
+def _put(stack, new, having, i):
+    """The stack of those layers that have such an array with layer i's in its place."""
+    at = i if all(having) else jnp.cumsum(jnp.asarray(having, jnp.int32))[i] - 1
+    return jax.lax.dynamic_update_index_in_dim(stack, new.astype(stack.dtype), at, axis=0)
+
+
+def _apart(having, arrays):
+    """One array a layer, None for those that have none."""
+    return tuple(next(arrays) if one else None for one in having)
 
 
 def step(
@@ -103,24 +163,49 @@ def step(
     made = isinstance(params, Unstacked)
     rest = params.rest if made else params
     by = family.angles(c, cache.used[:, None], cache.context[:, None])
-    keys, values = list(cache.keys), list(cache.values)
+    arrays = {name: list(getattr(cache, name)) for name in NAMES}
     x, number = family.embed(c, rest, tokens[:, None]), None
     if not made:
         number, x = unstack.after(0, x)
     for i, kind in enumerate(family.kinds(c)):
         w = params.layers[i] if made else unstack.layer(family, params, i, number)
 
-        def attend(q, k, v, *, scale, window, cap=None, i=i):
+        def mixed(y, i=i):
             nonlocal number
-            new = (one[:, 0] for one in (q, k, v))
-            y, keys[i], values[i] = decode_attention.attend(
-                *new, keys[i], values[i], cache.used, scale=scale, window=window, cap=cap
-            )
             if not made:
                 # The next layer's weights wait for this: no more than two layers' are ever wide.
                 number, y = unstack.after(i + 1, y)
-            return y.reshape(y.shape[0], 1, -1), None
+            return y
 
-        x, _ = family.block(c, kind, w, x, by, attend)
-    cache = Cache(tuple(keys), tuple(values), cache.used + grow, cache.context)
+        own = {name: layers[i] for name, layers in arrays.items()}
+        x, kept = family.block(c, kind, w, x, by, _token_mixers(own, cache.used, grow, mixed))
+        for name, new in kept.items():
+            arrays[name][i] = new
+    layers = {name: tuple(xs) for name, xs in arrays.items()}
+    cache = Cache(**layers, used=cache.used + grow, context=cache.context)
     return family.norm(c, rest, x)[:, 0], cache
+
+
+def _token_mixers(own: dict[str, Any], used: Array, grow: Array, mixed: Any) -> Mixers:
+    """Mixers of one token a row with what a layer's cache holds; `mixed` takes their values."""
+
+    def stays(new, old):
+        return jnp.where(grow.reshape(-1, *[1] * (new.ndim - 1)) > 0, new, old)
+
+    def attend(q, k, v, *, scale, window, cap=None):
+        new = (one[:, 0] for one in (q, k, v))
+        y, keys, values = decode_attention.attend(
+            *new, own["keys"], own["values"], used, scale=scale, window=window, cap=cap
+        )
+        return mixed(y).reshape(y.shape[0], 1, -1), {"keys": keys, "values": values}
+
+    def convolve(x, w, bias):
+        y, tail = causal_conv.step(x[:, 0], w, bias, own["tails"])
+        return y[:, None], {"tails": stays(tail, own["tails"])}
+
+    def recur(q, k, v, decay, beta=None):
+        token = [x if x is None else x[:, 0] for x in (q, k, v, decay, beta)]
+        y, state = recurrence.step(*token, own["states"])
+        return mixed(y)[:, None], {"states": stays(state, own["states"])}
+
+    return Mixers(attend, convolve, recur)

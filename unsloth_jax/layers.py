@@ -1,7 +1,8 @@
 """The maths of a decoder layer. Kernels are chosen here and nowhere else."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import attention as kernel
+from pallas_kernels import causal_conv, recurrence
 from unsloth_jax.dims import Params
 from unsloth_jax.leaves import draws, folded, linear, linears
 
@@ -16,6 +18,31 @@ from unsloth_jax.leaves import draws, folded, linear, linears
 Attend = Callable[..., tuple[Array, Any]]
 # mlp(weights, x [B, T, D], activation or fn(weights, x)) -> [B, T, D]
 Mlp = Callable[[Params, Array, Any], Array]
+
+
+@dataclass(frozen=True)
+class Mixers:
+    """The ways in which tokens reach each other; called, it is attention.
+
+    Each gives (a value of every token, what the cache keeps by name). `convolve(x [B, T, C], w,
+    bias)` and `recur(q, k, v, decay, beta)` are those of `pallas_kernels`, with no borders to know.
+    """
+
+    attend: Attend
+    convolve: Attend
+    recur: Attend
+
+    def __call__(self, *args: Any, **options: Any) -> tuple[Array, Any]:
+        return self.attend(*args, **options)
+
+
+class Holds(NamedTuple):
+    """What a cache holds of a layer: keys and values, the last inputs of a convolution, a state."""
+
+    attends: bool = True
+    tail: tuple[int, int] | None = None  # inputs, channels
+    state: tuple[int, int, int] | None = None  # heads, width of keys, width of values
+
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -113,3 +140,29 @@ def self_attention(
     """Attention of whole rows to themselves, by the fastest kernel that takes them."""
     y = kernel.attention(rule, q, k, v, segments, positions)
     return y.reshape(*q.shape[:2], -1)
+
+
+def row_mixers(
+    segments: Int[Array, "B T"], positions: Int[Array, "B T"], documents: int | None = None
+) -> Mixers:
+    """Mixers of whole rows, whose documents don't reach each other; no cache keeps anything.
+
+    `documents` is the most that a row holds, where that is known.
+    """
+    border = segments[:, 1:] != segments[:, :-1]
+    starts = jnp.concatenate([jnp.ones_like(border[:, :1]), border], axis=1)
+
+    def attend(q, k, v, *, scale, window, cap=None):
+        rule = kernel.Rule(scale, window, cap, documents=documents)
+        return self_attention(rule, q, k, v, segments, positions), {}
+
+    def recur(q, k, v, decay, beta=None):
+        return recurrence.recur(q, k, v, decay, beta, starts, no_state(k, v))[0], {}
+
+    convolve = lambda x, w, bias: (causal_conv.convolve(x, w, bias, starts), {})
+    return Mixers(attend, convolve, recur)
+
+
+def no_state(k: Float[Array, "B T G K"], v: Float[Array, "B T H V"]) -> Float[Array, "B H K V"]:
+    """The state of a recurrence before its first token."""
+    return jnp.zeros((k.shape[0], v.shape[2], k.shape[3], v.shape[3]), jnp.float32)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import attention
+from pallas_kernels import attention, recurrence
 from unsloth_jax import remat, tree
 from unsloth_jax.dims import Batch, Params
 from unsloth_jax.leaves import Hosted, Quantized, Vacant
@@ -209,21 +209,29 @@ def _kept(memory: Memory) -> tuple[str, ...]:
 def _flash(job: Job) -> bool:
     """Whether attention runs without its scores in memory."""
     c, capped = job.config, job.config.attention_cap is not None
-    width = max(c.head_width, c.value_width)
+    width = max(c.head_width, c.v_width)
     fits = width % 8 == 0 and width <= 128 and not capped
     return job.platform == "gpu" and _item(job) == 2 and fits
 
 
 def _residuals(job: Job, memory: Memory) -> int:
     c, names = job.config, _kept(memory)
-    heads = c.heads, c.kv_heads
-    (q, k), (mixed, v) = ([n * width for n in heads] for width in (c.head_width, c.value_width))
-    widths = {"q": q, "k": k, "v": v, attention.KEPT: mixed, "mid": c.width}
-    widths |= {"gate": c.mlp_width, "up": c.mlp_width}
-    row = _item(job) * (sum(widths[n] for n in names) + c.width * (memory.keep != "offload"))
-    if attention.KEPT in names and _flash(job):
-        row += 4 * c.heads  # the softmax' float32 statistics
-    return c.layers * job.tokens * row
+    q, k = c.heads * c.head_width, c.kv_heads * c.head_width
+    v = c.kv_heads * c.v_width
+    widths = dict(q=q, k=k, v=v, mid=c.width, gate=c.mlp_width, up=c.mlp_width)
+    widths[attention.KEPT] = c.heads * c.v_width
+    row = sum(widths.pop(n) for n in ("mid", "gate", "up") if n in names)
+    row = _item(job) * (row + c.width * (memory.keep != "offload"))
+    mixed = _item(job) * sum(widths[n] for n in names if n in widths)
+    # The softmax' float32 statistics.
+    mixed += 4 * c.heads * (attention.KEPT in names and _flash(job))
+    return job.tokens * (c.layers * row + mixed * sum(not x or x.attends for x in _held(job)))
+
+
+def _held(job: Job) -> list[Any]:
+    """What a cache holds of each layer, None where that is keys and values alone."""
+    own = getattr(job.family, "holds", None)
+    return [own and own(job.config, kind) for kind in job.family.kinds(job.config)]
 
 
 def _mlp(job: Job, memory: Memory) -> int:
@@ -248,11 +256,20 @@ def _attention(job: Job) -> int:
     return rows + scores + c.width * (q + 2 * kv) * b
 
 
+def _recurrence(job: Job) -> int:
+    """Live in a recurrence's backward pass: its rows and each chunk's state, with cotangents."""
+    chunks, b = job.batch * -(-job.length // recurrence.CHUNK), _item(job)
+    row = lambda C, H, V: (16 + 8 * b) * C + 16 * H * V
+    held = ((one.tail[1], *one.state) for one in _held(job) if one and one.state)
+    every = (job.tokens * row(C, H, V) + 8 * chunks * H * K * V for C, H, K, V in held)
+    return max(every, default=0)
+
+
 def _layer(job: Job, memory: Memory) -> int:
     # Inputs on their way, both directions; none are when attention's rows come to life.
     in_flight = 4 if memory.keep == "offload" else 0
     moving = in_flight * job.tokens * job.config.width * _item(job)
-    return max(_mlp(job, memory) + moving, _attention(job))
+    return max(_mlp(job, memory) + moving, _attention(job), _recurrence(job))
 
 
 def _loss(job: Job, memory: Memory) -> int:
@@ -263,10 +280,7 @@ def _loss(job: Job, memory: Memory) -> int:
 
 
 def estimate(job: Job, memory: Memory) -> Plan:
-    """The plan by a closed form, calibrated on compiled steps for a GPU.
-
-    The peak lies in the loss, before there are gradients, or in a layer's backward pass.
-    """
+    """The plan by a closed form, from compiled GPU steps: the loss or a layer has the peak."""
     fixed = _fixed(job, memory)
     live = max(fixed["gradients"] + _layer(job, memory), _loss(job, memory))
     return Plan(**fixed, temporaries=max(live - fixed["gradients"], 0), source="estimated")

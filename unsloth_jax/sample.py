@@ -177,7 +177,7 @@ def roomier(draft: Draft, slots: int) -> Draft:
         x.delete()
         return new
 
-    keys, values = (tuple(map(wider, xs)) for xs in (draft.cache.keys, draft.cache.values))
+    keys, values = (jax.tree.map(wider, xs) for xs in (draft.cache.keys, draft.cache.values))
     return draft.replace(cache=draft.cache.replace(keys=keys, values=values))
 
 

@@ -69,5 +69,6 @@ def of_correction(path: str) -> bool:
 def of_linear(path: str) -> bool:
     """Whether a path is a linear module's weight or all experts' matrices in one."""
     if path.endswith(".weight"):
-        return not of_norm(path) and not of_router(path)
+        convolution = path.split(".")[-2] == "conv1d"
+        return not (convolution or of_norm(path) or of_router(path))
     return path.endswith(EXPERTS)

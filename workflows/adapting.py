@@ -14,6 +14,7 @@ from bridge.peft_adapter import Settings
 from unsloth_jax import lora, tree
 from unsloth_jax.leaves import Vacant
 from unsloth_jax.lora import starts, trained
+from unsloth_jax.lora.targets import sites
 from workflows import vocabulary
 from workflows.keywords import say, shown, typed
 from workflows.model import Model
@@ -60,6 +61,27 @@ def _saved(model: Model, asked: Sequence[str]) -> tuple[str, ...]:
     if model.config.tied and trained.EMBEDDING in names and trained.HEAD not in names:
         names.append(trained.HEAD)
     return tuple(names)
+
+
+def with_experts(
+    model: Model, targets: Sequence[str] | str, parameters: Sequence[str] | None
+) -> Sequence[str] | str:
+    """Targets with the experts' matrices that `target_parameters` name.
+
+    Raises TypeError for what is no list of names, ValueError for a name that is no experts'.
+    """
+    if not parameters:
+        return targets
+    if isinstance(parameters, str) or not all(isinstance(p, str) for p in parameters):
+        raise TypeError(f"target_parameters must be a list of names, got {shown(parameters)}")
+    known = [path for path, site in sites(model.params).items() if site.experts]
+    wrong = [p for p in parameters if not any(tree.matcher((p,))(path) for path in known)]
+    if wrong:
+        raise ValueError(f"target_parameters {wrong} name no experts' matrices; there are {known}")
+    if isinstance(targets, str):
+        found = lora.modules(model.params, targets)
+        targets = [p.replace("*", str(i), 1) for p, ids in found.items() for i in ids or ("",)]
+    return [*targets, *parameters]
 
 
 def begin(model: Model, peft: Settings, seed: int, iterations: int = 1) -> None:

@@ -17,10 +17,9 @@ from bridge import hf
 from bridge import tokenizer as text
 from bridge.places import Place, places
 from bridge.source import Source
-from pallas_kernels.attention import Rule
 from unsloth_jax import decoder, tree
 from unsloth_jax.dims import Params
-from unsloth_jax.layers import self_attention
+from unsloth_jax.layers import row_mixers
 
 if TYPE_CHECKING:
     from workflows.model import Model
@@ -138,12 +137,8 @@ def _read(read: Callable[[str], Array], found: list[tuple[str, Place]]) -> Array
 def _layer(family: ModuleType, c: Any, kind: Any, w: Params, x: Array) -> Array:
     positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
     segments = jnp.ones_like(positions)
-
-    def attend(q, k, v, *, scale, window, cap=None):
-        return self_attention(Rule(scale, window, cap), q, k, v, segments, positions), None
-
     by = family.angles(c, positions, decoder.document_lengths(segments))
-    return family.block(c, kind, w, x, by, attend)[0]
+    return family.block(c, kind, w, x, by, row_mixers(segments, positions))[0]
 
 
 @partial(jax.jit, static_argnums=(0, 1))

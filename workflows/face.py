@@ -181,6 +181,7 @@ class FastLanguageModel:
         init_lora_weights: bool | str = True,
         loftq_config: Any = MappingProxyType({}),
         use_dora: bool = False,
+        target_parameters: Sequence[str] | None = None,
         memory_budget: int | float | str | None = None,
         **other: Any,
     ) -> Model:
@@ -189,6 +190,9 @@ class FastLanguageModel:
         Args:
             target_modules: last names of modules, a regular expression over whole paths, or
                 "all-linear"; embed_tokens and lm_head in a list are trained whole.
+            target_parameters: matrices of all experts of a layer, such as
+                "mlp.experts.gate_up_proj"; gate_proj, up_proj and down_proj in a list of
+                target_modules name them too.
             lora_dropout: share of an adapter's input that each training step drops.
             modules_to_save: modules that are trained whole, in float32.
             init_lora_weights: True, "gaussian", or "pissa", "pissa_niter_4", "loftq", which change
@@ -215,9 +219,9 @@ class FastLanguageModel:
             say("all weights of the model are trained: get_peft_model changes nothing")
             return model
         peft = adapting.settings(
-            model, r, target_modules, lora_alpha, layers_to_transform, finetune_last_n_layers,
-            modules_to_save, rslora=use_rslora, start=init_lora_weights, dropout=lora_dropout,
-            dora=use_dora,
+            model, r, adapting.with_experts(model, target_modules, target_parameters), lora_alpha,
+            layers_to_transform, finetune_last_n_layers, modules_to_save, rslora=use_rslora,
+            start=init_lora_weights, dropout=lora_dropout, dora=use_dora,
         )  # fmt: skip
         _adapt(model, peft, random_state, iterations)
         model.memory = CHECKPOINTING[use_gradient_checkpointing]

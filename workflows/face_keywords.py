@@ -18,6 +18,7 @@ PEFT_USED = (
     "r", "target_modules", "lora_alpha", "layers_to_transform", "finetune_last_n_layers",
     "use_gradient_checkpointing", "random_state", "use_rslora", "init_lora_weights",
     "memory_budget", "lora_dropout", "modules_to_save", "loftq_config", "use_dora",
+    "target_parameters",
 )  # fmt: skip
 LOAD_LATER = {
     "load_in_fp8": (False, None),
@@ -53,7 +54,6 @@ PEFT_LATER = {
     "bias": ("none", None),
     "layers_pattern": (None,),
     "qat_scheme": (None,),
-    "target_parameters": (None, []),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
 }

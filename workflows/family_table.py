@@ -22,13 +22,19 @@ MEASURED = {
     "4-bit file": "logits of bitsandbytes' 4-bit file",
 }
 TOLD = {
+    "deepseek_v3": "whole keys and values in the cache, not the latent; heads of 192: on a GPU "
+    "attention goes through XLA, with all scores in memory; layers that predict further tokens "
+    "are left out of files; no fp8 files; no GGUF",
     "exaone4": "GGUF with windows for 64 layers alone, as llama.cpp has it",
+    "falcon_h1": "no adapter for Mamba's `out_proj`, which PEFT refuses; no GGUF yet",
     "gemma": "heads of 256: on a GPU attention goes through XLA, with all scores in memory",
     "gemma2": "soft-caps: on a GPU attention goes through XLA, with all scores in memory",
     "gemma3_text": "text only; heads of 256, as gemma",
+    "glm4_moe": "layers that predict further tokens are left out of files; no GGUF",
     "llama": "see [performance](performance.md)",
     "ministral3": "text only",
     "phi3": "LongRoPE's factors by a document's length; no windows in GGUF, which is told",
+    "qwen3_5_text": "text only; `mtp` weights are left alone, as in transformers; no GGUF yet",
     "starcoder2": "dropout of the base, 0.1 in its configs, is not applied; windows as phi3",
 }
 

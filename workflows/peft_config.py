@@ -12,6 +12,7 @@ DEFAULTS = {"r": 8, "lora_alpha": 8, "target_modules": ("q_proj", "v_proj")}
 PASSED = (
     "r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "use_dora",
     "modules_to_save", "init_lora_weights", "layers_to_transform", "loftq_config",
+    "target_parameters",
 )  # fmt: skip
 IGNORED = (
     "task_type", "peft_type", "auto_mapping", "base_model_name_or_path", "revision",

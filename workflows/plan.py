@@ -234,7 +234,7 @@ def _table_in_place(model: Any, frozen: Params) -> Iterator[None]:
 def _say_attention(job: Job, documents: int) -> None:
     """One line where a GPU's attention holds every score, since no kernel takes these shapes."""
     c, dtype = job.config, plan.activations(job)
-    widest = max(c.head_width, c.value_width)
+    widest = max(c.head_width, c.v_width)
     shape = lambda heads: jax.ShapeDtypeStruct((job.batch, job.length, heads, widest), dtype)
     rules = {attention.Rule(1.0, w, c.attention_cap, documents) for w in c.windows}
     reasons = {attention.supports(rule, shape(c.heads), shape(c.kv_heads)) for rule in rules}

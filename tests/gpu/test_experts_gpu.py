@@ -48,15 +48,18 @@ def test_a_layers_experts_have_the_cpus_values_in_nf4():
     np.testing.assert_array_equal(here, there)
 
 
-def test_int8_codes_and_scales_are_the_cpus():
+def test_int8_codes_are_the_cpus_but_for_ties():
+    """A GPU's reciprocal is rounded otherwise, which moves a code that lies between two."""
     w = np.random.default_rng(2).normal(0, 0.02, (512, 768)).astype(np.float32)
-    leaves = []
+    codes, scales = [], []
     for device in (jax.devices()[0], jax.devices("cpu")[0]):
         with jax.default_device(device):
             made = jax.jit(FORMATS["int8"])(jax.device_put(w, device))
-            leaves.append(jax.tree.map(np.asarray, made))
-    for ours, theirs in zip(*map(jax.tree.leaves, leaves), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+            codes.append(np.asarray(made.codes, np.int32))
+            scales.append(np.asarray(made.absmax))
+    np.testing.assert_array_equal(*scales)
+    apart = np.abs(codes[0] - codes[1])
+    assert apart.max() <= 1 and apart.mean() < 1e-3
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
@@ -65,15 +68,16 @@ def test_logits_of_mixtures_are_those_of_a_cpu(name, quantize, tmp_path):
     tiny = pytest.importorskip("tiny", reason="needs torch to make a checkpoint")
     folder = tiny.save(tiny.reference(name), tmp_path)
     ids = np.random.default_rng(3).integers(3, 256, (2, 48)).astype(np.int32)
+    with jax.default_device(jax.devices("cpu")[0]):
+        family, c, params = hf.load(SafetensorsSource(folder), quantize=quantize)
+
+    def run(params, ids):
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
+        hidden = decoder.forward(family, c, params, ids, positions, jnp.ones_like(ids))
+        return decoder.logits(family, c, params, hidden)
+
     found = []
     for device in (jax.devices()[0], jax.devices("cpu")[0]):
         with jax.default_device(device), jax.default_matmul_precision("highest"):
-            family, c, params = hf.load(SafetensorsSource(folder), quantize=quantize)
-
-            def run(params, ids, family=family, c=c):
-                positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
-                hidden = decoder.forward(family, c, params, ids, positions, jnp.ones_like(ids))
-                return decoder.logits(family, c, params, hidden)
-
-            found.append(np.asarray(jax.jit(run)(params, jnp.asarray(ids))))
+            found.append(np.asarray(jax.jit(run)(*jax.device_put((params, ids), device))))
     assert np.abs(found[0] - found[1]).max() <= 1e-4 * found[1].std()

@@ -20,6 +20,8 @@ OF_EXPERTS = {
     "w2": ("down_proj", ("w2",)),
 }
 MIXTRAL, MLP = ".block_sparse_moe.", ".mlp."
+# PEFT refuses it, as kernels multiply by it without its module.
+UNADAPTED = ".mamba.out_proj.weight"
 # What may stand for a fused module in a list of targets.
 ALSO = {"gate_up_proj": ("gate_proj", "up_proj", "w1", "w3"), "down_proj": ("w2",)}
 
@@ -52,6 +54,8 @@ def sites(params: Params) -> dict[str, Site]:
                 heights = tuple(shape_of(flat[p])[-2] for p in paths)
                 site = Site(paths, heights, shape[-1], shape[-3], _layers(leaf))
                 out[f"{node.replace(MIXTRAL, MLP)}.{module}"] = site
+        elif path.endswith(UNADAPTED):
+            continue
         elif tree.of_linear(path) and len(shape) - stacked in (2, 3):
             experts = shape[-3] if len(shape) - stacked == 3 else None
             ids = _layers(leaf) if stacked else ()

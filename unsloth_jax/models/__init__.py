@@ -10,9 +10,10 @@ A family is a module with:
     embed(c, params, ids, rows)      what the first layer takes, of the table's rows if given
     norm(c, params, x), head(c, params), scores(c)
     block(c, kind, w, x, angles, attend, mlp) -> (x, what attend kept)
+    holds(c, kind)                   what a cache holds of such a layer (optional)
 where not all layers have all weights, or files hold some the other way round,
     layers_of(c, path)               numbers of the layers that have a weight (optional)
-    unused(c)                        a regular expression of files' names without use (optional)
+    unused(c)                        a pattern of names that transformers leaves alone (optional)
     TRANSPOSED                       paths of which files hold the last two axes swapped (optional)
 and, where llama.cpp has the family,
     GGUF_ARCH, to_gguf(c, path, w)   its name there, and weights that it stores otherwise (optional)
@@ -26,12 +27,14 @@ from typing import Any
 
 from unsloth_jax import tree
 from unsloth_jax.dims import Params
+from unsloth_jax.layers import Holds
 from unsloth_jax.leaves import Stacks
 from unsloth_jax.models import (
     cohere,
     cohere2,
     deepseek_v3,
     exaone4,
+    falcon_h1,
     gemma,
     gemma2,
     gemma3_text,
@@ -46,6 +49,7 @@ from unsloth_jax.models import (
     phi3,
     qwen2,
     qwen3,
+    qwen3_5_text,
     qwen3_moe,
     smollm3,
     starcoder2,
@@ -56,6 +60,7 @@ FAMILIES: dict[str, ModuleType] = {
     "cohere2": cohere2,
     "deepseek_v3": deepseek_v3,
     "exaone4": exaone4,
+    "falcon_h1": falcon_h1,
     "gemma": gemma,
     "gemma2": gemma2,
     "gemma3_text": gemma3_text,
@@ -70,6 +75,7 @@ FAMILIES: dict[str, ModuleType] = {
     "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "qwen3_5_text": qwen3_5_text,
     "qwen3_moe": qwen3_moe,
     "smollm3": smollm3,
     "starcoder2": starcoder2,
@@ -102,3 +108,9 @@ def tree_of(model: ModuleType, c: Any, make: Callable[[str, tuple[int, ...]], An
         whole = ids in ((), tuple(range(c.layers)))
         flat[path] = leaf if whole else Stacks((leaf,), (ids,))
     return tree.unflatten(flat)
+
+
+def holds(model: ModuleType, c: Any) -> tuple[Holds, ...]:
+    """What a cache holds of each layer: keys and values, unless the family says otherwise."""
+    own = getattr(model, "holds", None)
+    return tuple(Holds() if own is None else own(c, kind) for kind in model.kinds(c))

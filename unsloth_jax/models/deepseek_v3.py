@@ -51,7 +51,7 @@ EPS = 1e-6  # of the latent vectors' norms, whatever the config says
 class Config(Mixed):
     query_rank: int | None = None  # width of the vector that queries are made of, if there is one
     latent: int = 1  # width of the vector that keys and values are made of
-    value_width: int = 1
+    v_width: int = 1
     pairs: bool = True  # whether neighbouring elements turn, and not halves
     score_scale: float = 1.0  # of queries times keys
 
@@ -82,7 +82,7 @@ def config(hf: Mapping[str, Any]) -> Config:
         windows=(None,) * common["layers"],
         query_rank=rank,
         latent=hf["kv_lora_rank"],
-        value_width=hf["v_head_dim"],
+        v_width=hf["v_head_dim"],
         pairs=hf.get("rope_interleave", True),
         score_scale=width**-0.5 * fields.yarn_growth(hf, turns.factor) ** 2,
     )
@@ -105,7 +105,7 @@ def _heads(hf: Mapping[str, Any], common: Mapping[str, Any]) -> None:
 def matrices(c: Config) -> llama.Matrices:
     """Name within a layer's attention -> (shape, logical axes, whether it has a bias)."""
     D, H, K, R = c.width, c.heads, c.kv_heads, c.query_rank
-    both = K * (c.plain + c.value_width)
+    both = K * (c.plain + c.v_width)
     queries: dict = {"q_proj": ((H * c.head_width, D), ("heads", "width"), False)}
     if R is not None:
         queries = {
@@ -115,7 +115,7 @@ def matrices(c: Config) -> llama.Matrices:
     own = queries | {
         "kv_a_proj_with_mqa": ((c.latent + c.rope.width, D), ("latent", "width"), c.qkv_bias),
         "kv_b_proj": ((both, c.latent), ("kv_heads", "latent"), False),
-        "o_proj": ((D, H * c.value_width), ("width", "heads"), c.o_bias),
+        "o_proj": ((D, H * c.v_width), ("width", "heads"), c.o_bias),
     }
     return {f"self_attn.{name}": matrix for name, matrix in own.items()}
 

@@ -144,7 +144,7 @@ def _kinds(hf: Mapping[str, Any]) -> None:
     wrong = [
         f"{name}={hf[name]!r}, expected a whole number over 0"
         for name in COUNTS
-        if hf.get(name) is not None and not (_number(hf[name]) and isinstance(hf[name], Integral))
+        if hf.get(name) is not None and not _whole(hf[name])
     ]
     wrong += [
         f"{name}={hf[name]!r}, expected true or false"
@@ -160,6 +160,20 @@ def _kinds(hf: Mapping[str, Any]) -> None:
         wrong.append("rms_norm_eps=None, expected a number over 0")
     if wrong:
         raise ValueError(f"config of {hf.get('model_type')!r} has " + "; ".join(wrong))
+
+
+def counts(hf: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises ValueError with every field of these that is no whole number over 0."""
+    wrong = [f"{n}={hf[n]!r}" for n in names if not _whole(hf[n])]
+    if wrong:
+        raise ValueError(
+            f"config of {hf.get('model_type')!r} has {', '.join(wrong)}; expected whole numbers "
+            "over 0"
+        )
+
+
+def _whole(value: Any) -> bool:
+    return _number(value) and isinstance(value, Integral)
 
 
 def _heads(hf: Mapping[str, Any]) -> None:

@@ -45,7 +45,7 @@ class Config:
     attention_cap: float | None = None
 
     @property
-    def value_width(self) -> int:
+    def v_width(self) -> int:
         """Of a head's values, where a family gives them no width of their own."""
         return self.head_width
 

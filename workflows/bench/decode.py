@@ -59,12 +59,12 @@ def model(shape: str, rank: int) -> Model:
     return Model(family, c, params)
 
 
-def draft(c: Any, batch: int, slots: int, used: int) -> sample.Draft:
+def draft(m: Model, batch: int, slots: int, used: int) -> sample.Draft:
     """A generation under way whose rows have `used` tokens."""
     row = lambda value, dtype: jnp.full((batch,), value, dtype)
-    cache = decoding.empty(c, batch, slots, jnp.bfloat16)
+    cache = decoding.empty(m.family, m.config, batch, slots, jnp.bfloat16)
     cache = cache.replace(used=row(used, jnp.int32), context=row(used, jnp.int32))
-    seen = jnp.zeros((batch, c.vocab), bool)
+    seen = jnp.zeros((batch, m.config.vocab), bool)
     rest = (row(0, jnp.int32), row(0.0, jnp.float32), seen, row(False, bool), jax.random.key(0))
     return sample.Draft(cache, *rest)
 
@@ -74,7 +74,7 @@ def seconds(m: Model, layers: Any, batch: int, slots: int, tokens: int) -> tuple
     run, start = generate.programs(m.family, m.config), slots - tokens
     knobs = generate.on_device(Sampling(temperature=0.0))
     stop, limit = jnp.asarray([-2], jnp.int32), jnp.asarray(tokens, jnp.int32)
-    state, took = draft(m.config, batch, slots, start), []
+    state, took = draft(m, batch, slots, start), []
     for _ in range(1 + RUNS):
         began = time.perf_counter()
         state, new, _ = run.decode(layers, state, stop, knobs, limit, steps=tokens)
@@ -142,10 +142,11 @@ def measured(
     return found
 
 
-def attention_seconds(c: Any, batch: int, slots: int, implementation: str | None) -> float:
+def attention_seconds(m: Model, batch: int, slots: int, implementation: str | None) -> float:
     """Median seconds of a layer's attention and cache update; the layers' caches pass the cache."""
+    c = m.config
     rows_of = lambda heads: jnp.ones((batch, heads, c.head_width), jnp.bfloat16)
-    empty, count = decoding.empty(c, batch, slots, jnp.bfloat16), c.layers
+    empty, count = decoding.empty(m.family, c, batch, slots, jnp.bfloat16), c.layers
     used = jnp.full((batch,), slots - 1, jnp.int32)
     new = rows_of(c.kv_heads)
 
@@ -170,7 +171,7 @@ def attention_seconds(c: Any, batch: int, slots: int, implementation: str | None
 def attention(m: Model, shape: str, batch: int, slots: int, speed: float) -> rows.Row:
     """How often a second a layer's attention runs, and how often as XLA has it."""
     c = m.config
-    ours, other = (attention_seconds(c, batch, slots, name) for name in (None, "xla"))
+    ours, other = (attention_seconds(m, batch, slots, name) for name in (None, "xla"))
     limit = speed / (2 * 2 * batch * c.kv_heads * slots * c.head_width)
     name = f"decode attention over XLA's, batch {batch}, cache {slots}, {shape}"
     more = dict(other=1 / other, limit=limit, ms=ours * 1e3)

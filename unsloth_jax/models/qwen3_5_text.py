@@ -1,0 +1,224 @@
+"""Qwen3.5's text model: three gated delta nets to one gated attention (arXiv:2412.06464).
+
+The delta net is Qwen3-Next's with its projections apart; transformers `modeling_qwen3_5`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from unsloth_jax import rope
+from unsloth_jax.dims import Params
+from unsloth_jax.layers import ACTIVATIONS, Holds, Mixers, Mlp, feed_forward, rms_norm
+from unsloth_jax.leaves import linear, linears
+from unsloth_jax.models import fields, gemma, llama
+from unsloth_jax.models.gemma import norm as norm
+from unsloth_jax.models.llama import LAYERS as LAYERS
+from unsloth_jax.models.llama import angles as angles
+from unsloth_jax.models.llama import embed as embed
+from unsloth_jax.models.llama import head as head
+from unsloth_jax.models.llama import scores as scores
+
+# What the name of a weight in the layers of one kind begins with.
+DELTA, ATTENTION = "linear_attn.", "self_attn."
+KINDS = ("full_attention", "linear_attention")
+OWN = """attention_bias layer_types full_attention_interval partial_rotary_factor
+linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads
+linear_num_value_heads""".split()
+DEFAULTS = dict(
+    head_dim=256, max_position_embeddings=32768, linear_conv_kernel_dim=4,
+    linear_key_head_dim=128, linear_value_head_dim=128, linear_num_key_heads=16,
+    linear_num_value_heads=32,
+)  # fmt: skip
+UNIT_EPS = 1e-6  # under the root of queries' and keys' lengths
+# Positions of images; those of text are alike on all three axes, so that neither matters.
+OF_IMAGES = ("mrope_section", "mrope_interleaved")
+
+
+@dataclass(frozen=True)
+class Config(llama.Config):
+    delta: tuple[bool, ...] = ()  # whether each layer is a delta net
+    taps: int = 4
+    key_heads: int = 16
+    value_heads: int = 32
+    key_width: int = 128  # of a delta net's head
+    value_width: int = 128
+
+    @property
+    def channels(self) -> int:
+        """What the convolution sees: queries, keys and values."""
+        return 2 * self.key_heads * self.key_width + self.value_heads * self.value_width
+
+
+def config(hf: Mapping[str, Any]) -> Config:
+    """Raises ValueError for a field or value that is not understood."""
+    hf = {"num_key_value_heads": 4} | DEFAULTS | dict(hf)
+    fields.check(hf, own=OWN)
+    fields.counts(hf, DEFAULTS)
+    common, bias = fields.sizes(hf), hf.get("attention_bias", False)
+    if hf["linear_num_value_heads"] % hf["linear_num_key_heads"]:
+        raise ValueError(
+            f"linear_num_value_heads={hf['linear_num_value_heads']} is no multiple of "
+            f"linear_num_key_heads={hf['linear_num_key_heads']}: expected as many values for each"
+        )
+    return Config(
+        **common,
+        rope=_rope(hf, common["head_width"]),
+        tied=hf.get("tie_word_embeddings", False),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=False,
+        windows=(None,) * common["layers"],
+        delta=_delta(hf, common["layers"]),
+        taps=hf["linear_conv_kernel_dim"],
+        key_heads=hf["linear_num_key_heads"],
+        value_heads=hf["linear_num_value_heads"],
+        key_width=hf["linear_key_head_dim"],
+        value_width=hf["linear_value_head_dim"],
+    )
+
+
+def _rope(hf: Mapping[str, Any], width: int) -> rope.Rope:
+    given = {name: hf.get(name) for name in ("rope_parameters", "rope_scaling")}
+    given = {name: _of_text(r) for name, r in given.items() if isinstance(r, Mapping)}
+    known = any("partial_rotary_factor" in r for r in (hf, *given.values()))
+    share = {} if known else {"partial_rotary_factor": 0.25}
+    return fields.rope(share | dict(hf) | given, width, partial=True)
+
+
+def _of_text(r: Mapping[str, Any]) -> dict[str, Any]:
+    section = r.get("mrope_section")
+    if section is not None and not (isinstance(section, list | tuple) and len(section) == 3):
+        raise ValueError(f"rope key mrope_section={section!r}, expected three numbers")
+    return {name: value for name, value in r.items() if name not in OF_IMAGES}
+
+
+def _delta(hf: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
+    kinds, every = hf.get("layer_types"), hf.get("full_attention_interval") or 4
+    if kinds is None:
+        kinds = [KINDS[bool((i + 1) % every)] for i in range(layers)]
+    wrong = sorted(set(kinds) - set(KINDS))
+    if wrong or len(kinds) != layers or KINDS[0] not in kinds:
+        raise ValueError(
+            f"layer_types must be {layers} of {list(KINDS)}, with a full_attention among them; "
+            f"got {len(kinds)} with {wrong or sorted(set(kinds))}"
+        )
+    return tuple(kind == KINDS[1] for kind in kinds)
+
+
+def weights(c: Config) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Hugging Face name (`*` for the layer) -> (shape, logical axes) of each weight."""
+    D, H, values, C = c.width, c.value_heads, c.value_heads * c.value_width, c.channels
+    inner = llama.matrices(c)
+    # Each head's query is followed by its gate.
+    query = ((2 * c.heads * c.head_width, D), ("heads", "width"), c.qkv_bias)
+    out = llama.weights(c, inner | {"self_attn.q_proj": query})
+    within = {
+        f"{ATTENTION}q_norm.weight": ((c.head_width,), ("head_width",)),
+        f"{ATTENTION}k_norm.weight": ((c.head_width,), ("head_width",)),
+        f"{DELTA}in_proj_qkv.weight": ((C, D), ("heads", "width")),
+        f"{DELTA}in_proj_z.weight": ((values, D), ("heads", "width")),
+        f"{DELTA}in_proj_b.weight": ((H, D), ("heads", "width")),
+        f"{DELTA}in_proj_a.weight": ((H, D), ("heads", "width")),
+        f"{DELTA}out_proj.weight": ((D, values), ("width", "heads")),
+        f"{DELTA}conv1d.weight": ((C, 1, c.taps), ("heads", "one", "taps")),
+        f"{DELTA}norm.weight": ((c.value_width,), ("head_width",)),
+        f"{DELTA}A_log": ((H,), ("heads",)),
+        f"{DELTA}dt_bias": ((H,), ("heads",)),
+    }
+    return out | {f"{LAYERS}.*.{name}": entry for name, entry in within.items()}
+
+
+def layers_of(c: Config, path: str) -> tuple[int, ...]:
+    """Numbers of the layers that have a weight."""
+    name = path.removeprefix(f"{LAYERS}.*.")
+    has = lambda delta: not name.startswith(ATTENTION if delta else DELTA)
+    return tuple(i for i, delta in enumerate(c.delta) if has(delta))
+
+
+def unused(c: Config) -> str:
+    """Names of heads that guess further tokens, and of the tower for images."""
+    return r"mtp\..*|model\.visual\..*"
+
+
+def kinds(c: Config) -> tuple[bool, ...]:
+    """What is static about each layer: whether it is a delta net."""
+    return c.delta
+
+
+def holds(c: Config, delta: bool) -> Holds:
+    """What a cache holds of a layer."""
+    if not delta:
+        return Holds()
+    return Holds(False, (c.taps - 1, c.channels), (c.value_heads, c.key_width, c.value_width))
+
+
+def block(
+    c: Config,
+    delta: bool,
+    w: Params,
+    x: Float[Array, "B T D"],
+    by,
+    attend: Mixers,
+    mlp: Mlp = feed_forward,
+):
+    """One layer. `attend` owns masks and caches; its second result is passed through."""
+    if delta:
+        mix = lambda y: delta_net(c, w["linear_attn"], y, attend)
+    else:
+        mix = lambda y: gated_attention(c, w["self_attn"], y, by["all"], attend)
+    return llama.pre_normed(c, w, x, mix, mlp, gemma.unit)
+
+
+def gated_attention(c, a: Params, y: Float[Array, "B T D"], by: rope.Angles, attend: Mixers):
+    """Attention whose values pass a gate; the query projection makes both, head by head."""
+    heads = lambda x: x.reshape(*y.shape[:2], -1, c.head_width)
+    q, k, v = linears((a["q_proj"], a["k_proj"], a["v_proj"]), y)
+    q, gate = jnp.split(q.reshape(*y.shape[:2], c.heads, -1), 2, axis=-1)
+    given = zip((q, heads(k), heads(v)), "qkv", strict=True)
+    q, k, v = (checkpoint_name(x, name) for x, name in given)
+    q, k = gemma.unit(c, a["q_norm"], q), gemma.unit(c, a["k_norm"], k)
+    q, k, scale = rope.rotate(q, by), rope.rotate(k, by), c.head_width**-0.5
+    x, kept = attend(q, k, v, scale=scale, window=None, cap=c.attention_cap)
+    return linear(a["o_proj"], x * jax.nn.sigmoid(gate.reshape(x.shape))), kept
+
+
+def delta_net(c: Config, a: Params, y: Float[Array, "B T D"], attend: Mixers):
+    """A gated delta net of y [B, T, D], and what `attend` kept.
+
+    decay = -e^A_log softplus(a + dt_bias), beta = sigmoid(b); queries and keys have length 1.
+    """
+    names = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+    qkv, z, b, a_ = linears([a[name] for name in names], y)
+    qkv, tail = attend.convolve(qkv, a["conv1d"]["weight"], None)
+    keys = c.key_heads * c.key_width
+    parts = jnp.split(ACTIVATIONS[c.activation](qkv), (keys, 2 * keys), axis=-1)
+    widths = (c.key_width, c.key_width, c.value_width)
+    q, k, v = (x.reshape(*y.shape[:2], -1, h) for x, h in zip(parts, widths, strict=True))
+    whole = lambda x: x.astype(jnp.float32)[None, None]
+    decay = -jnp.exp(whole(a["A_log"])) * jax.nn.softplus(
+        a_.astype(jnp.float32) + whole(a["dt_bias"])
+    )
+    beta = jax.nn.sigmoid(b).astype(jnp.float32)
+    x, state = attend.recur(_unit(q) * c.key_width**-0.5, _unit(k), v, decay, beta)
+    x = gated_norm(c, a["norm"]["weight"], x, z.reshape(x.shape))
+    return linear(a["out_proj"], x.reshape(*y.shape[:2], -1)), tail | state
+
+
+def _unit(x):
+    """Each head over its length, float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + UNIT_EPS)
+
+
+def gated_norm(
+    c: Config, w: Float[Array, " h"], x: Float[Array, "B T H h"], gate: Float[Array, "B T H h"]
+) -> Float[Array, "B T H h"]:
+    """RMSNorm of each head, times silu(gate) in float32."""
+    x = rms_norm(w, x, c.eps).astype(jnp.float32)
+    return (x * jax.nn.silu(gate.astype(jnp.float32))).astype(gate.dtype)
