@@ -92,7 +92,13 @@ def choose(fmt: Format, shapes: Mapping[str, tuple[int, ...]], sizes: Sizes) -> 
 
 
 # Names of tensors that some layers hold in more bits.
-MORE = ("attn_v.weight", "attn_qkv.weight", "ffn_down.weight", "ffn_down_exps.weight")
+MORE = (
+    "attn_v.weight",
+    "attn_qkv.weight",
+    "ffn_down.weight",
+    "ffn_down_exps.weight",
+    "ffn_down_shexp.weight",
+)
 
 
 def _beside_eight(fmt: Format, name: str) -> Kind | None:

@@ -13,6 +13,8 @@ from bridge.places import Place
 from bridge.safetensors_file import Weight
 
 MARK = "_exps."  # in llama.cpp's names of such tensors
+# How the end of a name is spelt in Hugging Face's files, and where llama.cpp's converter looks.
+CORRECTION = ("e_score_correction_bias", "e_score_correction.bias")
 
 
 def merged(weights: Iterable[Weight], found: Mapping[str, Place]) -> list[Weight]:

@@ -30,7 +30,7 @@ TOLD = {
     "gemma": "heads of 256: on a GPU attention goes through XLA, with all scores in memory",
     "gemma2": "soft-caps: on a GPU attention goes through XLA, with all scores in memory",
     "gemma3_text": "text only; heads of 256, as gemma",
-    "glm4_moe": "layers that predict further tokens are left out of files; no GGUF",
+    "glm4_moe": "layers that predict further tokens are left out of files",
     "llama": "see [performance](performance.md)",
     "ministral3": "text only",
     "phi3": "LongRoPE's factors by a document's length; no windows in GGUF, which is told",

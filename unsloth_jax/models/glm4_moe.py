@@ -23,6 +23,9 @@ from unsloth_jax.models.llama import norm as norm
 from unsloth_jax.models.llama import scores as scores
 from unsloth_jax.models.qwen3_moe import DENSE, NAMES
 
+GGUF_ARCH = "glm4moe"
+SIGMOID = 2  # llama.cpp's number of this way to weigh experts
+
 DEFAULTS = dict(
     moe_intermediate_size=1408, num_experts_per_tok=8, n_routed_experts=128,
     num_key_value_heads=8, rms_norm_eps=1e-5, max_position_embeddings=131072,
@@ -177,3 +180,24 @@ def block(
     norms = (lambda x, name: llama.unit(c, a[name], x)) if c.qk_norm else None
     mix = lambda y: llama.attention(c, a, y, by["all"], attend, None, norms=norms)
     return llama.pre_normed(c, w, x, mix, by_kind(c, sparse, mlp))
+
+
+def gguf_keys(c: Config) -> dict[str, Any]:
+    """Keys that llama.cpp's converter adds for this family, by gguf's names."""
+    return {
+        "rope_dimension_count": c.rope.width,
+        "expert_feed_forward_length": c.expert_width,
+        "expert_shared_count": c.shared,
+        "leading_dense_block_count": c.sparse.count(False),
+        "expert_gating_func": SIGMOID,
+        "expert_weights_scale": c.route_scale,
+        "expert_weights_norm": c.renormalized,
+        "nextn_predict_layers": 0,
+    }
+
+
+def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
+    """What llama.cpp has one value for: (this model's, that one)."""
+    # It stops at several groups of which none is left out.
+    kept = c.kept_groups < c.groups or c.groups == 1
+    return {"mixtures of experts": (any(c.sparse), True), "groups left out": (kept, True)}
