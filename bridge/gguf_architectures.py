@@ -46,6 +46,7 @@ class Architecture(NamedTuple):
 LLAMA = Architecture(converter_llama=True, biases=(*ATTENTION, *FFN))
 ARCHITECTURES = {
     "llama": LLAMA._replace(ropes=(*SCALINGS, "llama3")),
+    "llama4": LLAMA._replace(biases=QKV, ropes=(*SCALINGS, "llama3")),
     "qwen2": Architecture(head_lengths=None),
     "qwen3": Architecture(),
     "qwen3moe": Architecture(biases=()),

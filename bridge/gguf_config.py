@@ -4,29 +4,35 @@ Keys as llama.cpp's converter writes them; rope_parameters as transformers 5 spe
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from bridge import gguf_architectures
 from bridge.gguf_header import GGUF
+from unsloth_jax.models import FAMILIES
 
-CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+# Of the classes in transformers, those that are not called as their model_type.
+CLASSES = {"gemma3_text": "Gemma3", "smollm3": "SmolLM3"}
+# Architecture -> the family that reads it; of the two in llama's files a key decides.
+FAMILY_OF = {
+    module.GGUF_ARCH: name
+    for name, module in FAMILIES.items()
+    if hasattr(module, "from_gguf") and name != "mistral"
 }
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = tuple(FAMILY_OF)
+WINDOW = "attention.sliding_window"
 
 NEEDED = (
     *("block_count", "context_length", "embedding_length", "feed_forward_length"),
-    *("attention.head_count", "attention.layer_norm_rms_epsilon"),
+    "attention.head_count",
 )
+RMS_EPS, LAYER_EPS = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
 READ = {
     *NEEDED,
     "attention.head_count_kv",
     "attention.key_length",
-    "attention.sliding_window",
     "attention.value_length",
     "rope.dimension_count",
     "rope.freq_base",
@@ -52,6 +58,8 @@ NEUTRAL = {
     "tensor_data_layout": "Meta AI original pth",
 }
 ATTENTION = "rope.scaling.attn_factor"
+FACTORS = "rope_freqs.weight"
+LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 YARN_NAMES = {
     "rope.scaling.yarn_attn_factor": "attention_factor",
     "rope.scaling.yarn_beta_fast": "beta_fast",
@@ -70,27 +78,37 @@ def architecture(file: GGUF) -> str:
     return name
 
 
+def family_of(file: GGUF) -> str:
+    """The model_type of the family that reads the file."""
+    arch = architecture(file)
+    mistral = arch == "llama" and f"{arch}.{WINDOW}" in file.metadata
+    return "mistral" if mistral else FAMILY_OF[arch]
+
+
 def hyperparameters(file: GGUF) -> dict[str, Any]:
     """The architecture's keys without their prefix; per-layer lists must repeat one value.
 
     Raises ValueError naming a missing key, an unknown one, or one whose value is not honoured.
     """
-    prefix = architecture(file) + "."
-    found = {
-        key.removeprefix(prefix): _uniform(file, key, value)
+    arch = architecture(file)
+    prefix, own = arch + ".", {*FAMILIES[family_of(file)].GGUF_READS}
+    eps = LAYER_EPS if gguf_architectures.ARCHITECTURES[arch].layer_norm else RMS_EPS
+    stated = {
+        key.removeprefix(prefix): value
         for key, value in file.metadata.items()
         if key.startswith(prefix)
     }
-    unknown = sorted(set(found) - READ - set(NEUTRAL))
+    found = {k: v if k in own else _uniform(file, prefix + k, v) for k, v in stated.items()}
+    unknown = sorted(set(found) - READ - {eps} - own - set(NEUTRAL))
     if unknown:
         raise ValueError(f"{file.path}: metadata not understood: {unknown}")
-    _numbers(file, found)
+    _numbers(file, found, READ | {eps}, own)
     for key, neutral in NEUTRAL.items():
         if neutral is not None and found.get(key, neutral) != neutral:
             raise ValueError(
                 f"{file.path}: {prefix}{key} is {found[key]!r}; only {neutral!r} is supported"
             )
-    missing = [prefix + key for key in NEEDED if key not in found]
+    missing = [prefix + key for key in (*NEEDED, eps) if key not in found]
     if missing:
         raise ValueError(f"{file.path}: metadata keys are missing: {missing}")
     return found
@@ -111,20 +129,23 @@ def config(
     *,
     vocabulary: int,
     dtype: str,
-    rope_factors: np.ndarray | None,
+    rope_factors: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
     """config.json of the model with these `hyperparameters` and weights `names` of `dtype`.
 
-    Raises ValueError naming a value that is not honoured.
+    `rope_factors` are the tensors of rope's frequencies, by their own names. Raises ValueError
+    naming a value that is not honoured.
     """
-    arch = architecture(file)
-    family = "mistral" if arch == "llama" and "attention.sliding_window" in values else arch
+    name, a = family_of(file), gguf_architectures.ARCHITECTURES[architecture(file)]
+    family = FAMILIES[name]
     heads, width = values["attention.head_count"], values["embedding_length"]
     head_dim = values.get("attention.key_length", width // heads)
-    _consistent(file, values, head_dim, vocabulary)
+    _consistent(file, values, head_dim, vocabulary, family.GGUF_READS)
+    values = {k: decimal(v) if isinstance(v, float) else v for k, v in values.items()}
+    rope = _rope(file, values, values.get("rope.dimension_count", head_dim), rope_factors)
     made = {
-        "architectures": [CLASSES[family]],
-        "model_type": family,
+        "architectures": [f"{CLASSES.get(name, name.capitalize())}ForCausalLM"],
+        "model_type": name,
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": values["feed_forward_length"],
@@ -132,14 +153,19 @@ def config(
         "num_attention_heads": heads,
         "num_key_value_heads": values.get("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "hidden_act": "silu",
+        "hidden_act": a.activation,
         "max_position_embeddings": values["context_length"],
-        "rms_norm_eps": decimal(values["attention.layer_norm_rms_epsilon"]),
-        "rope_parameters": _rope(file, values, head_dim, rope_factors),
+        "rope_parameters": rope,
         "tie_word_embeddings": "lm_head.weight" not in names,
         "dtype": dtype,
     }
-    return made | _family_fields(family, values, names) | _token_ids(file.metadata)
+    made |= {} if a.layer_norm else {"rms_norm_eps": values[RMS_EPS]}
+    try:
+        own = family.from_gguf(values, names, rope)
+    except KeyError as error:
+        missing = f"{architecture(file)}.{error.args[0]}"
+        raise ValueError(f"{file.path}: metadata keys are missing: {[missing]}") from None
+    return made | own | _token_ids(file.metadata)
 
 
 def decimal(value: float) -> float:
@@ -155,10 +181,15 @@ def _uniform(file: GGUF, key: str, value: Any) -> Any:
     return value[0]
 
 
-def _numbers(file: GGUF, values: dict[str, Any]) -> None:
-    """Raises ValueError where a key that sizes or scales the model is no positive number."""
-    for key in READ - {"rope.scaling.type"}:
+def _numbers(file: GGUF, values: dict[str, Any], read: set[str], own: set[str]) -> None:
+    """Raises ValueError where a key that sizes or scales the model is no positive number.
+
+    Of `own`, a family's, zeros and lists are for the family.
+    """
+    for key in sorted((read | own) - {"rope.scaling.type"}):
         value = values.get(key, 1)
+        if key in own and (isinstance(value, list) or value == 0):
+            continue
         if not isinstance(value, int | float) or value <= 0:
             raise ValueError(f"{file.path}: corrupt: {key} is {value!r}, not a positive number")
     if values.get("block_count", 0) > len(file.tensors):
@@ -167,33 +198,20 @@ def _numbers(file: GGUF, values: dict[str, Any]) -> None:
         )
 
 
-def _consistent(file: GGUF, values: dict[str, Any], head_dim: int, vocabulary: int) -> None:
+def _consistent(
+    file: GGUF, values: dict[str, Any], head_dim: int, vocabulary: int, own: tuple[str, ...]
+) -> None:
     expected = {
         "attention.value_length": head_dim,
         "rope.dimension_count": head_dim,
         "vocab_size": vocabulary,
     }
     for key, wanted in expected.items():
-        if values.get(key, wanted) != wanted:
+        if key not in own and values.get(key, wanted) != wanted:
             raise ValueError(
                 f"{file.path}: {key} is {values[key]}, the model has {wanted} (head_dim is "
                 f"{head_dim}, token_embd.weight has {vocabulary} rows); nothing else is supported"
             )
-
-
-def _family_fields(family: str, values: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    layer = "model.layers.0."
-    attention_bias = layer + "self_attn.q_proj.bias" in names
-    if family == "llama":
-        mlp_bias = layer + "mlp.gate_proj.bias" in names
-        return {"attention_bias": attention_bias, "mlp_bias": mlp_bias}
-    if family == "mistral":
-        return {"sliding_window": values["attention.sliding_window"]}
-    window = values.get("attention.sliding_window")
-    windows = {"use_sliding_window": window is not None}
-    if window is not None:
-        windows |= {"sliding_window": window, "max_window_layers": 0}
-    return windows | ({"attention_bias": attention_bias} if family == "qwen3" else {})
 
 
 def _token_ids(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -206,9 +224,13 @@ def _token_ids(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rope(
-    file: GGUF, values: dict[str, Any], head_dim: int, factors: np.ndarray | None
+    file: GGUF, values: dict[str, Any], width: int, tensors: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
+    """rope_parameters; `width` is what turns of a head."""
     theta = decimal(values.get("rope.freq_base", 10000.0))
+    if LONG in tensors:
+        return _longrope(file, values, theta, tensors)
+    factors = tensors.get(FACTORS)
     factor = decimal(values.get("rope.scaling.factor", values.get("rope.scale_linear", 1.0)))
     # llama.cpp takes a bare factor as linear.
     kind = values.get("rope.scaling.type", "linear")
@@ -225,10 +247,23 @@ def _rope(
     if factors is not None and not np.all(factors == 1):
         if kind != "default":
             raise ValueError(f"{file.path}: rope_freqs.weight beside rope scaling {kind!r}")
-        return rope | {"rope_type": "llama3"} | _llama3(file, theta, head_dim, factors)
+        return rope | {"rope_type": "llama3"} | _llama3(file, theta, width, factors)
     if kind == "default":
         return rope
     return rope | {"factor": factor} | (_yarn(file, values, factor) if kind == "yarn" else {})
+
+
+def _longrope(
+    file: GGUF, values: dict[str, Any], theta: float, tensors: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    if SHORT not in tensors or ATTENTION not in values:
+        raise ValueError(f"{file.path}: {LONG} without {SHORT} or {ATTENTION}")
+    lists = {"long_factor": tensors[LONG], "short_factor": tensors[SHORT]}
+    return {
+        "rope_type": "longrope",
+        "rope_theta": theta,
+        "attention_factor": decimal(values[ATTENTION]),
+    } | {key: [decimal(float(value)) for value in numbers] for key, numbers in lists.items()}
 
 
 def _yarn(file: GGUF, values: dict[str, Any], factor: float) -> dict[str, Any]:

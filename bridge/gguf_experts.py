@@ -11,6 +11,7 @@ import numpy as np
 
 from bridge.places import Place
 from bridge.safetensors_file import Weight
+from unsloth_jax import tree
 
 MARK = "_exps."  # in llama.cpp's names of such tensors
 # How the end of a name is spelt in Hugging Face's files, and where llama.cpp's converter looks.
@@ -26,7 +27,7 @@ def merged(weights: Iterable[Weight], found: Mapping[str, Place]) -> list[Weight
     for w in ordered:
         place = found[w.name]
         if place.expert is None:
-            out.append(w)
+            out += _apart(w, place) if place.path.endswith(tree.EXPERTS) else [w]
             continue
         name = place.path.replace("*", str(place.layer), 1).replace(".*.", ".")
         parts.setdefault(name, {})[place.expert] = w
@@ -34,6 +35,20 @@ def merged(weights: Iterable[Weight], found: Mapping[str, Place]) -> list[Weight
             out += [_stacked(name, parts[name]) for name in sorted(parts)]
             parts = {}
     return out
+
+
+def _apart(w: Weight, place: Place) -> list[Weight]:
+    """All experts' matrices with their outputs as rows, gate and up each by themselves."""
+    owner, _, last = w.name.rpartition(".")
+    names = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+    count, width, height = w.shape if place.swapped else (w.shape[0], *w.shape[:0:-1])
+    rows = height // len(names)
+
+    def one(n: int) -> Weight:
+        read = lambda: np.ascontiguousarray(place.oriented(w.read())[:, n * rows : (n + 1) * rows])
+        return Weight(f"{owner}.{names[n]}.weight", (count, rows, width), w.dtype, read)
+
+    return [one(n) for n in range(len(names))]
 
 
 def _stacked(name: str, parts: Mapping[int, Weight]) -> Weight:

@@ -164,7 +164,9 @@ STEPS = {
     "block_count": lambda out, c, config: out.add_block_count(c.layers),
     "context_length": lambda out, c, config: out.add_context_length(context(config)),
     "embedding_length": lambda out, c, config: out.add_embedding_length(c.width),
-    "feed_forward_length": lambda out, c, config: out.add_feed_forward_length(c.mlp_width),
+    "feed_forward_length": lambda out, c, config: out.add_feed_forward_length(
+        getattr(c, "dense_width", c.mlp_width)
+    ),
     "head_count": lambda out, c, config: out.add_head_count(c.heads),
     "head_count_kv": lambda out, c, config: out.add_head_count_kv(c.kv_heads),
     "rope_scaling": _rope_scaling,
@@ -189,7 +191,9 @@ def _llama3(r: Any) -> np.ndarray:
     """What Llama 3.1 divides each rope frequency by."""
     one, each = np.float32(1), np.arange(0, r.width, 2, dtype=np.float32) / np.float32(r.width)
     length = np.float32(2 * math.pi) / (one / np.float32(r.theta) ** each)
-    smooth = (np.float32(r.context) / length - np.float32(r.low)) / np.float32(r.high - r.low)
+    # Llama 4's ramp has no length: no frequency lies on it.
+    ramp = np.float32(max(r.high - r.low, 1e-6))
+    smooth = (np.float32(r.context) / length - np.float32(r.low)) / ramp
     between = one / ((one - smooth) / np.float32(r.factor) + smooth)
     slow = np.where(length > r.context / r.low, np.float32(r.factor), between)
     return np.where(length < r.context / r.high, one, slow).astype(np.float32)

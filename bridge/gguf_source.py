@@ -47,14 +47,17 @@ OWN_MODULES = {
         *(f"mlp.{x}" for x in ("gate", "gate.e_score_correction")),
         *(f"mlp.{kind}experts.{n}_proj" for kind in ("", "shared_") for n in GATED),
     ),
+    "llama4": (
+        "feed_forward.router",
+        *(f"feed_forward.{p}{n}_proj" for p in ("", "shared_expert.", "experts.") for n in GATED),
+    ),
     "qwen3moe": tuple(f"mlp.{x}" for x in ("gate", *(f"experts.{n}_proj" for n in GATED))),
 }
 # Architectures whose rows of q and k are reordered, and those whose norms have 1 added.
 PAIRED = ("llama", "granite", "smollm3", "mistral3")
 NORM_OFFSET = {"gemma": 1.0, "gemma2": 1.0, "gemma3": 1.0}
 CHUNK = 2**20  # values dequantised at a time
-ROPE_FACTORS = "rope_freqs.weight"
-NO_WEIGHTS = (ROPE_FACTORS, "rope_factors_long.weight", "rope_factors_short.weight")
+NO_WEIGHTS = (gguf_config.FACTORS, gguf_config.LONG, gguf_config.SHORT)
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -94,7 +97,9 @@ class GGUFWeights:
             raise ValueError(f"{self.path}: no weight {name!r}; known: {sorted(self.stored)}")
         w = self.tensor(self.stored[name])
         heads = self._heads_of(name)
-        return w if heads is None else halves_from_pairs(w, heads)
+        if heads is not None:
+            return halves_from_pairs(w, heads)
+        return w - w.dtype.type(self.offset(name)) if self.offset(name) else w
 
     def offset(self, name: str) -> float:
         """What the file's tensor is above the weight."""
@@ -144,7 +149,7 @@ class GGUFSource(GGUFWeights):
             set(self.stored),
             vocabulary=embedding.shape[0],
             dtype=_dtype(embedding.kind),
-            rope_factors=self.tensor(ROPE_FACTORS) if ROPE_FACTORS in self.tensors else None,
+            rope_factors={n: self.tensor(n) for n in NO_WEIGHTS if n in self.tensors},
         )
 
 

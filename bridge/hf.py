@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bridge import bnb_int8
+from bridge import bnb_int8, experts_apart
 from bridge.places import Place, of_path, places
 from bridge.source import Header, Source
 from unsloth_jax import tree
@@ -25,12 +25,21 @@ BUFFERS = re.compile(
 )
 
 
-BITSANDBYTES = "bitsandbytes"  # the one kind of quantized checkpoint that is read
+BITSANDBYTES = "bitsandbytes"
+METHODS = (BITSANDBYTES, "mxfp4")  # the kinds of quantized checkpoint that are read
+APART = re.compile(r"\.experts\.(gate_up|down)_projs\.\d+\.")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def check(model: ModuleType, c: Any, headers: dict[str, Header], where: str) -> None:
     """Raises one ValueError with every missing, unexpected and misshapen weight."""
+    apart = next((name for name in headers if APART.search(name)), None)
+    if apart:
+        raise ValueError(
+            f"{where} keeps experts as linear modules one by one, such as {apart}, as Unsloth's "
+            "4-bit files of gpt-oss do, which are not read: load the checkpoint that it was made "
+            "of with load_in_4bit=True"
+        )
     wrong, used = [], set()
     for name, place in places(model, c).items():
         used.add(name)
@@ -75,10 +84,10 @@ def described(source: Source) -> tuple[ModuleType, Any]:
         raise ValueError(f"config.json names no model_type; it has {sorted(source.config)}")
     model = family(source.config["model_type"])
     method = (source.config.get("quantization_config") or {}).get("quant_method", BITSANDBYTES)
-    if method != BITSANDBYTES:
+    if method not in METHODS:
         raise ValueError(
             f"config.json's quantization_config has quant_method {method!r}; supported: "
-            f"{BITSANDBYTES!r}, or none"
+            f"{METHODS}, or none"
         )
     return model, model.config(source.config)
 
@@ -110,10 +119,10 @@ def load(
     ValueError as `check` does.
     """
     model, c = described(source)
+    name = str(getattr(source, "path", getattr(source, "folder", "the checkpoint")))
+    source = experts_apart.whole(source, model, c)
     headers = source.headers()
-    check(
-        model, c, headers, str(getattr(source, "path", getattr(source, "folder", "the checkpoint")))
-    )
+    check(model, c, headers, name)
     _same_head(source, headers, c)
     stored = any(h.format for h in headers.values())
     flat = {}
@@ -132,9 +141,11 @@ class Reading(NamedTuple):
 
 
 def _reader(source, headers, found: dict[str, Place], dtype, keep: str | None, pack: str | None):
+    of_router = lambda name: tree.of_router(found[name].path)
+    as_stored = lambda name: keep if headers[name].format and not of_router(name) else None
+
     def read(name: str) -> Any:
-        header = headers[name]
-        if header.format is not None and keep is not None:
+        if as_stored(name):
             leaf = source.read_quantized(name)
             _finite_statistics(name, leaf)
             if isinstance(leaf, Int8) and dtype is not None:
@@ -143,7 +154,7 @@ def _reader(source, headers, found: dict[str, Place], dtype, keep: str | None, p
         value = found[name].oriented(source.read(name))
         _finite(name, value)
         if dtype is not None:
-            kept = np.float32 if tree.of_router(found[name].path) else dtype
+            kept = np.float32 if of_router(name) else dtype
             value = value.astype(kept, copy=False)
         if pack:
             value = jax.device_put(value)  # rebound, so that the host copy goes before it packs
@@ -154,7 +165,7 @@ def _reader(source, headers, found: dict[str, Place], dtype, keep: str | None, p
 
     def kind(name: str) -> Any:
         header = headers[name]
-        return header.format if keep else None, header.dtype if dtype is None else None
+        return header.format if as_stored(name) else None, header.dtype if dtype is None else None
 
     return Reading(kind, read)
 

@@ -223,7 +223,7 @@ def distances(
     began = pairs(initial, scale, params)
     adapters = adapters if initial is None else lora.difference(adapters, initial)
     for name, pair in pairs(adapters, scale, params).items():
-        if headers[name].format is None:
+        if name in headers and headers[name].format is None:
             w = where[name].oriented(source.read(name))
             trained_on = held(flat[where[name].path], where[name]).astype(np.float32)
             trained_on = trained_on + (began[name].delta(trained_on) if began else 0)

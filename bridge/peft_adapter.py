@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from bridge import modules_to_save, peft_fields
+from bridge import modules_to_save, peft_experts, peft_fields
 from bridge.export import complete
 from bridge.peft_fields import STARTS, check
 from bridge.safetensors_file import check_space, listing, opened, read_json, settle_metadata
@@ -29,7 +29,6 @@ PREFIX = "base_model.model."
 SIDES = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 ALL_LINEAR = "all-linear"
 EMBEDDING = "embed_tokens"
-OF_EXPERTS = (".experts", ".experts.base_layer")
 NOTES = {  # on a saved adapter, by its start
     starts.LOFTQ: "after LoftQ the adapter belongs to the base in NF4 (load_in_4bit=True; exactly "
     "for loftq_iter=1 without double quantization): on 16-bit weights it answers otherwise, "
@@ -95,7 +94,7 @@ def save(
         adapters, settings = lora.difference(adapters, initial), doubled(settings)
     pairs, whole = lora.parts(adapters)
     values = tensors(tree.unflatten(pairs))
-    fields = config(values, settings, experts(pairs))
+    fields = config(values, settings, peft_experts.modules(pairs))
     values |= modules_to_save.tensors(whole, settings.saved)
     check_space(Path(folder), sum(v.nbytes for v in values.values()) + 2**16)
     with complete(Path(folder)) as unfinished:
@@ -124,53 +123,26 @@ def tensors(adapters: Params) -> dict[str, np.ndarray]:
     keeps these transposed, and where the head is tied it would not reach the head.
     """
     flat, out = tree.flatten(adapters), {}
-    found = experts(flat)
+    found = peft_experts.modules(flat)
     for path, leaf in flat.items():
         module, side = path.rsplit(".", 1)
         if module.endswith(EMBEDDING):
             raise ValueError(
                 f"an adapter on {module} can't be written for PEFT; adapt linear layers"
             )
-        both = module in found and len({p for p in found if _wrapped(p) == _wrapped(module)}) > 1
+        both = peft_experts.both(found, module)
         for i in _layers(leaf) if ".*." in path else (None,):
             name = module if i is None else module.replace("*", str(i), 1)
             value = np.array(leaf if i is None else layer(leaf, i), np.float32, order="C")
+            end = SIDES[side]
             if module in found:
-                name, value = _key(name, both), LAID[side](value)
-            out[f"{PREFIX}{name}.{SIDES[side]}"] = value
+                value, of = peft_experts.laid(module, side, value)
+                name, end = peft_experts.key(name, both), SIDES[of]
+            out[f"{PREFIX}{name}.{end}"] = value
     wrong = [name for name, value in out.items() if not np.isfinite(value).all()]
     if wrong:
         raise ValueError(f"adapter values are not finite in {wrong[:10]}")
     return out
-
-
-# A layer's pairs of all experts, [E, r, I] and [E, O, r], as PEFT has them, and back.
-LAID = {
-    "a": lambda x: x.reshape(-1, x.shape[-1]),
-    "b": lambda x: np.ascontiguousarray(x.transpose(1, 2, 0)).reshape(x.shape[1], -1),
-}
-READ = {
-    "a": lambda x, count: x.reshape(count, -1, x.shape[-1]),
-    "b": lambda x, count: x.reshape(x.shape[0], -1, count).transpose(2, 0, 1),
-}
-
-
-def experts(pairs: Mapping[str, Any]) -> list[str]:
-    """The modules among flat pairs whose pairs are one an expert."""
-    return [
-        p.removesuffix(".a") for p in pairs if p.endswith(tuple(f"{x}.a" for x in tree.EXPERTS))
-    ]
-
-
-def _wrapped(module: str) -> str:
-    """The module that holds all experts' matrices."""
-    return module.rpartition(".")[0]
-
-
-def _key(name: str, both: bool) -> str:
-    """Where PEFT keeps a pair of experts: it wraps their module once for each adapted matrix."""
-    inner = both and name.endswith("gate_up_proj")
-    return _wrapped(name) + (".base_layer" if inner else "")
 
 
 def _layers(leaf: Any) -> Sequence[int]:
@@ -192,7 +164,7 @@ def config(
             f"the adapter belongs to no checkpoint; others are {STARTS}"
         )
     s, names = settings, {key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in values}
-    names = {name for name in names if not name.endswith(OF_EXPERTS)}
+    names = {name for name in names if not name.endswith(peft_experts.ENDS)}
     targets = s.targets
     if targets == ALL_LINEAR:
         targets = tuple({name.rsplit(".", 1)[1] for name in names})
@@ -363,17 +335,18 @@ def _without_base(values: dict[str, np.ndarray], base: dict[str, Module], params
 
 def _keys(chosen: Mapping[str, Module]) -> dict[str, str]:
     """Where PEFT's file has each module's pair."""
-    both = lambda name: (
-        sum(_wrapped(n) == _wrapped(name) for n, m in chosen.items() if m.experts) > 1
-    )
-    return {n: PREFIX + (_key(n, both(n)) if m.experts else n) for n, m in chosen.items()}
+    found = [n for n, m in chosen.items() if m.experts]
+    key = lambda n: peft_experts.key(n, peft_experts.both(found, n))
+    return {n: PREFIX + (key(n) if m.experts else n) for n, m in chosen.items()}
 
 
 def _expected(
     chosen: Mapping[str, Module], ranks: Mapping[str, int], dora: bool
 ) -> dict[str, tuple[int, ...]]:
     out, keys = {}, _keys(chosen)
-    for name, (_, _, (height, width), experts) in chosen.items():
+    for name, (path, _, (height, width), experts) in chosen.items():
+        if experts and peft_experts.mirrored(path):
+            height, width = width, height
         r = ranks[name] * (experts or 1)
         shapes = {"a": (r, width), "b": (height, r)} | ({"magnitude": (height,)} if dora else {})
         out |= {f"{keys[name]}.{SIDES[side]}": shape for side, shape in shapes.items()}
@@ -406,9 +379,9 @@ def _tree(values, chosen: Mapping[str, Module], params: Params, dora: bool) -> P
         count = chosen[next(iter(names.values()))].experts
         for side in (*"ab", "magnitude") if dora else "ab":
 
-            def read(i, names=names, side=side, count=count):
-                value = values[f"{keys[names[i]]}.{SIDES[side]}"].astype(np.float32)
-                return READ[side](value, count) if count else value
+            def read(i, path=path, names=names, side=side, count=count):
+                take = lambda side: values[f"{keys[names[i]]}.{SIDES[side]}"].astype(np.float32)
+                return peft_experts.read(path, side, take, count) if count else take(side)
 
             x = jnp.asarray(np.stack([read(i) for i in ids]) if ids else read(None))
             out[f"{path}.{side}"] = x if ids in ((), every) else Stacks((x,), (ids,))

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from bridge import bnb_int8, bnb_nf4
+from bridge import bnb_int8, bnb_nf4, mxfp4
 from bridge.source import Header
 
 DTYPES = {
@@ -65,23 +65,29 @@ class SafetensorsSource:
         self._where = {name: f for file in files for f in [opened(file)] for name in f.keys()}
 
     def headers(self) -> dict[str, Header]:
-        """Every weight by name; bitsandbytes' companion tensors are folded into their weight."""
+        """Every weight by name; what bitsandbytes and MXFP4 store in parts is one weight."""
         out, companions = {}, set()
-        for name, file in self._where.items():
+        for name in self._where:
             if bnb_nf4.is_nf4(self._where, name):
                 state = bnb_nf4.state(self.tensor, name)
                 companions.update(bnb_nf4.members(self._where, name))
                 # Stacks hold leaves of one layout, so the layout is part of the format's name.
                 layout = f"nf4 in blocks of {state.block}, nested {state.nested_block}"
                 out[name] = Header(state.matrix, state.dtype, layout)
+            elif (whole := mxfp4.weight(name)) is not None:
+                shape = mxfp4.shape(self._where, self._described, whole)
+                out[whole] = Header(shape, mxfp4.DTYPE.name, blocks=mxfp4.NAME)
             elif bnb_int8.is_int8(self._where, name):
                 companions.update(bnb_int8.members(self._where, name))
-                shape = tuple(file.get_slice(name).get_shape())
-                out[name] = Header(shape, self._dtype, bnb_int8.FORMAT)
+                out[name] = Header(self._described(name)[0], self._dtype, bnb_int8.FORMAT)
             else:
-                piece = file.get_slice(name)
-                out[name] = Header(tuple(piece.get_shape()), _dtype(name, piece.get_dtype()).name)
+                out[name] = Header(*self._described(name))
         return {name: header for name, header in out.items() if name not in companions}
+
+    def _described(self, name: str) -> tuple[tuple[int, ...], str]:
+        """(shape, dtype) of one tensor as it lies in the file."""
+        piece = self._where[name].get_slice(name)
+        return tuple(piece.get_shape()), _dtype(name, piece.get_dtype()).name
 
     def tensor(self, name: str) -> np.ndarray:
         """One tensor exactly as it lies in the file."""
@@ -103,6 +109,9 @@ class SafetensorsSource:
         """One weight as a dense array in its header's dtype."""
         if bnb_nf4.is_nf4(self._where, name) or bnb_int8.is_int8(self._where, name):
             return np.asarray(_dequantized(self.read_quantized(name)))
+        if mxfp4.is_mxfp4(self._where, name):
+            parts = (self.tensor(f"{name}{end}") for end in (mxfp4.BLOCKS, mxfp4.SCALES))
+            return mxfp4.dequantized(*parts)
         return self.tensor(name)
 
 

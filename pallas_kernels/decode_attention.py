@@ -2,8 +2,9 @@
 
     keys[b, :, used[b]] = k[b],  values[b, :, used[b]] = v[b]
     y[b, i] = softmax_s(cap(q[b, i] . keys[b, i // G, s] * scale)) @ values[b, i // G]
-    for used[b] - window < s <= used[b];  cap(s) = c tanh(s / c), or s
+    for used[b] - window < s <= used[b], in used[b]'s chunk of slots;  cap(s) = c tanh(s / c), or s
 
+With sinks, one more logit a head takes part in the softmax and has no value (arXiv:2508.10925).
 Grouped queries (arXiv:2305.13245), running softmax (arXiv:2205.14135), long rows cut into parts
 that are joined by their maxima. The kernel (Pallas, Triton) reads what is filled of the cache and
 nothing beyond, once; XLA makes several launches of it and reads the cache's whole length. It has
@@ -20,6 +21,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _choice
+from pallas_kernels.attention import chances
 
 Implementation = Literal["pallas", "xla"]
 Attended = tuple[Float[Array, "B H u"], Float[Array, "B K S h"], Float[Array, "B K S u"]]
@@ -40,6 +42,8 @@ def reference(
     scale: float,
     window: int | None = None,
     cap: float | None = None,
+    chunk: int | None = None,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Attended:
     """(mixed values, keys and values with the new token), softmax in float32."""
     batch, heads, width = q.shape
@@ -52,8 +56,12 @@ def reference(
     )
     back = used[:, None] - jnp.arange(keys.shape[2], dtype=used.dtype)[None]
     seen = back >= 0 if window is None else (back >= 0) & (back < window)
+    seen = seen if chunk is None else seen & (back <= (used % chunk)[:, None])
     scores = jnp.where(seen[:, None, None], _capped(scores * scale, cap), HIDDEN)
-    chance = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    if sinks is None:
+        chance = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    else:
+        chance = chances(scores, sinks.reshape(1, keys.shape[1], -1)).astype(q.dtype)
     y = jnp.einsum("bkgs,bksu->bkgu", chance, values.astype(q.dtype))
     return y.reshape(batch, heads, -1), keys, values
 
@@ -94,6 +102,8 @@ def attend(
     scale: float,
     window: int | None = None,
     cap: float | None = None,
+    chunk: int | None = None,
+    sinks: Float[Array, " H"] | None = None,
     implementation: Implementation | None = None,
 ) -> Attended:
     """`reference`, in place where the caches are donated. Rows have `used` tokens each, below S.
@@ -102,8 +112,8 @@ def attend(
     """
     reasons = {"pallas": supports(q, keys, values), "xla": None}
     if _choice.pick("decode attention", implementation, reasons) == "xla":
-        return reference(q, k, v, keys, values, used, scale, window, cap)
-    return _pallas(q, k, v, keys, values, used, scale, window, cap)
+        return reference(q, k, v, keys, values, used, scale, window, cap, chunk, sinks)
+    return _pallas(q, k, v, keys, values, used, scale, window, cap, chunk, sinks)
 
 
 def parts(batch: int, heads: int, slots: int) -> int:
@@ -112,17 +122,34 @@ def parts(batch: int, heads: int, slots: int) -> int:
     return 1 << max(wanted, 1).bit_length() - 1
 
 
-def _pallas(q, k, v, keys, values, used, scale, window, cap=None, cut=None, interpret=False):
+def _pallas(
+    q,
+    k,
+    v,
+    keys,
+    values,
+    used,
+    scale,
+    window,
+    cap=None,
+    chunk=None,
+    sinks=None,
+    cut=None,
+    interpret=False,
+):
     batch, heads, slots, width = keys.shape
     group = q.shape[1] // heads
     cut = cut or parts(batch, heads, slots)
+    own = [] if sinks is None else [sinks.astype(jnp.float32).reshape(heads, group)]
+    # Where rows come in parts, what joins them takes the sinks in.
+    first = own if cut == 1 else []
     shape = jax.ShapeDtypeStruct
     mixed = [shape((batch, heads, group, width), q.dtype)]
     if cut > 1:
         mixed = [shape((batch, heads, cut, group, width), jnp.float32)]
         mixed += [shape((batch, heads, cut, group), jnp.float32)] * 2
     *mixed, keys, values = pl.pallas_call(
-        partial(_kernel, group, cut, scale, window, cap),
+        partial(_kernel, group, cut, scale, (window, chunk), cap, bool(first)),
         out_shape=[*mixed, shape(keys.shape, keys.dtype), shape(values.shape, values.dtype)],
         grid=(batch, heads, cut),
         input_output_aliases={4: len(mixed), 5: len(mixed) + 1},
@@ -136,12 +163,15 @@ def _pallas(q, k, v, keys, values, used, scale, window, cap=None, cut=None, inte
         v.astype(values.dtype),
         keys,
         values,
+        *first,
     )
-    y = _joined(mixed, q.dtype, interpret) if cut > 1 else mixed[0]
+    y = _joined([*mixed, *own], q.dtype, interpret) if cut > 1 else mixed[0]
     return y.reshape(q.shape), keys, values
 
 
-def _kernel(group, cut, scale, window, cap, used_ref, q_ref, k_ref, v_ref, _keys, _values, *refs):
+def _kernel(group, cut, scale, limits, cap, sinking, *refs):
+    used_ref, q_ref, k_ref, v_ref, _, _, *refs = refs
+    sinks_ref, refs = (refs[0], refs[1:]) if sinking else (None, refs)
     *out_refs, keys_ref, values_ref = refs
     row, head, part = (pl.program_id(axis) for axis in range(3))
     # Rows beyond the group repeat its last one: they compute and store the same numbers.
@@ -156,7 +186,7 @@ def _kernel(group, cut, scale, window, cap, used_ref, q_ref, k_ref, v_ref, _keys
         jnp.where(own, jnp.ones(ROWS, jnp.float32), 0.0),
         jnp.where(own, jnp.broadcast_to(wide(v)[None], q.shape), 0.0),
     )
-    first = 0 if window is None else jnp.maximum(used + 1 - window, 0)
+    first = _first(used, *limits)
     begin, end = first // BLOCK, pl.cdiv(used, BLOCK)
     share = pl.cdiv(end - begin, cut)
 
@@ -182,6 +212,8 @@ def _kernel(group, cut, scale, window, cap, used_ref, q_ref, k_ref, v_ref, _keys
         keys_ref[row, head, used, :] = k
         values_ref[row, head, used, :] = v
 
+    if sinking:
+        total = total + jnp.exp(sinks_ref[head, lines] - top)
     if cut == 1:
         out_refs[0][row, head, lines, :] = (mixed / total[:, None]).astype(q.dtype)
     else:
@@ -189,6 +221,12 @@ def _kernel(group, cut, scale, window, cap, used_ref, q_ref, k_ref, v_ref, _keys
         mixed_ref[row, head, part, lines, :] = mixed
         top_ref[row, head, part, lines] = top
         total_ref[row, head, part, lines] = total
+
+
+def _first(used, window, chunk):
+    """The first slot that a token in slot `used` sees."""
+    first = 0 if window is None else jnp.maximum(used + 1 - window, 0)
+    return first if chunk is None else jnp.maximum(used - used % chunk, first)
 
 
 def _product(a, b, axis):
@@ -201,12 +239,16 @@ def _joined(parts_, dtype, interpret):
     """The whole rows' mixed values [B, K, G, h] from those of their parts, in one launch."""
     batch, heads, _, group, width = parts_[0].shape
 
-    def kernel(mixed_ref, top_ref, total_ref, y_ref):
+    def kernel(mixed_ref, top_ref, total_ref, *refs):
+        *sinks_ref, y_ref = refs
         row, head, line = (pl.program_id(axis) for axis in range(3))
         top = top_ref[row, head, :, line]
-        weight = jnp.exp(top - jnp.max(top, axis=0))
+        highest = jnp.max(top, axis=0)
+        weight = jnp.exp(top - highest)
         mixed = jnp.sum(mixed_ref[row, head, :, line, :] * weight[:, None], axis=0)
         total = jnp.sum(total_ref[row, head, :, line] * weight, axis=0)
+        if sinks_ref:
+            total = total + jnp.exp(sinks_ref[0][head, line] - highest)
         y_ref[row, head, line, :] = (mixed / total).astype(dtype)
 
     return pl.pallas_call(

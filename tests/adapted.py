@@ -16,6 +16,7 @@ from unsloth_jax import lora, tree
 
 SOME_LAYERS = r"model\.layers\.(0|2)\.mlp\.(up|down)_proj"
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+LLAMA4 = ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj")
 LORA = {
     "llama": Settings(4, 8.0, targets=lora.TARGETS),
     "mistral": Settings(4, 6.0, rslora=True, targets=("q_proj", "v_proj")),
@@ -47,6 +48,11 @@ LORA = {
         targets=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", *EXPERTS),
     ),
     "deepseek_v3_whole_queries": Settings(2, 4.0, targets=("q_proj", "kv_b_proj")),
+    "gpt_oss": Settings(2, 4.0, targets=("q_proj", "o_proj", *EXPERTS)),
+    "llama4_text": Settings(2, 4.0, targets=("q_proj", "shared_expert.down_proj", *LLAMA4)),
+    "llama4_text_unnormed": Settings(
+        3, 6.0, targets=("v_proj", "feed_forward.experts.gate_up_proj")
+    ),
     "llama_gelu": Settings(2, 8.0, targets=("lm_head", "down_proj"), layers=(1,)),
 }
 

@@ -1,19 +1,35 @@
-"""config.json of models on the hub as their authors wrote them, with what they must be read as."""
+"""config.json of models on the hub as their authors wrote them, with what they must be read as.
 
-from typing import Any, NamedTuple
+Llama, Mistral and Qwen stand here, the other families in hub_families.py.
+"""
 
+from typing import Any
 
-class Sample(NamedTuple):
-    hf: dict[str, Any]
-    parameters: int  # as the hub counts them
-    expected: dict[str, Any]  # fields of our Config
-
+from hub_families import MORE, Sample
 
 LLAMA = dict(
     architectures=["LlamaForCausalLM"], model_type="llama", attention_bias=False,
     attention_dropout=0.0, hidden_act="silu", initializer_range=0.02, pretraining_tp=1,
     rope_scaling=None, rms_norm_eps=1e-05, tie_word_embeddings=False, torch_dtype="bfloat16",
     use_cache=True,
+)  # fmt: skip
+# The text model of Llama-4-Scout-17B-16E: a text_config of the hub's, which has images beside it.
+LLAMA_4 = dict(
+    model_type="llama4_text", _attn_implementation_autoset=True, attention_bias=False,
+    attention_chunk_size=8192, attention_dropout=0.0, attn_scale=0.1,
+    attn_temperature_tuning=True, bos_token_id=200000, cache_implementation="hybrid",
+    eos_token_id=[200001, 200007, 200008], floor_scale=8192, for_llm_compressor=False,
+    head_dim=128, hidden_act="silu", hidden_size=5120, initializer_range=0.02,
+    interleave_moe_layer_step=1, intermediate_size=8192, intermediate_size_mlp=16384,
+    max_position_embeddings=10485760, moe_layers=list(range(48)), no_rope_layers=[],
+    num_attention_heads=40, num_experts_per_tok=1, num_hidden_layers=48, num_key_value_heads=8,
+    num_local_experts=16, output_router_logits=False, pad_token_id=200018, rms_norm_eps=1e-05,
+    rope_scaling=dict(
+        factor=16.0, high_freq_factor=1.0, low_freq_factor=1.0,
+        original_max_position_embeddings=8192, rope_type="llama3"),
+    rope_theta=500000.0, router_aux_loss_coef=0.001, router_jitter_noise=0.0,
+    tie_word_embeddings=False, torch_dtype="bfloat16", use_cache=True, use_qk_norm=True,
+    vocab_size=202048,
 )  # fmt: skip
 LLAMA_3 = LLAMA | dict(
     bos_token_id=128000, eos_token_id=128001, max_position_embeddings=131072, mlp_bias=False,
@@ -105,6 +121,14 @@ HUB: dict[str, Sample] = {
         1_235_814_400,
         dict(layers=16, kv_heads=8, head_width=64, tied=True, kind="llama3", factor=32.0),
     ),
+    "meta-llama/Llama-3.2-3B": Sample(
+        LLAMA_3 | dict(
+            head_dim=128, hidden_size=3072, intermediate_size=8192, num_attention_heads=24,
+            num_hidden_layers=28, rope_scaling=llama3_scaling(32.0), tie_word_embeddings=True,
+        ),
+        3_212_749_824,
+        dict(layers=28, heads=24, head_width=128, tied=True, kind="llama3", factor=32.0),
+    ),
     "unsloth/Llama-3.2-1B-bnb-4bit": Sample(
         LLAMA_3 | dict(
             _name_or_path="unsloth/Llama-3.2-1B", head_dim=64, hidden_size=2048,
@@ -159,6 +183,23 @@ HUB: dict[str, Sample] = {
         7_248_023_552,
         dict(layers=32, kv_heads=8, head_width=128, windows=(None,) * 32, theta=1e6),
     ),
+    "mistralai/Mistral-7B-Instruct-v0.2": Sample(
+        MISTRAL | dict(
+            attention_dropout=0.0, rope_theta=1000000.0, sliding_window=None,
+            transformers_version="4.36.0", vocab_size=32000,
+        ),
+        7_241_732_096,
+        dict(windows=(None,) * 32, theta=1e6),
+    ),
+    "mistralai/Mistral-Nemo-Instruct-2407": Sample(
+        MISTRAL | dict(
+            attention_dropout=0.0, head_dim=128, hidden_size=5120, max_position_embeddings=131072,
+            num_hidden_layers=40, rope_theta=1000000.0, sliding_window=None,
+            transformers_version="4.43.0.dev0", vocab_size=131072,
+        ),
+        12_247_782_400,
+        dict(layers=40, kv_heads=8, head_width=128, windows=(None,) * 40),
+    ),
     "Qwen/Qwen2.5-0.5B": Sample(
         QWEN2 | dict(
             hidden_size=896, intermediate_size=4864, max_window_layers=24, num_attention_heads=14,
@@ -205,4 +246,40 @@ HUB: dict[str, Sample] = {
         8_190_735_360,
         dict(layers=36, kv_heads=8, head_width=128, qkv_bias=False, windows=(None,) * 36),
     ),
-}  # fmt: skip
+    "openai/gpt-oss-20b": Sample(
+        dict(
+            architectures=["GptOssForCausalLM"], attention_bias=True, attention_dropout=0.0,
+            eos_token_id=200002, experts_per_token=4, head_dim=64, hidden_act="silu",
+            hidden_size=2880, initial_context_length=4096, initializer_range=0.02,
+            intermediate_size=2880, layer_types=["sliding_attention", "full_attention"] * 12,
+            max_position_embeddings=131072, model_type="gpt_oss", num_attention_heads=64,
+            num_experts_per_tok=4, num_hidden_layers=24, num_key_value_heads=8,
+            num_local_experts=32, output_router_logits=False, pad_token_id=199999,
+            quantization_config=dict(
+                modules_to_not_convert=[
+                    "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens",
+                    "lm_head",
+                ],
+                quant_method="mxfp4",
+            ),
+            rms_norm_eps=1e-05, rope_scaling=dict(
+                beta_fast=32.0, beta_slow=1.0, factor=32.0, original_max_position_embeddings=4096,
+                rope_type="yarn", truncate=False,
+            ),
+            rope_theta=150000, router_aux_loss_coef=0.9, sliding_window=128, swiglu_limit=7.0,
+            tie_word_embeddings=False, transformers_version="4.55.0.dev0", use_cache=True,
+            vocab_size=201088,
+        ),
+        20_914_757_184,
+        dict(experts=32, chosen=4, windows=(128, None) * 12, limit=7.0, theta=150000.0),
+    ),
+    # The hub counts 108_641_793_536, its vision model and projector among them.
+    "meta-llama/Llama-4-Scout-17B-16E, its text model": Sample(
+        LLAMA_4,
+        107_769_861_120,
+        dict(
+            kind="llama3", low=1.0, high=1.0, factor=16.0, chunk=8192, growth=0.1, floor=8192,
+            experts=16, chosen=1, sparse=(True,) * 48, turned=(True, True, True, False) * 12,
+        ),
+    ),
+} | MORE  # fmt: skip

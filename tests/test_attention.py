@@ -71,10 +71,85 @@ def test_values_of_another_width_reach_the_kernel_as_wide_as_keys(monkeypatch):
         attention.reference(rule, q, k, v, *alone) + v.shape[-1]
     )
     monkeypatch.setattr(attention, "_cudnn", called)
-    monkeypatch.setattr(attention, "supports", lambda rule, q, k: None)
+    monkeypatch.setattr(attention, "supports", lambda *_: None)
     y = attention.attention(rule, Q, KEYS, v, *alone, "cudnn")
     expected = attention.reference(rule, Q, KEYS, v, *alone) + D
     np.testing.assert_allclose(y, expected, atol=2e-6)
+
+
+SINKS = jnp.asarray([-0.5, 3.0, 0.2, -40.0])
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_sink_takes_its_share_of_each_heads_softmax_and_no_value(window):
+    """In torch: one more key whose score is the sink, and whose value is 0."""
+    (y, back), rule = jax.vjp(
+        lambda *args: attention.attention(
+            Rule(0.3, window, documents=3), *args[:3], *numbered(), sinks=args[3]
+        ),
+        Q, KEYS, V, SINKS,
+    ), 0.3  # fmt: skip
+    q, k, v, sinks = (torch.tensor(np.asarray(x), requires_grad=True) for x in (Q, KEYS, V, SINKS))
+    k2, v2 = (x.repeat_interleave(H // K, dim=2) for x in (k, v))
+    segments, positions = map(np.asarray, numbered())
+    back_by = positions[:, :, None] - positions[:, None]
+    seen = (back_by >= 0) & (back_by < (window or T)) & (segments[:, :, None] == segments[:, None])
+    scores = torch.einsum("bthd,bshd->bhts", q, k2) * rule
+    scores = scores.masked_fill(~torch.tensor(seen)[:, None], -torch.inf)
+    more = sinks[None, :, None, None].expand(*scores.shape[:3], 1)
+    chances = torch.cat([scores, more], -1).softmax(-1)[..., :-1]
+    want = torch.einsum("bhts,bshd->bthd", chances, v2)
+    np.testing.assert_allclose(y, want.detach().numpy(), atol=2e-6)
+    want.backward(torch.tensor(np.asarray(G)))
+    for ours, theirs in zip(back(G), (q, k, v, sinks), strict=True):
+        np.testing.assert_allclose(ours, theirs.grad.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 100])
+@pytest.mark.parametrize("window", [None, 3])
+def test_chunks_of_a_document_are_attended_as_torch_attends_each_alone(chunk, window):
+    rule = Rule(0.3, window, documents=3, chunk=chunk)
+    y = attention.attention(rule, Q, KEYS, V, *numbered())
+    for row, sizes in enumerate(DOCUMENTS):
+        ends = np.cumsum(sizes)
+        for start, end in zip(ends - sizes, ends, strict=True):
+            for at in range(start, end, chunk):
+                here = (row, slice(at, min(at + chunk, end)))
+                expected = in_torch(Q[here], KEYS[here], V[here], window)
+                np.testing.assert_allclose(y[here], expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8, 23, 24, 100])
+@pytest.mark.parametrize("documents", [DOCUMENTS, [[T], [T - 1]], [[1, 1, 22], [8, 8, 8]]], ids=str)
+def test_what_kernels_take_for_documents_are_chunks_and_no_more_than_is_said(documents, chunk):
+    segments, positions = numbered(documents)
+    rule = Rule(0.3, documents=max(map(len, documents)), chunk=chunk)
+    pieces, plain = (
+        attention.chunks(rule, segments, positions), attention.without_chunks(rule, T),
+    )  # fmt: skip
+    assert plain.chunk is None and pieces.max() <= plain.documents
+    np.testing.assert_array_equal(pieces == 0, segments == 0)
+    # All numbers from 1 on are there, as `spans` takes them.
+    assert all(set(range(1, row.max() + 1)) <= set(row.tolist()) for row in np.asarray(pieces))
+    want = attention.reference(rule, Q, KEYS, V, segments, positions)
+    got = attention.reference(plain, Q, KEYS, V, pieces, positions)
+    real = np.asarray(segments) > 0
+    np.testing.assert_array_equal(np.asarray(got)[real], np.asarray(want)[real])
+
+
+def test_a_kernel_is_given_chunks_in_the_place_of_documents(monkeypatch):
+    told = {}
+    monkeypatch.setattr(attention, "supports", lambda *_: None)
+    monkeypatch.setattr(
+        attention,
+        "_cudnn",
+        lambda rule, q, k, v, segments: told.update(rule=rule, ids=segments) or q,
+    )
+    monkeypatch.setattr(_choice, "pick", lambda *_: "cudnn")
+    rule = Rule(0.3, documents=3, chunk=4)
+    attention.attention(rule, Q, KEYS, V, *numbered())
+    assert told["rule"] == Rule(0.3, documents=8)
+    assert told["ids"][0, :10].tolist() == [1, 1, 1, 1, 2, 3, 3, 3, 3, 4]
 
 
 def without_windows(rule, q, k, v, segments):
@@ -117,6 +192,22 @@ def test_spans_list_documents_then_padding_without_holes():
     lengths, starts = attention.spans(numbered()[0], documents=4)
     assert lengths.tolist() == [[5, 9, 4, 6, -1], [16, 8, -1, -1, -1]]
     assert starts.tolist() == [[0, 5, 14, 18, -1, -1], [0, 16, -1, -1, -1, -1]]
+
+
+@pytest.mark.parametrize("documents", [1, 3])
+def test_each_token_finds_its_own_sum_among_those_of_cudnn(documents):
+    """Documents of all rows, padding too, follow each other; each has a row of its own."""
+    rule = Rule(0.3, documents=documents)
+    segments, positions = numbered() if documents > 1 else numbered([[20], [T]])
+    want = rng.normal(0, 1, (B, T, H)).astype(np.float32)
+    sums = np.full((B * (documents + 1), H, T), np.nan, np.float32)
+    lengths, starts = (np.asarray(x) for x in attention.spans(segments, documents))
+    spans = [(b, starts[b, i], n) for (b, i), n in np.ndenumerate(lengths) if n > 0]
+    for row, (b, at, n) in zip(sums, spans, strict=False):
+        row[:, :n] = want[b, at : at + n].T
+    given = jnp.asarray(sums if documents > 1 else want.swapaxes(1, 2))
+    found = attention._over_sinks(rule, given, segments, SINKS)
+    np.testing.assert_allclose(found, want - np.asarray(SINKS), atol=1e-6)
 
 
 def shape(heads, width, dtype=jnp.bfloat16):

@@ -13,6 +13,7 @@ import tiny
 
 from unsloth_jax import decoder, lora, losses, optim, quant, train, tree
 from unsloth_jax.dims import Batch, Total
+from unsloth_jax.models import family as family_of
 from unsloth_jax.remat import KEPT, Memory
 from workflows import objective
 
@@ -30,7 +31,7 @@ SIZES = FLOATS | {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u3
 def big():
     """(family, config, 4-bit parameters as shapes, adapters as shapes) of a wider llama."""
     hf = tiny.reference("llama").config.to_dict() | BIG | dict(head_dim=64)
-    family = tiny.family_of(hf["model_type"])
+    family = family_of(hf["model_type"])
     c = family.config(hf)
     shapes = tree.unflatten({
         path: jax.ShapeDtypeStruct((c.layers, *shape) if "*" in path else shape, jnp.bfloat16)

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import torch
+import transformers
 from hub_configs import HUB
+from hub_families import DENSE
 
 from unsloth_jax import decoder, rope
 from unsloth_jax.models import FAMILIES, family
@@ -27,8 +30,22 @@ def test_configs_of_the_hub_are_read_with_the_right_sizes(name):
     module = family(sample.hf["model_type"])
     c = module.config(sample.hf)
     assert parameters(module, c) == sample.parameters
-    found = dataclasses.asdict(c.rope) | {k: v for k, v in vars(c).items() if k != "rope"}
+    found = dataclasses.asdict(c.rope) | {"rope_width": c.rope.width} | vars(c)
     assert {k: found[k] for k in sample.expected} == sample.expected
+
+
+def test_every_dense_family_has_a_config_of_the_hub():
+    assert {*DENSE} <= {sample.hf["model_type"] for sample in HUB.values()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HUB)
+def test_transformers_has_as_many_parameters_for_the_configs_of_the_hub(name):
+    hf = {k: v for k, v in HUB[name].hf.items() if k != "quantization_config"}
+    with torch.device("meta"):
+        config = transformers.AutoConfig.for_model(**hf)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == HUB[name].parameters
 
 
 NEEDED = {
@@ -36,14 +53,12 @@ NEEDED = {
     "deepseek_v3": dict(num_attention_heads=2, num_key_value_heads=2, first_k_dense_replace=1),
     "qwen3_5_text": {"full_attention_interval": 2},
 }
-# Projections that a family has joined, or never gives a bias.
-# Mixtures in all layers have no dense MLP either.
+# Projections that a family has joined, or never gives a bias, or has of experts alone.
 WITHOUT = {
-    "phi3": ("qkv_bias", "o_bias", "mlp_bias"),
-    "glm4": ("mlp_bias",),
-    "mixtral": ("mlp_width", "mlp_bias"),
-    "qwen3_moe": ("mlp_width", "mlp_bias"),
-}
+    "phi3": ("qkv_bias", "o_bias", "mlp_bias"), "glm4": ("mlp_bias",),
+    "gpt_oss": ("mlp_bias",), "llama4_text": ("mlp_bias",), "mixtral": ("mlp_bias", "mlp_width"),
+    "qwen3_moe": ("mlp_bias", "mlp_width"),
+}  # fmt: skip
 
 
 def read(model_type: str, **changes):
@@ -142,6 +157,14 @@ REFUSED = {
     "both directions": ("llama", dict(is_causal=False), "is_causal=False", "True"),
     "activation": ("qwen3", dict(hidden_act="swish2"), "'swish2'", "silu"),
     "biases of joined projections": ("phi3", dict(attention_bias=True), "attention_bias", "False"),
+    "full layers only now and then": ("phi3", dict(full_attn_mod=2), "full_attn_mod=2", "(1,)"),
+    "biases of a head": ("phi3", dict(lm_head_bias=True), "lm_head_bias=True", "False"),
+    "no gate": ("cohere2", dict(use_gated_activation=False), "use_gated_activation=False", "True"),
+    "one after another": ("cohere2", dict(use_parallel_block=False), "use_parallel_block", "True"),
+    "two epsilons": (
+        "starcoder2", dict(layer_norm_epsilon=1e-3), "layer_norm_epsilon=0.001", "1e-05"),
+    "two activations": ("gemma2", dict(hidden_act="silu"), "'silu'", "gelu_pytorch_tanh"),
+    "two windows": ("gemma2", dict(sliding_window_size=8), "sliding_window_size=8", "4096"),
     "another kind of norm": ("starcoder2", dict(norm_type="rms"), "norm_type='rms'", "layer_norm"),
     "a share of a head": ("cohere2", dict(rotary_pct=0.5), "rotary_pct=0.5", "1"),
     "full layers first": (
@@ -223,6 +246,30 @@ REFUSED = {
     "dense layers below zero": (
         "glm4_moe", dict(first_k_dense_replace=-1), "first_k_dense_replace=-1", "from 0 on"),
     "no shared experts": ("glm4_moe", dict(n_shared_experts=0), "n_shared_experts=0", "over 0"),
+    "a context that rope is not from": (
+        "gpt_oss", dict(initial_context_length=2048), "initial_context_length=2048", "4096"),
+    "two numbers of a token's experts": (
+        "gpt_oss", dict(experts_per_token=2), "experts_per_token=2", "num_experts_per_tok=4"),
+    "another gate": ("gpt_oss", dict(hidden_act="gelu"), "hidden_act='gelu'", "silu"),
+    "a limit in quotes": ("gpt_oss", dict(swiglu_limit="7"), "swiglu_limit='7'", "over 0"),
+    "windows of no length": (
+        "gpt_oss", dict(sliding_window=None), "sliding_window is null", "layer_types"),
+    "no chunk": (
+        "llama4_text", dict(attention_chunk_size=None), "attention_chunk_size=None", "over 0"),
+    "windows for chunks": (
+        "llama4_text", dict(layer_types=["sliding_attention"] * 3), "sliding_attention",
+        "chunked_attention"),
+    "layers that are not there": (
+        "llama4_text", dict(moe_layers=[0, 3]), "[0, 3]", "the 3 layers"),
+    "rope here and there": ("llama4_text", dict(no_rope_layers=[1, 0]), "[1, 0]", "3 of 0 and 1"),
+    "tuning by a number": (
+        "llama4_text", dict(attn_temperature_tuning=4), "attn_temperature_tuning=4",
+        "true or false"),
+    "experts as modules": (
+        "llama4_text", dict(for_llm_compressor=True), "for_llm_compressor=True", "False"),
+    "more experts than there are": (
+        "llama4_text", dict(num_local_experts=2, num_experts_per_tok=3), "num_experts_per_tok=3",
+        "no more"),
     "head of its own": ("qwen2", dict(head_dim=64), "head_dim=64", "qwen2"),
 }  # fmt: skip
 
@@ -232,6 +279,13 @@ def test_what_is_not_understood_is_refused_by_name(model_type, changes, given, k
     with pytest.raises(ValueError) as error:
         read(model_type, **changes)
     assert given in str(error.value) and known in str(error.value)
+
+
+def test_defaults_of_gpt_oss_are_those_of_transformers():
+    sizes = dict(num_hidden_layers=6, hidden_size=64, intermediate_size=32, vocab_size=99)
+    given = sizes | dict(num_attention_heads=16, model_type="gpt_oss")
+    theirs = transformers.GptOssConfig(**given).to_dict()
+    assert family("gpt_oss").config(given) == family("gpt_oss").config(theirs)
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones():
@@ -258,6 +312,19 @@ def test_a_bias_switch_adds_its_weights_and_no_others():
     }
     assert names(attention_bias=True) == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert names(mlp_bias=True) == {"gate_proj", "up_proj", "down_proj"}
+
+
+def test_layers_of_llama_4_follow_their_lists_or_their_steps():
+    by_step = read("llama4_text", num_hidden_layers=8, interleave_moe_layer_step=2)
+    assert by_step.sparse == (False, True) * 4
+    assert by_step.turned == by_step.chunked == ((True,) * 3 + (False,)) * 2
+    assert read("llama4_text", no_rope_layers=[]) == read("llama4_text")
+    lists = dict(no_rope_layers=[1, 0, 0], moe_layers=[], layer_types=["full_attention"] * 3)
+    c = read("llama4_text", **lists, attention_chunk_size=None)
+    assert (c.turned, c.sparse, c.chunk) == ((True, False, False), (False,) * 3, None)
+    assert not any(
+        "expert" in path or "router" in path for path in family("llama4_text").weights(c)
+    )
 
 
 def test_windows_start_at_max_window_layers():

@@ -34,18 +34,20 @@ def example(name: str, dtype=jnp.bfloat16) -> tuple:
     return *rows, *caches, jnp.asarray(used, jnp.int32)
 
 
-def by_hand(q, k, v, keys, values, used, scale, window) -> np.ndarray:
+def by_hand(q, k, v, keys, values, used, scale, window, chunk=None, sinks=None) -> np.ndarray:
     """float64 [B, H, h], a query at a time."""
     q, k, v, keys, values = (np.asarray(x, np.float64) for x in (q, k, v, keys, values))
     out, group = np.zeros((*q.shape[:2], v.shape[2])), q.shape[1] // k.shape[1]
     for b, n in enumerate(np.asarray(used)):
         first = 0 if window is None else max(0, n + 1 - window)
+        first = first if chunk is None else max(first, n - n % chunk)
         for i in range(q.shape[1]):
             j = i // group
             seen = np.concatenate([keys[b, j, first:n], k[b, j][None]])
             weights = np.exp(seen @ q[b, i] * scale)
             mixed = np.concatenate([values[b, j, first:n], v[b, j][None]])
-            out[b, i] = weights @ mixed / weights.sum()
+            sink = 0.0 if sinks is None else np.exp(float(sinks[i]))
+            out[b, i] = weights @ mixed / (weights.sum() + sink)
     return out
 
 
@@ -89,6 +91,33 @@ def test_the_kernel_equals_the_reference(name, window, cut):
     close(got[0], want[0], 1e-2)
     for ours, theirs in zip(got[1:], want[1:], strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name, cut", [("one row", 1), ("one row", 4), ("ragged", 2)])
+def test_sinks_take_their_share_in_reference_and_kernel(name, cut):
+    args, scale = example(name), SHAPES[name][-1] ** -0.5
+    sinks = jnp.asarray(np.random.default_rng(1).normal(1, 2, args[0].shape[1]), jnp.bfloat16)
+    exact = by_hand(*args, scale, 40, sinks=sinks)
+    wide = [x.astype(jnp.float32) for x in args[:-1]] + [args[-1]]
+    close(op.attend(*wide, scale=scale, window=40, sinks=sinks)[0], exact, 1e-5)
+    got = op._pallas(*args, scale, 40, sinks=sinks, cut=cut, interpret=True)
+    close(got[0], exact, 1e-2)
+    assert np.abs(by_hand(*args, scale, 40) - exact).max() > 0.1 * np.abs(exact).max()
+    with _choice.target("gpu"):
+        run = lambda sinks, *args: op._pallas(*args, scale, 40, sinks=sinks, cut=cut)
+        text = jax.jit(run).trace(sinks, *args).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("output_operand_alias<") == 2
+
+
+@pytest.mark.parametrize("window, chunk, cut", [(None, 63, 1), (None, 32, 2), (20, 64, 1)])
+def test_a_token_sees_no_chunk_but_its_own(window, chunk, cut):
+    args, scale = example("ragged", jnp.float32), SHAPES["ragged"][-1] ** -0.5
+    limits = dict(window=window, chunk=chunk)
+    y, *_ = op.attend(*args, scale=scale, **limits, implementation="xla")
+    close(y, by_hand(*args, scale, **limits), 1e-5)
+    args = example("ragged")
+    got = op._pallas(*args, scale, **limits, cut=cut, interpret=True)
+    close(got[0], op.reference(*args, scale, **limits)[0], 1e-2)
 
 
 @pytest.mark.parametrize("cut", [1, 4])

@@ -12,6 +12,7 @@ import tiny
 
 from pallas_kernels import _choice
 from unsloth_jax import decoder, decoding, leaves, lora, quant, sample, tree, unstack
+from unsloth_jax.models import family as family_of
 from unsloth_jax.sample import Sampling
 
 prefill = tiny.shared_jit(decoding.prefill, static_argnames=("slots", "dtype"))
@@ -138,7 +139,7 @@ def test_the_bytes_of_materialized_layers_are_known_before():
 def big() -> tuple:
     """(family, config, 4-bit parameters with adapters, as shapes) of a wider llama."""
     hf = tiny.reference("llama").config.to_dict() | BIG | dict(head_dim=64)
-    family = tiny.family_of(hf["model_type"])
+    family = family_of(hf["model_type"])
     c = family.config(hf)
     zeros = lambda: tree.unflatten({
         path: jnp.zeros((c.layers, *shape) if "*" in path else shape)
@@ -213,7 +214,7 @@ def test_the_caches_are_written_in_place():
 def test_for_a_gpu_attention_is_one_or_two_launches_a_layer(batch, launches):
     """Rows too few for the GPU are cut into parts, which a second launch joins."""
     hf = tiny.reference("llama").config.to_dict() | dict(num_key_value_heads=4)
-    family = tiny.family_of(hf["model_type"])
+    family = family_of(hf["model_type"])
     c = family.config(hf)
     stack = lambda path, size: (c.layers, *size) if "*" in path else size
     shapes = tree.unflatten({

@@ -90,9 +90,10 @@ def test_a_file_of_bitsandbytes_gives_its_own_logits(name, tmp_path, figure):
     plain = tiny.save(tiny.reference(name), tmp_path / "plain")
     how = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32",
-        llm_int8_skip_modules=["lm_head"],
+        llm_int8_skip_modules=["lm_head", "router"],
     )  # fmt: skip
-    opened(plain, quantization_config=how).save_pretrained(tmp_path / "four")
+    written = opened(plain, quantization_config=how)
+    written.save_pretrained(tmp_path / "four")
     source = SafetensorsSource(tmp_path / "four")
     family, c, params = hf.load(source, quantize="nf4")
     flat = tree.flatten(params)
@@ -102,7 +103,9 @@ def test_a_file_of_bitsandbytes_gives_its_own_logits(name, tmp_path, figure):
     assert packed == {p for p in flat if hf.is_linear(p) and ".experts." not in p}
     found = np.asarray(tiny.logits(family, c, params, *tiny.padded([ROW], len(ROW))))
     with torch.no_grad():
-        expected = opened(tmp_path / "four")(torch.tensor([ROW])).logits.numpy()
+        # Of the model that wrote the file: transformers finds no experts in its own of Llama 4.
+        again = written if "llama4" in name else opened(tmp_path / "four")
+        expected = again(torch.tensor([ROW])).logits.numpy()
     said = f"logits of bitsandbytes' 4-bit file, {source.config['model_type']}, share of std"
     figure(said, np.abs(found - expected).max() / expected.std(), 1e-4)
     exact = np.asarray(tiny.logits(*tiny.pair(name)[1:], *tiny.padded([ROW], len(ROW))))

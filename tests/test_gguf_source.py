@@ -195,7 +195,12 @@ def test_what_is_not_gguf_is_named(tmp_path, opening, message):
 
 
 def test_an_unknown_architecture_is_named_with_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match=r"'gemma3'; known: \['llama', 'qwen2', 'qwen3'\]"):
+    with pytest.raises(ValueError, match=r"'mamba'; known: \['command-r', .*'starcoder2'\]"):
+        GGUFSource(tiny(tmp_path, "mamba", tiny_gguf.weights()))
+
+
+def test_a_key_that_only_its_family_needs_is_named_where_it_lacks(tmp_path):
+    with pytest.raises(ValueError, match=r"missing: \['gemma3.attention.sliding_window'\]"):
         GGUFSource(tiny(tmp_path, "gemma3", tiny_gguf.weights()))
 
 
@@ -302,7 +307,9 @@ def test_llama3_scaling_is_recovered_from_its_tensor(head_dim, theta, factor, or
     plain = theta ** -(np.arange(0, head_dim, 2) / head_dim)
     factors = (plain / frequencies(given)).astype(np.float32)
     file = gguf_header.GGUF("x", {}, {})
-    found = gguf_config._rope(file, {"rope.freq_base": theta}, head_dim, factors)
+    found = gguf_config._rope(
+        file, {"rope.freq_base": theta}, head_dim, {gguf_config.FACTORS: factors}
+    )
     np.testing.assert_allclose(frequencies(found), frequencies(given), 1e-5)
     assert found["factor"] == factor
     if head_dim > 16:

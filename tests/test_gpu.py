@@ -217,3 +217,9 @@ def test_cudnn_agrees_with_the_reference(documents, window, length):
     for ours, exact in zip(got, wanted, strict=True):
         error = jnp.linalg.norm(ours.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
         assert error <= 8e-3, error
+
+
+@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_cudnn_takes_sinks_and_finds_their_gradient(packed, window):
+    assert attention._disagreement("bfloat16", 8, 64, packed, window, True) is None

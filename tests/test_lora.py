@@ -95,6 +95,14 @@ def test_permuted_experts_are_noticed(tmp_path):
     assert np.abs(got - expected).max() > 0.1 * expected.std()
 
 
+def test_routers_and_experts_are_no_linear_modules():
+    """PEFT's "all-linear" would take Llama 4's router, an adapter of which is refused."""
+    chosen = names_adapted(tiny.pair("llama4_text").params, "all-linear")
+    ends = {name.partition("feed_forward.")[2] for name in chosen}
+    projections = {"gate_proj", "up_proj", "down_proj"}
+    assert ends == {"", *projections, *(f"shared_expert.{name}" for name in projections)}
+
+
 @pytest.mark.parametrize(("targets", "layers"), CHOICES, ids=str)
 def test_targets_and_layers_choose_what_peft_chooses(targets, layers):
     fields = peft.LoraConfig(r=2, target_modules=targets, layers_to_transform=layers)

@@ -109,11 +109,13 @@ def test_packed_rows_equal_separate_rows(pair, figure):
 
 
 def weight_mutations(params: dict):
-    """(what, changed parameters): biases to 0, norms to 1, matrices shifted by a row."""
+    """(what, changed parameters): biases to 0, no sinks, norms to 1, matrices shifted by a row."""
     flat = tree.flatten(params)
     for path, w in flat.items():
         if path.endswith("bias"):
             wrong = jnp.zeros_like
+        elif path.endswith("sinks"):
+            wrong = lambda x: jnp.full_like(x, -1e30)
         elif "norm" in path:
             wrong = jnp.ones_like
         else:
@@ -133,6 +135,9 @@ def config_mutations(pair):
         other = 9 if all(c.windows) else 8
         yield "no window", dataclasses.replace(c, windows=(None,) * c.layers)
         yield "other windows", dataclasses.replace(c, windows=(other,) * c.layers)
+    if c.chunk:
+        yield "no chunks", dataclasses.replace(c, chunk=None)
+        yield "other chunks", dataclasses.replace(c, chunk=2 * c.chunk)
     if c.activation != "silu":
         # Where gelu is exact or not makes little difference: one entry of TINY is about it.
         for other in ("silu", "gelu") if pair.family is llama else ("silu",):
@@ -310,6 +315,9 @@ ROPES = {
         original_max_position_embeddings=2048),
     "qwen2.5 yarn": dict(
         rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=2048),
+    "llama-4": dict(
+        rope_type="llama3", rope_theta=5e5, factor=16.0, low_freq_factor=1.0, high_freq_factor=1.0,
+        original_max_position_embeddings=2048),
     "yarn, attention factor": dict(
         rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=2048,
         attention_factor=0.7),

@@ -158,6 +158,13 @@ def test_missing_unexpected_misshapen_and_broken_tensors_stand_in_one_error(fold
         assert re.search(words, str(caught.value)), words
 
 
+def test_an_adapter_of_a_router_is_refused_by_name(tmp_path):
+    s = Settings(2, 4.0, targets=("q_proj", "router"))
+    in_peft("llama4_text", s).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"unexpected .*feed_forward\.router\.lora_A"):
+        peft_adapter.load(tmp_path, tiny.pair("llama4_text").params)
+
+
 def test_a_head_that_was_changed_beside_its_adapter_is_refused(tmp_path):
     pair, s = tiny.pair("llama_gelu"), LORA["llama_gelu"]
     in_peft("llama_gelu", s).save_pretrained(tmp_path)

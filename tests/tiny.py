@@ -153,6 +153,23 @@ TINY: dict[str, tuple[str, dict]] = {
         "DeepseekV3", PLAIN | LATENT | dict(
             q_lora_rank=None, rope_interleave=False, norm_topk_prob=False, v_head_dim=64),
     ),
+    "gpt_oss": (
+        "GptOss", SMALL | MIXED | WINDOWED | dict(
+            num_local_experts=4, intermediate_size=48, swiglu_limit=1.0, swiglu_alpha=1.2,
+            rms_norm_eps=0.02, rope_parameters=YARN | dict(truncate=False, beta_fast=2.0)),
+    ),
+    "llama4_text": (
+        "Llama4Text", SMALL | MIXED | dict(
+            num_local_experts=4, moe_layers=[0, 2], intermediate_size_mlp=192, rms_norm_eps=0.02,
+            no_rope_layers=[1, 0, 1], attention_chunk_size=8, floor_scale=8, attn_scale=0.5),
+    ),
+    "llama4_text_unnormed": (
+        "Llama4Text", SMALL | dict(
+            num_local_experts=3, interleave_moe_layer_step=2, use_qk_norm=False,
+            attention_bias=True, attn_temperature_tuning=False, tie_word_embeddings=True,
+            no_rope_layers=[1, 1, 0], attention_chunk_size=20, rope_parameters=LLAMA3,
+            layer_types=["chunked_attention", "full_attention", "chunked_attention"]),
+    ),
 }  # fmt: skip
 
 # One entry of each family, by its model_type.
@@ -163,12 +180,14 @@ EACH = {
     "olmo2": "olmo2", "smollm3": "smollm3", "starcoder2": "starcoder2", "glm4": "glm4",
     "exaone4": "exaone4", "qwen3_5_text": "qwen3_5_text", "falcon_h1": "falcon_h1",
     "mixtral": "mixtral", "qwen3_moe": "qwen3_moe", "glm4_moe": "glm4_moe",
-    "deepseek_v3": "deepseek_v3",
+    "deepseek_v3": "deepseek_v3", "llama4_text": "llama4_text", "gpt_oss": "gpt_oss",
 }  # fmt: skip
 # Entries whose parts others have too: all their tests but the logits' go to `make test-full`.
 LESSER = (
     "ministral3", "gemma", "phi3_window", "granite", "cohere", "olmo2", "smollm3", "exaone4",
     "glm4_moe", "glm4_moe_unnormed", "deepseek_v3_whole_queries",
+    "falcon_h1_plain",
+    "llama4_text_unnormed",
 )  # fmt: skip
 
 
@@ -179,12 +198,17 @@ def entries(names) -> list:
 
 
 def redraw(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Matrices N(0, 1.5/sqrt(fan in)), embeddings N(0, 1), norms U(0.5, 1.5), biases N(0, 0.5)."""
+    """Matrices N(0, 1.5/sqrt(fan in)), embeddings N(0, 1), norms U(0.5, 1.5), biases N(0, 0.5).
+
+    Sinks N(1, 1).
+    """
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("bias"):
                 value = rng.normal(0, 0.5, p.shape)
+            elif name.endswith("sinks"):
+                value = rng.normal(1, 1, p.shape)
             elif name.endswith("A_log"):
                 # States that fade within some tens of tokens, as trained ones do.
                 value = rng.uniform(-3, 0, p.shape)

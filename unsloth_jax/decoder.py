@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from unsloth_jax import remat, tree
 from unsloth_jax.dims import Params
+from unsloth_jax.experts import Spread
 from unsloth_jax.layers import feed_forward, row_mixers
 from unsloth_jax.leaves import Lora, Quantized, View, layer, scores, stacks
 from unsloth_jax.remat import Memory
@@ -181,21 +182,64 @@ def forward(
     `embedded` the rows of a `leaves.Hosted` embedding table.
     """
     body = _layer(family, c, positions, segments, memory, documents)
+    x = family.embed(c, params, tokens, embedded)
+    x = scan_layers(family, c, params, x, body, _computed_again(memory), memory.unroll)
+    return family.norm(c, params, x)
+
+
+def spread(
+    family: ModuleType,
+    c: Any,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    memory: Memory = remat.PLAIN,
+    documents: int | None = None,
+    embedded: Float[Array, "B T D"] | None = None,
+) -> tuple[Float[Array, "B T D"], Spread]:
+    """`forward`, and how all layers sent the tokens, padding aside, to their experts."""
+    step = _layer(family, c, positions, segments, memory, documents)
+    real = (segments > 0).astype(jnp.float32)
+
+    def body(carry, kind, w, i):
+        x, sums = carry
+        heard: list[Spread] = []
+        x = step(x, kind, w, i, lambda node, y: heard.append(family.routed(c, node, y, real)))
+        for one in heard:
+            sums = jax.tree.map(jnp.add, sums, one)
+        return x, sums
+
+    x = family.embed(c, params, tokens, embedded)
+    none = Spread(jnp.zeros(c.experts), jnp.zeros(c.experts), jnp.zeros(()))
+    wrap = _computed_again(memory)
+    x, found = scan_layers(family, c, params, (x, none), body, wrap, memory.unroll)
+    return family.norm(c, params, x), found
+
+
+def _computed_again(memory: Memory) -> Callable:
+    """What goes around a layer: only what `memory` keeps of it lasts until the backward pass."""
     # Quantized bytes read outside would be saved layer by layer: a second copy of the base.
     policy = remat.policy(memory.keep)
-    wrap = partial(jax.checkpoint, prevent_cse=memory.unroll, policy=policy)
-    x = family.embed(c, params, tokens, embedded)
-    return family.norm(c, params, scan_layers(family, c, params, x, body, wrap, memory.unroll))
+    return partial(jax.checkpoint, prevent_cse=memory.unroll, policy=policy)
 
 
 def _layer(family, c, positions, segments, memory, documents):
-    """fn(x, kind, weights, layer number) -> x for tokens that see each other."""
+    """fn(x, kind, weights, layer number) -> x for tokens that see each other.
+
+    A fifth argument is told the weights and the input of each MLP that is a family's own.
+    """
     by = family.angles(c, positions, document_lengths(segments))
     mixers = row_mixers(segments, positions, documents)
 
-    def layer(x, kind, w, i):
+    def layer(x, kind, w, i, tell=None):
+        def mlp(node, y, how):
+            if tell is not None and callable(how):
+                tell(node, y)
+            return feed_forward(node, y, how, memory.tiles)
+
         x = checkpoint_name(x, remat.INPUT)
-        return family.block(c, kind, w, x, by, mixers, partial(feed_forward, tiles=memory.tiles))[0]
+        return family.block(c, kind, w, x, by, mixers, mlp)[0]
 
     return layer
 

@@ -109,9 +109,9 @@ def _prompt_mixers(positions: Int[Array, "B T"], lengths: Int[Array, " B"]) -> M
     inside = positions < lengths[:, None]
     segments, going_on = inside.astype(jnp.int32), jnp.zeros_like(inside)
 
-    def attend(q, k, v, *, scale, window, cap=None):
-        rule = Rule(scale, window, cap, documents=1)
-        y = self_attention(rule, q, k, v, segments, positions)
+    def attend(q, k, v, *, scale, window, cap=None, chunk=None, sinks=None):
+        rule = Rule(scale, window, cap, 1, chunk)
+        y = self_attention(rule, q, k, v, segments, positions, sinks)
         return y, {"keys": k, "values": v}
 
     def convolve(x, w, bias):
@@ -192,10 +192,10 @@ def _token_mixers(own: dict[str, Any], used: Array, grow: Array, mixed: Any) -> 
     def stays(new, old):
         return jnp.where(grow.reshape(-1, *[1] * (new.ndim - 1)) > 0, new, old)
 
-    def attend(q, k, v, *, scale, window, cap=None):
+    def attend(q, k, v, *, scale, window, **rule):
         new = (one[:, 0] for one in (q, k, v))
         y, keys, values = decode_attention.attend(
-            *new, own["keys"], own["values"], used, scale=scale, window=window, cap=cap
+            *new, own["keys"], own["values"], used, scale=scale, window=window, **rule
         )
         return mixed(y).reshape(y.shape[0], 1, -1), {"keys": keys, "values": values}
 

@@ -42,12 +42,15 @@ PLAIN = Scores()
 
 
 class Total(NamedTuple):
-    """A sum that has not been divided yet, so that accumulation over batches stays exact."""
+    """A sum that has not been divided yet, so that accumulation over batches stays exact.
 
-    value: Float[Array, ""]
+    Of `statistics` the value may be one of several numbers.
+    """
+
+    value: Float[Array, "..."]
     count: Float[Array, ""]
 
-    def mean(self) -> Float[Array, ""]:
+    def mean(self) -> Float[Array, "..."]:
         """value / count, and 0 where nothing was counted."""
         return self.value / jnp.where(self.count == 0, 1.0, self.count)
 

@@ -24,6 +24,14 @@ class Route(NamedTuple):
     weights: Float[Array, "N k"]
 
 
+class Spread(NamedTuple):
+    """How tokens were sent to experts, summed over tokens and the layers that have some."""
+
+    chances: Float[Array, " E"]  # of the router's softmax over all experts
+    sent: Float[Array, " E"]  # tokens
+    rows: Float[Array, ""]  # tokens times layers
+
+
 # From the products of an expert's input to what its last matrix takes.
 Inner = Callable[[list[Array]], Array]
 
@@ -70,10 +78,35 @@ def sigmoid_route(
     return Route(chosen, chances * scale)
 
 
+def spread(
+    scores: Float[Array, "N E"], chosen: Int[Array, "N k"], real: Float[Array, " N"]
+) -> Spread:
+    """A layer's, of the tokens that are `real` (1, else 0)."""
+    chances = jax.nn.softmax(scores, axis=-1)
+    sent = jax.nn.one_hot(chosen, scores.shape[-1]).sum(1)
+    return Spread(real @ chances, real @ sent, real.sum())
+
+
+def chosen_route(scores: Float[Array, "N E"], k: int) -> Route:
+    """The k experts of the highest scores, weighed by the softmax of these alone."""
+    highest, chosen = jax.lax.top_k(scores, k)
+    return Route(chosen, jax.nn.softmax(highest, axis=-1))
+
+
 def gated(activation: str, products: list[Array]) -> Array:
     """act(gate) * up, of the products [gate, up]."""
     gate, up = products
     return ACTIVATIONS[activation](gate) * up
+
+
+def clamped(gain: float, limit: float, products: list[Array]) -> Array:
+    """gate * sigmoid(gain * gate) * (up + 1), gate up to `limit`, up between -limit and limit.
+
+    Of one product whose even columns are the gate, the odd ones up (transformers `gpt_oss`).
+    """
+    (both,) = products
+    gate, up = jnp.minimum(both[..., ::2], limit), jnp.clip(both[..., 1::2], -limit, limit)
+    return gate * jax.nn.sigmoid(gain * gate) * (up + 1)
 
 
 def mixture(
@@ -83,11 +116,13 @@ def mixture(
     first: tuple[str, ...],
     last: str,
     inner: Inner,
+    weigh_inputs: bool = False,
 ) -> Float[Array, "N D"]:
     """The weighed sum of what each token's experts give.
 
     `node` holds the experts' matrices [E, O, I] by name: `inner` of the products with those named
-    `first` is what `last` takes. Biases [E, O] stand beside them in `{weight, bias}` nodes.
+    `first` is what `last` takes. Biases [E, O] stand beside them in `{weight, bias}` nodes. With
+    `weigh_inputs` weights multiply what experts take, else what they give.
     """
     count, k = route.experts.shape
     flat = route.experts.reshape(-1)
@@ -96,9 +131,12 @@ def mixture(
     sizes = jnp.bincount(flat, length=_experts(node[last])).astype(jnp.int32)
     groups = Groups(flat[order], sizes)
     rows = _sorted(x, order, back, k)
+    if weigh_inputs:
+        by = _permuted(route.weights.reshape(-1, 1), order, back)
+        rows = (rows.astype(jnp.float32) * by).astype(x.dtype)
     y = grouped(node[last], inner([grouped(node[name], rows, groups) for name in first]), groups)
-    y = _permuted(y, back, order).reshape(count, k, -1)
-    weighed = y.astype(jnp.float32) * route.weights[..., None]
+    y = _permuted(y, back, order).reshape(count, k, -1).astype(jnp.float32)
+    weighed = y if weigh_inputs else y * route.weights[..., None]
     return weighed.sum(1).astype(x.dtype)
 
 

@@ -14,7 +14,7 @@ from pallas_kernels import causal_conv, recurrence
 from unsloth_jax.dims import Params
 from unsloth_jax.leaves import draws, folded, linear, linears
 
-# attend(q, k, v, *, scale, window, cap) -> (mixed values [B, T, H*u], what the cache keeps)
+# attend(q, k, v, *, scale, window, cap, chunk, sinks) -> (mixed values, what the cache keeps)
 Attend = Callable[..., tuple[Array, Any]]
 # mlp(weights, x [B, T, D], activation or fn(weights, x)) -> [B, T, D]
 Mlp = Callable[[Params, Array, Any], Array]
@@ -136,9 +136,10 @@ def self_attention(
     v: Float[Array, "B T K u"],
     segments: Int[Array, "B T"],
     positions: Int[Array, "B T"],
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H*u"]:
     """Attention of whole rows to themselves, by the fastest kernel that takes them."""
-    y = kernel.attention(rule, q, k, v, segments, positions)
+    y = kernel.attention(rule, q, k, v, segments, positions, sinks=sinks)
     return y.reshape(*q.shape[:2], -1)
 
 
@@ -152,9 +153,9 @@ def row_mixers(
     border = segments[:, 1:] != segments[:, :-1]
     starts = jnp.concatenate([jnp.ones_like(border[:, :1]), border], axis=1)
 
-    def attend(q, k, v, *, scale, window, cap=None):
-        rule = kernel.Rule(scale, window, cap, documents=documents)
-        return self_attention(rule, q, k, v, segments, positions), {}
+    def attend(q, k, v, *, scale, window, cap=None, chunk=None, sinks=None):
+        rule = kernel.Rule(scale, window, cap, documents, chunk)
+        return self_attention(rule, q, k, v, segments, positions, sinks), {}
 
     def recur(q, k, v, decay, beta=None):
         return recurrence.recur(q, k, v, decay, beta, starts, no_state(k, v))[0], {}

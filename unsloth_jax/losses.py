@@ -91,3 +91,12 @@ def neftune(
     lengths = jnp.full((1, 1), length) if lengths is None else lengths
     size = alpha * jax.lax.rsqrt(jnp.maximum(lengths, 1) * jnp.float32(width))
     return embedded + (noise * size[..., None]).astype(embedded.dtype)
+
+
+def balance(chances: Float[Array, " E"], sent: Float[Array, " E"], rows: Float[Array, ""]) -> Total:
+    """Switch's loss of uneven experts (arXiv:2101.03961 4-6), E sum_e sent_e mean(chances)_e.
+
+    `chances` are sums over `rows` tokens and layers, `sent` the share of all of a whole step's
+    that went to each expert, of all its choices: 1 a choice where they are even.
+    """
+    return Total(chances.shape[0] * (jax.lax.stop_gradient(sent) * chances).sum(), rows)

@@ -41,7 +41,9 @@ def frequencies(r: Rope) -> np.ndarray:
         return plain / np.float32(r.factor)
     if r.kind == "llama3":
         turns = r.context * plain / np.float32(2 * math.pi)
-        keep = np.clip((turns - r.low) / (r.high - r.low), 0, 1).astype(np.float32)
+        # Llama 4 has one number for both ends of the ramp.
+        wide = max(r.high - r.low, 1e-6)
+        keep = np.clip((turns - r.low) / wide, 0, 1).astype(np.float32)
         return plain * keep + plain / np.float32(r.factor) * (1 - keep)
     if r.kind == "yarn":
         return _yarn(r, plain)

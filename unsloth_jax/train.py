@@ -62,8 +62,8 @@ def _informed(
         return batches
     totals = jax.lax.map(lambda batch: statistics(trainable, frozen, batch), batches)
     count = jax.tree.leaves(batches)[0].shape[0]
-    means = {name: Total(*(x.sum() for x in total)).mean() for name, total in totals.items()}
-    found = {name: jnp.broadcast_to(mean, (count,)) for name, mean in means.items()}
+    means = {name: Total(*(x.sum(0) for x in total)).mean() for name, total in totals.items()}
+    found = {name: jnp.broadcast_to(x[None], (count, *x.shape)) for name, x in means.items()}
     return batches._replace(beside=(batches.beside or {}) | jax.lax.stop_gradient(found))
 
 

@@ -31,7 +31,11 @@ TOLD = {
     "gemma2": "soft-caps: on a GPU attention goes through XLA, with all scores in memory",
     "gemma3_text": "text only; heads of 256, as gemma",
     "glm4_moe": "layers that predict further tokens are left out of files",
+    "gpt_oss": "MXFP4 is dequantized when read, and not written; Unsloth's bnb-4bit files, whose "
+    "experts are linear modules, are refused",
     "llama": "see [performance](performance.md)",
+    "llama4_text": "text only; as transformers: experts in bitsandbytes' files one by one or in 16 "
+    "bits; no adapters or 4 bits of routers",
     "ministral3": "text only",
     "phi3": "LongRoPE's factors by a document's length; no windows in GGUF, which is told",
     "qwen3_5_text": "text only; `mtp` weights are left alone, as in transformers; no GGUF yet",

@@ -71,7 +71,6 @@ LATER = {
     "hub_always_push": (False,),
     "hub_revision": (None,),
     "trust_remote_code": (False, None),
-    "router_aux_loss_coef": (None, 0),
     "truncation_mode": ("keep_start",),
     "shuffle_dataset": (False, True),
 }

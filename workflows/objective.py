@@ -9,7 +9,8 @@ import numpy as np
 import optax
 
 from unsloth_jax import decoder, leaves, lora, losses, plan, remat, train, tree
-from unsloth_jax.dims import Batch, Params, Total
+from unsloth_jax.dims import Batch, Measured, Params, Total
+from unsloth_jax.experts import Spread
 from unsloth_jax.leaves import Hosted
 
 LOSSES = {"nll": losses.sft, "dft": losses.dft}
@@ -56,6 +57,7 @@ class Options(NamedTuple):
     smoothing: float = 0.0  # share of the mean over the vocabulary
     neftune: float = 0.0  # alpha of the noise on embeddings, 0 for none
     dropout: float = 0.0  # of adapters' inputs
+    balance: float = 0.0  # weight of the loss of uneven experts
 
     @property
     def draws(self) -> bool:
@@ -79,15 +81,49 @@ def loss(
     """
     total = LOSSES[options.kind]
 
-    def fn(adapters: Params, frozen: Params, b: Batch) -> Total:
+    def fn(adapters: Params, frozen: Params, b: Batch) -> Total | Measured:
         params = attached(frozen, adapters, scale, b, options.dropout)
-        hidden = decoder.forward(
-            model, c, params, b.tokens, b.positions, b.segments, memory, documents,
-            _noised(params, b, options.neftune),
-        )  # fmt: skip
+        rows = b.tokens, b.positions, b.segments, memory, documents
+        embedded = _noised(params, b, options.neftune)
+        if options.balance:
+            hidden, found = decoder.spread(model, c, params, *rows, embedded)
+        else:
+            hidden = decoder.forward(model, c, params, *rows, embedded)
         head = model.head(c, params)
         chunked = (memory.chunk, b.weights, options.smoothing, model.scores(c))
-        return total(losses.token_logprobs(hidden, head, b.targets, *chunked), b.weights)
+        nll = total(losses.token_logprobs(hidden, head, b.targets, *chunked), b.weights)
+        return _balanced(nll, found, b, options.balance) if options.balance else nll
+
+    return fn
+
+
+def _balanced(nll: Total, found: Spread, b: Batch, weight: float) -> Measured:
+    """The loss with that of uneven experts, which a step divides by other counts than tokens."""
+    uneven = losses.balance(found.chances, b.beside["sent"], found.rows)
+    value = nll.value + weight * uneven.value * b.beside["counted"]
+    return Measured(nll._replace(value=value), {"aux_loss": uneven})
+
+
+def spread_of_step(
+    model: ModuleType,
+    c: Any,
+    scale: float,
+    memory: remat.Memory = remat.PLAIN,
+    documents: int | None = None,
+) -> train.StatisticsFn:
+    """What `_balanced` must know of a whole step: choices a row by expert, tokens that count.
+
+    Its arguments are those of `loss`. It costs a forward pass.
+    """
+
+    def fn(adapters: Params, frozen: Params, b: Batch) -> dict[str, Total]:
+        params = lora.attach(frozen, adapters, scale)
+        rows = b.tokens, b.positions, b.segments, memory, documents, b.embedded
+        found = decoder.spread(model, c, params, *rows)[1]
+        return {
+            "sent": Total(found.sent, found.rows),
+            "counted": Total(b.weights.sum(), found.rows),
+        }
 
     return fn
 
@@ -137,11 +173,12 @@ def sft(options: Options, seed: int) -> Objective:
     def built(*args: Any, **more: Any) -> train.LossFn:
         return loss(*args, **more, options=options)
 
-    plain = options.kind == "nll" and not options.smoothing
+    plain = options.kind == "nll" and not options.smoothing and not options.balance
+    statistics = spread_of_step if options.balance else None
     if not options.draws:
-        return Objective(name, built, perplexity=plain)
+        return Objective(name, built, perplexity=plain, statistics=statistics)
     ready = lambda step, batch: batch._replace(key=keys(seed, step, len(batch.tokens)))
-    return Objective(name, built, ready, options.dropout, True, plain)
+    return Objective(name, built, ready, options.dropout, True, plain, statistics=statistics)
 
 
 def keys(seed: int, step: int, count: int) -> np.ndarray:

@@ -236,8 +236,9 @@ def _say_attention(job: Job, documents: int) -> None:
     c, dtype = job.config, plan.activations(job)
     widest = max(c.head_width, c.v_width)
     shape = lambda heads: jax.ShapeDtypeStruct((job.batch, job.length, heads, widest), dtype)
-    rules = {attention.Rule(1.0, w, c.attention_cap, documents) for w in c.windows}
-    reasons = {attention.supports(rule, shape(c.heads), shape(c.kv_heads)) for rule in rules}
+    rules = {attention.Rule(1.0, w, c.attention_cap, documents, c.chunk) for w in c.windows}
+    sinks = any(path.endswith(".sinks") for path in tree.flatten(job.params))
+    reasons = {attention.supports(rule, shape(c.heads), shape(c.kv_heads), sinks) for rule in rules}
     if job.platform == "gpu" and reasons != {None}:
         say(f"attention runs through XLA, with all scores in memory: {max(filter(None, reasons))}")
 

@@ -63,6 +63,7 @@ RANGES = {
     "warmup_steps": (0, None), "warmup_ratio": (0, 1), "weight_decay": (0, None),
     "max_grad_norm": (0, None), "adam_beta1": (0, 1, "below"), "adam_beta2": (0, 1, "below"),
     "neftune_noise_alpha": (0, None), "label_smoothing_factor": (0, 1, "below"),
+    "router_aux_loss_coef": (0, None),
     "embedding_learning_rate": (0, None), "loraplus_lr_ratio": (1e-9, None),
     "sample_steps": (1e-9, None), "sample_max_new_tokens": (1, None),
     "adam_epsilon": (1e-30, None), "seed": (0, None), "max_steps": (None, 2**31 - 1),
@@ -91,6 +92,7 @@ class SFTConfig:
         loss_type: "nll", or "dft", which weighs each token by its probability.
         label_smoothing_factor: share of the mean over the vocabulary in each token's loss.
         neftune_noise_alpha: size of the noise on embeddings (NEFTune), in training only.
+        router_aux_loss_coef: weight of the loss of unevenly used experts; None or 0 leaves it out.
         eos_token, pad_token: tokens of the tokenizer that take these parts in its copy.
         chat_template_path: a Jinja file with the chat template.
         packing: several examples share a row, each in a segment of its own.
@@ -167,6 +169,7 @@ class SFTConfig:
     loss_type: str = "nll"
     label_smoothing_factor: float = 0.0
     neftune_noise_alpha: float | None = None
+    router_aux_loss_coef: float | None = None
     eos_token: str | None = None
     pad_token: str | None = None
     chat_template_path: str | None = None
@@ -246,6 +249,7 @@ class SFTConfig:
     def losses(self, dropout: float | int = 0.0) -> objective.Options:
         """What the loss of a run is, with adapters of this dropout."""
         shares = self.label_smoothing_factor, self.neftune_noise_alpha or 0, dropout
+        shares = *shares, self.router_aux_loss_coef or 0
         return objective.Options(self.loss_type, *map(float, shares))
 
     def schedule(self, warmup: int, total: int) -> Schedule:

@@ -100,6 +100,11 @@ class SFTTrainer(Trainer):
         self.user = Measured(compute_metrics, preprocess_logits_for_metrics)
         if peft_config is not None:
             adapt(model, peft_config, args.seed)
+        if args.router_aux_loss_coef and not hasattr(model.family, "routed"):
+            raise ValueError(
+                f"router_aux_loss_coef={args.router_aux_loss_coef} balances experts, but a "
+                f"{model.source.config.get('model_type')!r} model has no such loss in transformers"
+            )
         self.model, self.args = model, args
         self._datasets, self._masks = (train_dataset, eval_dataset), []
         super().__init__(model, args, tokenizer, train_dataset, eval_dataset, callbacks)

@@ -139,6 +139,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral": SMALL
     | named("mixtral", "Mixtral")
     | dict(num_local_experts=12, num_experts_per_tok=2, sliding_window=None, rope_theta=1e6),
+    "llama4": SMALL
+    | named("llama4_text", "Llama4")
+    | dict(num_hidden_layers=5, head_dim=32, num_local_experts=4, num_experts_per_tok=2)
+    | dict(intermediate_size_mlp=128, interleave_moe_layer_step=2, pad_token_id=0)
+    | dict(rope_parameters=base.LLAMA3 | dict(low_freq_factor=1.0, high_freq_factor=1.0)),
     "qwen3_moe": SMALL
     | named("qwen3_moe", "Qwen3Moe")
     | dict(head_dim=32, num_experts=12, num_experts_per_tok=4, moe_intermediate_size=32)
@@ -160,6 +165,7 @@ CONFIGS |= {
     "wide_glm4": CONFIGS["glm4"] | WIDE,
     "wide_mixtral": CONFIGS["mixtral"] | WIDE | dict(num_local_experts=8),
     "wide_glm4_moe": CONFIGS["glm4_moe"] | WIDE | dict(moe_intermediate_size=256),
+    "wide_llama4": CONFIGS["llama4"] | WIDE | TIED | dict(intermediate_size_mlp=768),
     "wide_qwen3_moe": CONFIGS["qwen3_moe"] | WIDE | dict(moe_intermediate_size=256),
 }
 BY_SENTENCEPIECE = ("gemma", "gemma2", "gemma3_text", "phi3")
@@ -183,7 +189,7 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def values(config: dict[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:
     """As gguf_answers.py draws them; Gemma's norms store what they differ from 1 by."""
     w = base.values(name, shape).astype(np.float32)
-    if name.endswith(".gate.weight"):
+    if name.endswith((".gate.weight", ".router.weight")):
         return w * 8  # routers' scores wide apart, so that rounding changes no choice
     if not name.endswith("norm.weight"):
         return w

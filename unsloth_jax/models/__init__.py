@@ -15,10 +15,15 @@ where not all layers have all weights, or files hold some the other way round,
     layers_of(c, path)               numbers of the layers that have a weight (optional)
     unused(c)                        a pattern of names that transformers leaves alone (optional)
     TRANSPOSED                       paths of which files hold the last two axes swapped (optional)
+where tokens go to experts that transformers balances,
+    routed(c, node, x, real)         how a mixture spreads its tokens (`experts.Spread`)
 and, where llama.cpp has the family,
     GGUF_ARCH, to_gguf(c, path, w)   its name there, and weights that it stores otherwise (optional)
     gguf_keys(c)                     keys of its own, by the names of gguf's writer (optional)
     gguf_fixed(c)                    {what: (this model's, the only one of llama.cpp)} (optional)
+    GGUF_READS                       the architecture's keys that this family alone reads, and
+    from_gguf(values, names, rope)   config.json's own fields of a file that has these values of
+                                     keys, Hugging Face names of weights and rope_parameters
 """
 
 from collections.abc import Callable
@@ -40,8 +45,10 @@ from unsloth_jax.models import (
     gemma3_text,
     glm4,
     glm4_moe,
+    gpt_oss,
     granite,
     llama,
+    llama4_text,
     ministral3,
     mistral,
     mixtral,
@@ -66,8 +73,10 @@ FAMILIES: dict[str, ModuleType] = {
     "gemma3_text": gemma3_text,
     "glm4": glm4,
     "glm4_moe": glm4_moe,
+    "gpt_oss": gpt_oss,
     "granite": granite,
     "llama": llama,
+    "llama4_text": llama4_text,
     "ministral3": ministral3,
     "mistral": mistral,
     "mixtral": mixtral,

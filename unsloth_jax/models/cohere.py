@@ -17,6 +17,7 @@ from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import kinds as kinds
 
 GGUF_ARCH = "command-r"
+GGUF_READS = ("logit_scale",)
 
 NORMS = ("input_layernorm",)
 
@@ -116,3 +117,13 @@ def gguf_keys(c: Config) -> dict[str, Any]:
 def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
     """What llama.cpp has one value for: (this model's, that one)."""
     return {f"use_qk_norm of {c.layers} layers": (c.qk_norm, c.layers >= 64)}
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    return {
+        "attention_bias": llama.from_gguf(values, names, rope)["attention_bias"],
+        "layer_norm_eps": values["attention.layer_norm_epsilon"],
+        "logit_scale": values["logit_scale"],
+        "use_qk_norm": f"{LAYERS}.0.self_attn.q_norm.weight" in names,
+    }

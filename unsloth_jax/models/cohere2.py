@@ -20,19 +20,26 @@ from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import kinds as kinds
 
 GGUF_ARCH = "cohere2"
+GGUF_READS = ("logit_scale", "attention.sliding_window")
 
 OWN = ("sliding_window", "layer_types", "sliding_window_pattern")
+# Of the first checkpoints' own code: what transformers' does, whatever they say.
 ONLY = {
+    "layer_switch": (4,),
     "order_of_interleaved_layers": ("local_attn_first",),
     "position_embedding_type": ("rope_gptj",),
     "rotary_pct": (1,),
     "use_embedding_sharing": (True,),
+    "use_gated_activation": (True,),
+    "use_parallel_block": (True,),
+    "use_parallel_embedding": (True, False),  # how it was spread over devices
+    "use_qk_norm": (False, None),
 }
 
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
-    hf = {"head_dim": 128, "max_position_embeddings": 8192, "sliding_window": 4096} | dict(hf)
+    hf = {"max_position_embeddings": 8192, "sliding_window": 4096} | dict(hf)
     common = cohere.read(hf, OWN, ONLY)
     pattern = hf.get("sliding_window_pattern") or 4
     sliding = fields.sliding_layers(hf, common["layers"], pattern)
@@ -66,4 +73,11 @@ def gguf_keys(c: Config) -> dict[str, Any]:
         "vocab_size": c.vocab,
         "rope_dimension_count": c.rope.width,
         "rope_scaling_type": "none",
+    }
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    return cohere.from_gguf(values, names, rope) | {
+        "sliding_window": values["attention.sliding_window"]
     }

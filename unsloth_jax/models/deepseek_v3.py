@@ -17,7 +17,7 @@ from unsloth_jax.dims import Params
 from unsloth_jax.layers import Attend, Mlp, feed_forward, rms_norm
 from unsloth_jax.leaves import linear, linears
 from unsloth_jax.models import fields, glm4_moe, llama
-from unsloth_jax.models.glm4_moe import ONLY, Mixed, by_kind, given, mixed, mlps, routed
+from unsloth_jax.models.glm4_moe import ONLY, Mixed, by_kind, experts_of, given, mixed, mlps
 from unsloth_jax.models.glm4_moe import kinds as kinds
 from unsloth_jax.models.glm4_moe import layers_of as layers_of
 from unsloth_jax.models.glm4_moe import unused as unused
@@ -126,7 +126,7 @@ def weights(c: Config) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
         {"q_a_layernorm": c.query_rank} if c.query_rank else {}
     )
     norms = {f"{LAYERS}.*.self_attn.{n}.weight": ((w,), ("latent",)) for n, w in widths.items()}
-    return llama.weights(c, matrices(c) | mlps(c)) | norms | routed(c)
+    return llama.weights(c, matrices(c) | mlps(c)) | norms | experts_of(c)
 
 
 def attention(c: Config, a: Params, y: Float[Array, "B T D"], by: rope.Angles, attend: Attend):

@@ -20,13 +20,14 @@ from unsloth_jax.models.smollm3 import Config
 from unsloth_jax.models.smollm3 import kinds as kinds
 
 GGUF_ARCH = "exaone4"
+GGUF_READS = ("attention.sliding_window", "attention.sliding_window_pattern")
 
 OWN = ("sliding_window", "sliding_window_pattern", "layer_types")
 
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
-    hf = {"rms_norm_eps": 1e-5, "sliding_window": 4096} | dict(hf)
+    hf = dict(num_key_value_heads=32, rms_norm_eps=1e-5, sliding_window=4096) | dict(hf)
     fields.check(hf, own=OWN)
     common, window = fields.sizes(hf), hf["sliding_window"]
     sliding = (False,) * common["layers"] if window is None else _sliding(hf, common["layers"])
@@ -45,7 +46,9 @@ def config(hf: Mapping[str, Any]) -> Config:
 def _sliding(hf: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
     """Whether each layer has a window; a pattern is a number or letters such as "LLLG"."""
     pattern = hf.get("sliding_window_pattern") or 4
-    if hf.get("layer_types") is None and isinstance(pattern, str):
+    if hf.get("layer_types") is not None:
+        return fields.sliding_layers(hf, layers, 0)
+    if isinstance(pattern, str):
         if not pattern or set(pattern) - set("LG"):
             raise ValueError(f"sliding_window_pattern={pattern!r}, expected letters L and G")
         return tuple(pattern[i % len(pattern)] == "L" for i in range(layers))
@@ -94,3 +97,12 @@ def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
         "sliding windows": (tuple(w is not None for w in c.windows), sliding),
         "layers with rope": (c.turned, has_rope),
     }
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    window, sliding = (values.get(key) for key in GGUF_READS)
+    if window is None:
+        return {"sliding_window": None, "layer_types": ["full_attention"] * values["block_count"]}
+    kinds = ["sliding_attention" if one else "full_attention" for one in sliding or ()]
+    return {"sliding_window": window, "layer_types": kinds}

@@ -14,7 +14,8 @@ HARMLESS = frozenset(
     """_attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled
     _name_or_path attn_implementation gradient_checkpointing
     architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id
-    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
+    cache_implementation chunk_size_feed_forward cross_attention_hidden_size
+    decoder_start_token_id diversity_penalty
     do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
     id2label initializer_range is_decoder is_llama_config label2id length_penalty max_length
@@ -56,19 +57,22 @@ REQUIRED = (
 COUNTS = (
     *REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings",
     "original_max_position_embeddings", "sliding_window", "num_experts", "num_local_experts",
-    "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "n_routed_experts",
-    "n_shared_experts", "n_group", "topk_group", "kv_lora_rank", "q_lora_rank",
-    "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
+    "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "attention_chunk_size",
+    "floor_scale", "interleave_moe_layer_step", "intermediate_size_mlp", "no_rope_layer_interval",
+    "initial_context_length", "experts_per_token", "n_routed_experts", "n_shared_experts",
+    "n_group", "topk_group", "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim",
+    "qk_nope_head_dim", "v_head_dim",
 )  # fmt: skip
 SWITCHES = (
     "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_bias",
-    "use_qk_norm", "norm_topk_prob", "output_router_logits", "rope_interleave",
+    "use_qk_norm", "norm_topk_prob", "output_router_logits", "attn_temperature_tuning",
+    "rope_interleave",
 )  # fmt: skip
 NUMBERS = (
     "rms_norm_eps", "norm_epsilon", "layer_norm_eps", "query_pre_attn_scalar", "logit_scale",
     "attn_logit_softcapping", "final_logit_softcapping", "embedding_multiplier",
-    "attention_multiplier", "residual_multiplier", "logits_scaling",
-    "routed_scaling_factor",
+    "attention_multiplier", "residual_multiplier", "logits_scaling", "attn_scale",
+    "swiglu_alpha", "swiglu_limit", "routed_scaling_factor",
 )  # fmt: skip
 ROPE_ANY = frozenset("rope_type type rope_theta partial_rotary_factor".split())
 ROPE_WORDS = frozenset("rope_type type truncate finetuned".split())
@@ -315,8 +319,8 @@ def _rope_numbers(kind: str, r: Mapping[str, Any]) -> None:
     if not isinstance(r.get("truncate", True), bool):
         raise ValueError(f"rope key truncate={r['truncate']!r}, expected true or false")
     low, high = r.get("low_freq_factor"), r.get("high_freq_factor")
-    if low is not None and high is not None and low >= high:
-        raise ValueError(f"high_freq_factor must be over low_freq_factor={low}, got {high}")
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"high_freq_factor is below low_freq_factor={low}, got {high}")
 
 
 def _longrope(r: Mapping[str, Any], width: int, context: int) -> dict[str, Any]:

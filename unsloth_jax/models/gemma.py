@@ -19,14 +19,18 @@ from unsloth_jax.models.llama import scores as scores
 from unsloth_jax.models.llama import weights as weights
 
 GGUF_ARCH = "gemma"
+GGUF_READS = ()
 
 DEFAULTS = dict(head_dim=256, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True)
+# The first checkpoints name the exact GELU and were trained with the approximation.
+LEGACY = {"gelu": "gelu_pytorch_tanh"}
 OFFSET = 1.0  # norms store how far their factors are from it
 
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
-    hf = DEFAULTS | {"max_position_embeddings": 8192} | dict(hf)
+    hf = DEFAULTS | dict(num_key_value_heads=16, max_position_embeddings=8192) | dict(hf)
+    hf["hidden_act"] = LEGACY.get(hf["hidden_act"], hf["hidden_act"])
     fields.check(hf, own=("attention_bias", "hidden_activation"))
     if hf.get("hidden_activation") not in (None, hf["hidden_act"]):
         raise ValueError(
@@ -80,3 +84,8 @@ def block(
 def to_gguf(c: Config, path: str, w: np.ndarray) -> np.ndarray:
     """llama.cpp's norms multiply by the factors themselves."""
     return w + np.float32(OFFSET) if path.endswith("norm.weight") else w
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    return {"attention_bias": llama.from_gguf(values, names, rope)["attention_bias"]}

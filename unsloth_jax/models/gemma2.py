@@ -20,11 +20,12 @@ from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import kinds as kinds
 
 GGUF_ARCH = "gemma2"
+GGUF_READS = ("attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 
 NORMS = (*llama.NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 OWN = (
     "attention_bias", "hidden_activation", "query_pre_attn_scalar", "sliding_window",
-    "layer_types", "attn_logit_softcapping", "final_logit_softcapping", "cache_implementation",
+    "layer_types", "attn_logit_softcapping", "final_logit_softcapping",
 )  # fmt: skip
 
 
@@ -51,8 +52,10 @@ def config(hf: Mapping[str, Any]) -> Config:
 def read(hf: Mapping[str, Any], own: tuple[str, ...]) -> dict[str, Any]:
     """The fields of `Config` that Gemma 2 and 3 name alike."""
     act = hf.get("hidden_activation") or gemma.DEFAULTS["hidden_act"]
-    hf = gemma.DEFAULTS | dict(hf) | {"hidden_act": act}
-    fields.check(hf, own)
+    # Names that transformers reads nothing of, beside those it reads.
+    same = {"hidden_act": (act,), "sliding_window_size": (hf.get("sliding_window", 4096),)}
+    hf = gemma.DEFAULTS | dict(hidden_act=act, num_key_value_heads=4) | dict(hf)
+    fields.check(hf, own, same)
     bias = hf.get("attention_bias", False)
     return fields.sizes(hf) | dict(
         tied=hf["tie_word_embeddings"],
@@ -122,3 +125,22 @@ def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
 def llama_cpp_scale(c: Config, largest: int) -> float:
     """llama.cpp knows the largest model, whose scale is another, by its number of layers."""
     return (c.width // c.heads if c.layers == largest else c.head_width) ** -0.5
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    return shared_from_gguf(values, 46) | {
+        "attn_logit_softcapping": values.get("attn_logit_softcapping"),
+        "final_logit_softcapping": values.get("final_logit_softcapping"),
+    }
+
+
+def shared_from_gguf(values: Mapping[str, Any], largest: int) -> dict[str, Any]:
+    """What Gemma 2 and 3 read alike; `largest` as `llama_cpp_scale`'s."""
+    heads, width = values["attention.head_count"], values["embedding_length"]
+    own = values.get("attention.key_length", width // heads)
+    return {
+        "hidden_activation": gemma.DEFAULTS["hidden_act"],
+        "query_pre_attn_scalar": width // heads if values["block_count"] == largest else own,
+        "sliding_window": values["attention.sliding_window"],
+    }

@@ -19,6 +19,7 @@ from unsloth_jax.models.llama import LAYERS as LAYERS
 from unsloth_jax.models.llama import head as head
 
 GGUF_ARCH = "gemma3"
+GGUF_READS = ("attention.sliding_window", "rope.freq_base_swa", "final_logit_softcapping")
 
 OWN = (*gemma2.OWN, "rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern")
 KINDS, THETAS = ("full_attention", "sliding_attention"), (1e6, 1e4)
@@ -34,6 +35,11 @@ def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
     hf = {"max_position_embeddings": 131072} | dict(hf)
     common = gemma2.read(hf, OWN)
+    if common["attention_cap"] is not None:
+        # transformers has the field and its attention doesn't cap.
+        raise ValueError(
+            f"gemma3_text has no attn_logit_softcapping but None, got {common['attention_cap']}"
+        )
     pattern = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
     sliding = fields.sliding_layers(hf, common["layers"], pattern)
     window = hf.get("sliding_window", 4096)
@@ -112,6 +118,14 @@ def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
     """What llama.cpp has one value for: (this model's, that one)."""
     return {
         "scores' scale": (c.scale, gemma2.llama_cpp_scale(c, 62)),
-        "attn_logit_softcapping": (c.attention_cap, None),
         "rope of layers with a window": (c.local_rope.kind, "default"),
+    }
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    local = {"rope_type": "default", "rope_theta": values.get("rope.freq_base_swa", THETAS[1])}
+    return gemma2.shared_from_gguf(values, 62) | {
+        "final_logit_softcapping": values.get("final_logit_softcapping"),
+        "rope_parameters": dict(zip(KINDS, (rope, local), strict=True)),
     }

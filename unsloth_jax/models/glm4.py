@@ -20,9 +20,12 @@ from unsloth_jax.models.llama import norm as norm
 from unsloth_jax.models.llama import scores as scores
 
 GGUF_ARCH = "glm4"
+GGUF_READS = ("rope.dimension_count",)
 
 NORMS = (*llama.NORMS, "post_self_attn_layernorm", "post_mlp_layernorm")
-DEFAULTS = dict(head_dim=128, rms_norm_eps=1.5625e-7, max_position_embeddings=131072)
+DEFAULTS = dict(
+    num_key_value_heads=2, head_dim=128, rms_norm_eps=1.5625e-7, max_position_embeddings=131072
+)
 
 
 def config(hf: Mapping[str, Any]) -> Config:
@@ -31,7 +34,7 @@ def config(hf: Mapping[str, Any]) -> Config:
     if "partial_rotary_factor" not in (hf.get("rope_parameters") or {}):
         hf = {"partial_rotary_factor": 0.5} | hf
     fields.check(hf, own=("attention_bias", "partial_rotary_factor"))
-    common = fields.sizes({"num_key_value_heads": 2} | hf)
+    common = fields.sizes(hf)
     return Config(
         **common,
         rope=fields.rope(hf, common["head_width"], partial=True),
@@ -78,3 +81,14 @@ def block(
 def gguf_keys(c: Config) -> dict[str, Any]:
     """Keys that llama.cpp's converter adds for this family, by gguf's names."""
     return {"rope_dimension_count": c.rope.width}
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    heads, width = values["attention.head_count"], values["embedding_length"]
+    share = values["rope.dimension_count"] / values.get("attention.key_length", width // heads)
+    bias = llama.from_gguf(values, names, rope)["attention_bias"]
+    return {
+        "attention_bias": bias,
+        "rope_parameters": rope | {"partial_rotary_factor": share},
+    }

@@ -113,7 +113,7 @@ def weights(c: Config) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
     norms = {
         p: w for p, w in qwen3.weights(c).items() if p.endswith(("q_norm.weight", "k_norm.weight"))
     }
-    return llama.weights(c, attention | mlps(c)) | (norms if c.qk_norm else {}) | routed(c)
+    return llama.weights(c, attention | mlps(c)) | (norms if c.qk_norm else {}) | experts_of(c)
 
 
 def mlps(c: Mixed) -> llama.Matrices:
@@ -124,7 +124,7 @@ def mlps(c: Mixed) -> llama.Matrices:
     return dense | shared
 
 
-def routed(c: Mixed) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+def experts_of(c: Mixed) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
     """The router and the experts, with the correction that balances them."""
     out = qwen3_moe.of_experts(c, f"{LAYERS}.*.mlp")
     correction = {f"{LAYERS}.*.mlp.gate.e_score_correction_bias": ((c.experts,), ("experts",))}

@@ -18,6 +18,7 @@ from unsloth_jax.models.llama import to_gguf as to_gguf
 from unsloth_jax.models.llama import weights as weights
 
 GGUF_ARCH = "granite"
+GGUF_READS = ("embedding_scale", "attention.scale", "residual_scale", "logit_scale")
 
 SCALES = (
     "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"
@@ -87,4 +88,11 @@ def gguf_keys(c: Config) -> dict[str, Any]:
         "embedding_scale": c.embedding_scale,
         "residual_scale": c.residual_scale,
         "logit_scale": c.logit_divisor,
+    }
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    return llama.from_gguf(values, names, rope) | {
+        name: values[key] for name, key in zip(SCALES, GGUF_READS, strict=True)
     }

@@ -19,6 +19,7 @@ from unsloth_jax.leaves import linear, linears
 from unsloth_jax.models import fields
 
 GGUF_ARCH = "llama"
+GGUF_READS = ()
 LAYERS = "model.layers"
 NORMS = ("input_layernorm", "post_attention_layernorm")
 Unit = Callable[[Any, Params, Array], Array]
@@ -43,6 +44,7 @@ class Config:
     mlp_bias: bool
     windows: tuple[int | None, ...]
     attention_cap: float | None = None
+    chunk: int | None = None  # tokens, where a family's layers have chunks
 
     @property
     def v_width(self) -> int:
@@ -223,3 +225,12 @@ def to_gguf(c: Config, path: str, w: np.ndarray) -> np.ndarray:
 def gguf_keys(c: Config) -> dict[str, Any]:
     """Keys that llama.cpp's converter adds for this family, by gguf's names."""
     return {"vocab_size": c.vocab, "rope_dimension_count": c.head_width}
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    layer = f"{LAYERS}.0."
+    return {
+        "attention_bias": f"{layer}self_attn.q_proj.bias" in names,
+        "mlp_bias": f"{layer}mlp.down_proj.bias" in names,
+    }

@@ -25,6 +25,7 @@ from unsloth_jax.models.llama import to_gguf as to_gguf
 from unsloth_jax.models.llama import weights as weights
 
 GGUF_ARCH = "mistral3"
+GGUF_READS = ("rope.scaling.yarn_log_multiplier", "attention.temperature_scale")
 
 DEFAULTS = dict(
     num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5, max_position_embeddings=262144
@@ -93,3 +94,12 @@ def gguf_keys(c: Config) -> dict[str, Any]:
     multiplier = ((1 + growth) / r.attention_factor - 1) / growth if growth > 0 else 0.0
     own = {"rope_scaling_yarn_log_mul": multiplier, "attn_temperature_scale": c.beta}
     return llama.gguf_keys(c) | own
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    multiplier, beta = (values[key] for key in GGUF_READS)
+    growth = 0.1 * math.log(rope["factor"])
+    attention = (1 + growth) / (1 + growth * multiplier)
+    own = {"attention_factor": attention, "llama_4_scaling_beta": beta}
+    return {"rope_parameters": rope | own}

@@ -18,17 +18,25 @@ from unsloth_jax.models.llama import scores as scores
 from unsloth_jax.models.llama import to_gguf as to_gguf
 from unsloth_jax.models.llama import weights as weights
 
+GGUF_READS = ("attention.sliding_window",)
+
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
+    hf = {"num_key_value_heads": 8, "max_position_embeddings": 4096 * 32} | dict(hf)
     fields.check(hf, own=("sliding_window",))
-    common = fields.sizes({"num_key_value_heads": 8} | dict(hf))
+    common = fields.sizes(hf)
     return Config(
         **common,
-        rope=fields.rope({"max_position_embeddings": 4096 * 32} | dict(hf), common["head_width"]),
+        rope=fields.rope(hf, common["head_width"]),
         tied=hf.get("tie_word_embeddings", False),
         qkv_bias=False,
         o_bias=False,
         mlp_bias=False,
         windows=(hf.get("sliding_window", 4096),) * common["layers"],
     )
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    return {"sliding_window": values["attention.sliding_window"]}

@@ -20,6 +20,7 @@ from unsloth_jax.models.llama import norm as norm
 from unsloth_jax.models.llama import scores as scores
 from unsloth_jax.models.llama import to_gguf as to_gguf
 from unsloth_jax.models.qwen3_moe import Config, moe, of_experts
+from unsloth_jax.models.qwen3_moe import routed as routed
 
 NAMES = "w1", "w3", "w2"  # gate, up, down
 # Noise on what routers read, which transformers adds in training alone.

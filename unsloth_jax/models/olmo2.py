@@ -18,6 +18,7 @@ from unsloth_jax.models.llama import kinds as kinds
 from unsloth_jax.models.llama import scores as scores
 
 GGUF_ARCH = "olmo2"
+GGUF_READS = ()
 
 NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 
@@ -89,3 +90,8 @@ def post_normed(
     y, kept = mixed
     x = checkpoint_name(x + unit(c, w["post_attention_layernorm"], y), "mid")
     return x + unit(c, w["post_feedforward_layernorm"], mlp(w["mlp"], x, c.activation)), kept
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    return {"attention_bias": llama.from_gguf(values, names, rope)["attention_bias"]}

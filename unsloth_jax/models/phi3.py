@@ -15,16 +15,25 @@ from unsloth_jax.models.llama import norm as norm
 from unsloth_jax.models.llama import scores as scores
 
 GGUF_ARCH = "phi3"
+GGUF_READS = ("attention.sliding_window", "rope.dimension_count")
 
 DEFAULTS = dict(
     rms_norm_eps=1e-5, max_position_embeddings=4096, original_max_position_embeddings=4096
 )
+# Of Phi-4-mini's own code, which transformers' has not: what they say when they say nothing.
+ONLY = {
+    "attention_bias": (False, None),
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
+    "lm_head_bias": (False,),
+    "mlp_bias": (False,),
+}
 
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
     hf = DEFAULTS | dict(hf)
-    fields.check(hf, ("sliding_window", "partial_rotary_factor"), {"attention_bias": (False, None)})
+    fields.check(hf, ("sliding_window", "partial_rotary_factor"), ONLY)
     common = fields.sizes(hf)
     return Config(
         **common,
@@ -52,3 +61,14 @@ def weights(c: Config) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
 def gguf_keys(c: Config) -> dict[str, Any]:
     """Keys that llama.cpp's converter adds for this family, by gguf's names."""
     return {"sliding_window": c.windows[0] or 0}
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    heads, width = values["attention.head_count"], values["embedding_length"]
+    share = values["rope.dimension_count"] / (width // heads)
+    return {
+        "sliding_window": values.get("attention.sliding_window") or None,
+        "original_max_position_embeddings": values["rope.scaling.original_context_length"],
+        "rope_parameters": rope | {"partial_rotary_factor": share},
+    }

@@ -17,16 +17,18 @@ from unsloth_jax.models.llama import norm as norm
 from unsloth_jax.models.llama import scores as scores
 
 GGUF_ARCH = "qwen3"
+GGUF_READS = ("attention.sliding_window",)
 
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
+    hf = qwen2.DEFAULTS | {"head_dim": 128} | dict(hf)
     fields.check(hf, own=("attention_bias", *qwen2.OWN))
-    common = fields.sizes({"head_dim": 128} | dict(hf))
+    common = fields.sizes(hf)
     bias = hf.get("attention_bias", False)
     return Config(
         **common,
-        rope=fields.rope({"max_position_embeddings": 32768} | dict(hf), common["head_width"]),
+        rope=fields.rope(hf, common["head_width"]),
         tied=hf.get("tie_word_embeddings", False),
         qkv_bias=bias,
         o_bias=bias,
@@ -58,3 +60,9 @@ def block(
     norms = lambda x, name: llama.unit(c, a[name], x)
     mix = lambda y: llama.attention(c, a, y, by["all"], attend, window, norms=norms)
     return llama.pre_normed(c, w, x, mix, mlp)
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    bias = llama.from_gguf(values, names, rope)["attention_bias"]
+    return qwen2.from_gguf(values, names, rope) | {"attention_bias": bias}

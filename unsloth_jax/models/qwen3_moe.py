@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from unsloth_jax.dims import Params
-from unsloth_jax.experts import gated, mixture, router_scores, softmax_route
+from unsloth_jax.experts import Spread, gated, mixture, router_scores, softmax_route, spread
 from unsloth_jax.layers import Attend, Mlp, feed_forward
 from unsloth_jax.models import fields, llama, qwen2, qwen3
 from unsloth_jax.models.llama import LAYERS as LAYERS
@@ -102,6 +102,12 @@ def moe(c: Config, names: Names, node: Params, x: Float[Array, "B T D"]) -> Floa
     route = softmax_route(router_scores(node["gate"], flat), c.chosen, c.renormalized)
     experts, inner = node["experts"]["*"], partial(gated, c.activation)
     return mixture(experts, flat, route, names[:2], names[2], inner).reshape(x.shape)
+
+
+def routed(c: Config, node: Params, x: Float[Array, "B T D"], real: Float[Array, "B T"]) -> Spread:
+    """How a mixture spreads the tokens that are `real`."""
+    scores = router_scores(node["gate"], x.reshape(-1, x.shape[-1]))
+    return spread(scores, softmax_route(scores, c.chosen, True).experts, real.reshape(-1))
 
 
 def block(

@@ -20,17 +20,18 @@ from unsloth_jax.models.llama import to_gguf as to_gguf
 from unsloth_jax.models.llama import weights as weights
 
 GGUF_ARCH = "smollm3"
+GGUF_READS = ()
 
 OWN = (
     "attention_bias", "mlp_bias", "use_sliding_window", "sliding_window", "layer_types",
     "no_rope_layers", "no_rope_layer_interval", "max_window_layers",
 )  # fmt: skip
-DEFAULTS = dict(max_position_embeddings=32768, tie_word_embeddings=True)
+DEFAULTS = dict(num_key_value_heads=4, max_position_embeddings=32768, tie_word_embeddings=True)
 
 
 @dataclass(frozen=True)
 class Config(llama.Config):
-    turned: tuple[bool, ...] = ()  # whether a layer has rope
+    turned: tuple[bool, ...] = ()  # whether each layer has rope
 
 
 def config(hf: Mapping[str, Any]) -> Config:
@@ -39,14 +40,14 @@ def config(hf: Mapping[str, Any]) -> Config:
     if "rope_theta" not in (hf.get("rope_parameters") or {}):
         hf = {"rope_theta": 2e6} | hf
     fields.check(hf, own=OWN)
-    common = fields.sizes({"num_key_value_heads": 4} | hf)
-    turned = _turned(hf, common["layers"])
+    common = fields.sizes(hf)
+    on = turned(hf)
     bias = hf.get("attention_bias", False)
     sliding = hf.get("use_sliding_window") and hf.get("sliding_window") is not None
     kinds = {} if hf.get("layer_types") else {"max_window_layers": 0 if sliding else 28}
     windows = fields.windows(hf | kinds, common["layers"])
     if not hf.get("layer_types"):
-        windows = tuple(None if on else one for one, on in zip(windows, turned, strict=True))
+        windows = tuple(None if has else one for one, has in zip(windows, on, strict=True))
     return Config(
         **common,
         rope=fields.rope(hf, common["head_width"]),
@@ -55,13 +56,13 @@ def config(hf: Mapping[str, Any]) -> Config:
         o_bias=bias,
         mlp_bias=hf.get("mlp_bias", False),
         windows=windows,
-        turned=turned,
+        turned=on,
     )
 
 
-def _turned(hf: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
-    """`no_rope_layers` has a 1 for each layer that does have rope."""
-    given = hf.get("no_rope_layers")
+def turned(hf: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Whether each layer has rope: `no_rope_layers` has a 1 for those that do."""
+    layers, given = hf["num_hidden_layers"], hf.get("no_rope_layers")
     if given is None:
         every = hf.get("no_rope_layer_interval", 4)
         return tuple((i + 1) % every != 0 for i in range(layers))
@@ -92,3 +93,8 @@ def block(
 def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
     """What llama.cpp has one value for: (this model's, that one)."""
     return {"layers with rope": (c.turned, tuple((i + 1) % 4 != 0 for i in range(c.layers)))}
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    return llama.from_gguf(values, names, rope)

@@ -17,6 +17,7 @@ from unsloth_jax.models.llama import kinds as kinds
 from unsloth_jax.models.llama import scores as scores
 
 GGUF_ARCH = "starcoder2"
+GGUF_READS = ()
 
 OWN = (
     "use_bias", "norm_epsilon", "sliding_window",
@@ -24,19 +25,27 @@ OWN = (
     "attention_dropout", "residual_dropout", "embedding_dropout",
 )  # fmt: skip
 DEFAULTS = dict(
-    hidden_act="gelu_pytorch_tanh", max_position_embeddings=4096, tie_word_embeddings=True
-)
-ONLY = {"norm_type": ("layer_norm",), "mlp_type": ("default",)}
+    num_key_value_heads=2, hidden_act="gelu_pytorch_tanh", max_position_embeddings=4096,
+    tie_word_embeddings=True,
+)  # fmt: skip
+ONLY = {
+    "norm_type": ("layer_norm",),
+    "mlp_type": ("default",),
+    "attention_softmax_in_fp32": (True,),
+    "scale_attention_softmax_in_fp32": (True,),
+    "scale_attn_weights": (True,),
+}
 
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
     hf = DEFAULTS | dict(hf)
-    fields.check(hf, OWN, ONLY)
-    common = fields.sizes({"num_key_value_heads": 2} | hf)
+    eps = hf.get("norm_epsilon", 1e-5)
+    fields.check(hf, OWN, ONLY | {"layer_norm_epsilon": (eps,)})
+    common = fields.sizes(hf)
     bias = hf.get("use_bias", True)
     return Config(
-        **common | {"eps": hf.get("norm_epsilon", 1e-5)},
+        **common | {"eps": eps},
         rope=fields.rope(hf, common["head_width"]),
         tied=hf["tie_word_embeddings"],
         qkv_bias=bias,
@@ -85,3 +94,8 @@ def block(
 def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
     """What llama.cpp has one value for: (this model's, that one)."""
     return {"use_bias": (c.qkv_bias, True)}
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    return {"norm_epsilon": values["attention.layer_norm_epsilon"], "use_bias": True}

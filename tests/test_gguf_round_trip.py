@@ -1,0 +1,74 @@
+"""HF -> GGUF -> ours: what a file of each family is read back as."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bridge import hf
+from bridge.gguf_source import GGUFSource
+from bridge.safetensors_file import SafetensorsSource
+from tests.oracles import gguf_answers as base
+from tests.oracles import gguf_families as made
+from tests.test_gguf_families import written
+from unsloth_jax.models import FAMILIES, family
+from workflows import divergence
+
+READERS = {name for name, module in FAMILIES.items() if hasattr(module, "from_gguf")}
+NAMES = [
+    name
+    for name, config in made.CONFIGS.items()
+    if name not in made.QUANTIZED and config["model_type"] in READERS
+]
+FAST = ("gemma2", "phi3_long", "cohere2", "ministral3", "glm4", "granite_biases")
+
+
+def numbers(value):
+    """A config's fields with every float as float32, which is what GGUF holds."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: numbers(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return tuple(map(numbers, value))
+    return float(np.float32(value)) if isinstance(value, float) else value
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+)
+def test_a_file_is_read_back_as_what_it_was_written_from(name, tmp_path):
+    config = made.CONFIGS[name]
+    written(tmp_path, config)
+    source = GGUFSource(tmp_path / "model.gguf")
+    module, c = hf.described(source)
+    assert module is family(config["model_type"])
+    # No key says these, and llama.cpp has no windows there.
+    lost = {"starcoder2": ("windows",)}.get(config["model_type"], ())
+    found, want = numbers(c), numbers(module.config(config))
+    differ = {k: (found[k], want[k]) for k in want if found[k] != want[k] and k not in lost}
+    assert not differ
+    weights = made.weights(config)
+    assert set(source.stored) == set(weights)
+    for path, w in weights.items():
+        offset = np.float32(source.offset(path))
+        assert np.array_equal(source.read(path), w + offset - offset), path
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma3", *(pytest.param(n, marks=pytest.mark.slow) for n in FAST)]
+)
+def test_the_file_gives_the_checkpoints_scores(name, tmp_path):
+    config = made.CONFIGS[name]
+    written(tmp_path, config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    base.save_file(made.weights(config), tmp_path / "model.safetensors", {"format": "pt"})
+    tokens = np.random.default_rng(0).integers(3, 480, (2, 48)).astype(np.int32)
+    sources = SafetensorsSource(tmp_path), GGUFSource(tmp_path / "model.gguf")
+    want, found = (divergence.logits(one, jnp.float32, tokens) for one in sources)
+    assert np.abs(found - want).max() <= 1e-5 * want.std()
+
+
+def test_every_family_that_reads_files_is_read_here():
+    elsewhere = {"llama", "mistral", "qwen2", "qwen3"}  # test_gguf_source.py
+    assert {made.CONFIGS[name]["model_type"] for name in NAMES} | elsewhere == READERS

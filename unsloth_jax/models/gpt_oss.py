@@ -1,0 +1,144 @@
+"""gpt-oss: attention with sinks, windows on every other layer, clamped gates (arXiv:2508.10925)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from unsloth_jax import rope
+from unsloth_jax.dims import Params
+from unsloth_jax.experts import chosen_route, clamped, mixture, router_scores
+from unsloth_jax.layers import Attend, Mlp, feed_forward, rms_norm
+from unsloth_jax.models import fields, llama
+from unsloth_jax.models.llama import LAYERS as LAYERS
+from unsloth_jax.models.llama import angles as angles
+from unsloth_jax.models.llama import embed as embed
+from unsloth_jax.models.llama import head as head
+from unsloth_jax.models.llama import kinds as kinds
+from unsloth_jax.models.llama import scores as scores
+
+EXPERTS = f"{LAYERS}.*.mlp.experts"
+MATRICES = ("gate_up_proj", "down_proj")
+TRANSPOSED = tuple(f"{EXPERTS}.{name}" for name in MATRICES)
+OWN = (
+    "attention_bias", "sliding_window", "layer_types", "swiglu_alpha", "swiglu_limit",
+    "initial_context_length", "experts_per_token", *fields.EXPERTS,
+)  # fmt: skip
+# Experts have their own gate, whatever this says.
+ONLY = {"hidden_act": ("silu",)}
+DEFAULTS = dict(
+    num_key_value_heads=8, head_dim=64, sliding_window=128, max_position_embeddings=131072,
+    rms_norm_eps=1e-5, num_experts_per_tok=4, swiglu_alpha=1.702, swiglu_limit=7.0,
+    attention_bias=True,
+)  # fmt: skip
+ABSENT = ("num_experts_per_tok", "swiglu_alpha", "swiglu_limit", "attention_bias")  # where null
+ROPE = dict(
+    rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+    original_max_position_embeddings=4096,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config(llama.Config):
+    experts: int = 1
+    chosen: int = 1  # experts of a token
+    gain: float = 1.702  # of the gate's sigmoid
+    limit: float = 7.0  # of what an expert's gate and up may be
+
+
+def config(hf: Mapping[str, Any]) -> Config:
+    """Raises ValueError for a field or value that is not understood."""
+    hf = DEFAULTS | {k: v for k, v in hf.items() if v is not None or k not in ABSENT}
+    fields.check(hf, OWN, ONLY)
+    common = fields.sizes(hf)
+    sliding, window = fields.sliding_layers(hf, common["layers"], 2), hf["sliding_window"]
+    if window is None and any(sliding):
+        raise ValueError("layer_types has sliding_attention, but sliding_window is null")
+    return Config(
+        **common,
+        rope=_rope(hf, common["head_width"]),
+        tied=hf.get("tie_word_embeddings", False),
+        qkv_bias=hf["attention_bias"],
+        o_bias=hf["attention_bias"],
+        mlp_bias=False,
+        windows=tuple(window if one else None for one in sliding),
+        **_experts(hf),
+        gain=hf["swiglu_alpha"],
+        limit=hf["swiglu_limit"],
+    )
+
+
+def _rope(hf: Mapping[str, Any], width: int) -> rope.Rope:
+    """Raises ValueError where `initial_context_length` is not the context that scaling is from."""
+    given = hf.get("rope_parameters") or hf.get("rope_scaling") or ROPE
+    hf = hf | {"rope_scaling": ROPE} if given is ROPE else hf
+    own = isinstance(given, Mapping) and given.get("rope_theta") or hf.get("rope_theta")
+    turned = fields.rope(hf if own else hf | {"rope_theta": 150000.0}, width)
+    first = hf.get("initial_context_length")
+    if turned.kind == "yarn" and first not in (None, turned.context):
+        raise ValueError(
+            f"initial_context_length={first}, but rope has original_max_position_embeddings="
+            f"{turned.context}: expected the same"
+        )
+    return turned
+
+
+def _experts(hf: Mapping[str, Any]) -> dict[str, int]:
+    """Raises ValueError where `experts_per_token` is another number."""
+    found = fields.experts(hf, 128)
+    if hf.get("experts_per_token") not in (None, found["chosen"]):
+        raise ValueError(
+            f"experts_per_token={hf['experts_per_token']}, but num_experts_per_tok="
+            f"{found['chosen']}: expected the same"
+        )
+    return found
+
+
+def weights(c: Config) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Hugging Face name (`*` for the layer) -> (shape, logical axes) of each weight."""
+    E, D, F = c.experts, c.width, c.mlp_width
+    attention = {n: m for n, m in llama.matrices(c).items() if n.startswith("self_attn")}
+    router = {"mlp.router": ((E, D), ("experts", "width"), True)}
+    return llama.weights(c, attention | router) | {
+        f"{LAYERS}.*.self_attn.sinks": ((c.heads,), ("heads",)),
+        f"{EXPERTS}.gate_up_proj": ((E, 2 * F, D), ("experts", "mlp", "width")),
+        f"{EXPERTS}.gate_up_proj_bias": ((E, 2 * F), ("experts", "mlp")),
+        f"{EXPERTS}.down_proj": ((E, D, F), ("experts", "width", "mlp")),
+        f"{EXPERTS}.down_proj_bias": ((E, D), ("experts", "width")),
+    }
+
+
+def unit(c: Config, node: Params, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """RMSNorm whose product with the weight is in float32 too."""
+    return rms_norm(node["weight"], x, c.eps, offset=0.0)
+
+
+def norm(c: Config, params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    return unit(c, params["model"]["norm"], x)
+
+
+def moe(c: Config, node: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The mixture that stands in the MLP's place; a file's neighbours are gate and up."""
+    flat, own = x.reshape(-1, x.shape[-1]), node["experts"]
+    route = chosen_route(router_scores(node["router"], flat), c.chosen)
+    named = {name: {"weight": own[name], "bias": own[f"{name}_bias"]} for name in MATRICES}
+    inner = partial(clamped, c.gain, c.limit)
+    return mixture(named, flat, route, MATRICES[:1], MATRICES[1], inner).reshape(x.shape)
+
+
+def block(
+    c: Config,
+    window: int | None,
+    w: Params,
+    x: Float[Array, "B T D"],
+    by,
+    attend: Attend,
+    mlp: Mlp = feed_forward,
+):
+    """One layer. `attend` owns masks and caches; its second result is passed through."""
+    sinking = partial(attend, sinks=w["self_attn"]["sinks"])
+    mix = lambda y: llama.attention(c, w["self_attn"], y, by["all"], sinking, window)
+    mixed = lambda node, y, _: mlp(node, y, partial(moe, c))
+    return llama.pre_normed(c, w, x, mix, mixed, unit)
