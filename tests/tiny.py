@@ -1,6 +1,5 @@
 """Tiny random checkpoints of every family, every tensor redrawn so that mistakes show."""
 
-from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -141,7 +140,8 @@ TINY: dict[str, tuple[str, dict]] = {
             num_experts=4, moe_intermediate_size=32, tie_word_embeddings=True),
     ),
     "glm4_moe": (
-        "Glm4Moe", SMALL | ROUTED | BIASED | dict(use_qk_norm=True, rope_parameters=DEFAULT),
+        # A dict of its own: transformers writes into it.
+        "Glm4Moe", SMALL | ROUTED | BIASED | dict(use_qk_norm=True, rope_parameters=dict(DEFAULT)),
     ),
     "glm4_moe_unnormed": (
         "Glm4Moe", PLAIN | ROUTED | dict(norm_topk_prob=False, partial_rotary_factor=0.25),
@@ -235,8 +235,7 @@ def redraw(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def reference(name: str, **changes) -> torch.nn.Module:
     """transformers' model of one entry, float32, eager attention, redrawn."""
     family, fields = TINY[name]
-    # A copy: some configs write into the dict of their rope.
-    config = getattr(transformers, f"{family}Config")(**deepcopy(fields | changes))
+    config = getattr(transformers, f"{family}Config")(**(fields | changes))
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")
     return redraw(model(config).float().eval())

@@ -1,7 +1,6 @@
 """A tiny chat model as a Hugging Face folder: bfloat16 weights, byte-level BPE, a chat template."""
 
 import shutil
-from copy import deepcopy
 from pathlib import Path
 
 import jax
@@ -45,7 +44,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 def save(folder: Path, family: str = "Llama", **changes) -> Path:
     """The folder, written: a redrawn model of `family` with the tiny tokenizer beside it."""
-    config = getattr(transformers, f"{family}Config")(**deepcopy(FIELDS | changes))
+    config = getattr(transformers, f"{family}Config")(**(FIELDS | changes))
     model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")
     model = tiny.redraw(model(config).float())
     model.to(torch.bfloat16).save_pretrained(folder)

@@ -208,9 +208,8 @@ def _kept(memory: Memory) -> tuple[str, ...]:
 
 def _flash(job: Job) -> bool:
     """Whether attention runs without its scores in memory."""
-    c, capped = job.config, job.config.attention_cap is not None
-    width = max(c.head_width, c.v_width)
-    fits = width % 8 == 0 and width <= 128 and not capped
+    width = max(job.config.head_width, job.config.v_width)
+    fits = width % 8 == 0 and width <= 128 and job.config.attention_cap is None
     return job.platform == "gpu" and _item(job) == 2 and fits
 
 
