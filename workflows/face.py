@@ -190,9 +190,7 @@ class FastLanguageModel:
         Args:
             target_modules: last names of modules, a regular expression over whole paths, or
                 "all-linear"; embed_tokens and lm_head in a list are trained whole.
-            target_parameters: matrices of all experts of a layer, such as
-                "mlp.experts.gate_up_proj"; gate_proj, up_proj and down_proj in a list of
-                target_modules name them too.
+            target_parameters: experts' matrices, such as "mlp.experts.gate_up_proj".
             lora_dropout: share of an adapter's input that each training step drops.
             modules_to_save: modules that are trained whole, in float32.
             init_lora_weights: True, "gaussian", or "pissa", "pissa_niter_4", "loftq", which change
