@@ -23,7 +23,7 @@ MEASURED = {
 }
 TOLD = {
     "exaone4": "GGUF with windows for 64 layers alone, as llama.cpp has it",
-    "falcon_h1": "no adapter for Mamba's `out_proj`, which PEFT refuses; no GGUF yet",
+    "falcon_h1": "no adapter for Mamba's `out_proj`, which PEFT refuses; GGUF is written, not read",
     "gemma": "heads of 256: on a GPU attention goes through XLA, with all scores in memory",
     "gemma2": "soft-caps: on a GPU attention goes through XLA, with all scores in memory",
     "gemma3_text": "text only; heads of 256, as gemma",

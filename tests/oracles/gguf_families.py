@@ -80,6 +80,14 @@ YARN = dict(
     mscale_all_dim=1.0,
     llama_4_scaling_beta=0.3,
 )
+MAMBA = dict(
+    head_dim=16,
+    mamba_d_ssm=96, mamba_n_heads=6, mamba_d_head=16, mamba_n_groups=2, mamba_d_state=32,
+    mamba_d_conv=4, mamba_conv_bias=True, mamba_rms_norm=False, mamba_norm_before_gate=False,
+    embedding_multiplier=0.6, lm_head_multiplier=0.5, key_multiplier=0.7,
+    attention_in_multiplier=1.3, attention_out_multiplier=0.8, ssm_in_multiplier=0.9,
+    ssm_out_multiplier=1.2, mlp_multipliers=[1.4, 0.7], ssm_multipliers=[1.3, 0.8, 0.7, 1.2, 0.6],
+)  # fmt: skip
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "gemma2": GEMMA2 | named("gemma2", "Gemma2") | dict(rope_theta=1e4),
@@ -148,6 +156,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | named("qwen3_moe", "Qwen3Moe")
     | dict(head_dim=32, num_experts=12, num_experts_per_tok=4, moe_intermediate_size=32)
     | dict(norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[], rope_theta=1e6),
+    "falcon_h1": SMALL
+    | MAMBA
+    | named("falcon_h1", "FalconH1")
+    | dict(mlp_bias=True, mamba_rms_norm=True, rope_parameters=rope(1e11)),
+    "falcon_h1_tied": SMALL
+    | MAMBA
+    | named("falcon_h1", "FalconH1")
+    | TIED
+    | dict(rope_parameters=rope(1e6))
+    | dict(head_dim=32, mamba_n_groups=1, lm_head_multiplier=0.6, mlp_multipliers=[0.9, 1.1]),
 }
 WIDE = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=8)
 CONFIGS |= {
@@ -158,6 +176,9 @@ CONFIGS |= {
     "wide_glm4": CONFIGS["glm4"] | WIDE,
     "wide_mixtral": CONFIGS["mixtral"] | WIDE | dict(num_local_experts=8),
     "wide_llama4": CONFIGS["llama4"] | WIDE | TIED | dict(intermediate_size_mlp=768),
+    "wide_falcon_h1": CONFIGS["falcon_h1"]
+    | WIDE
+    | dict(head_dim=32, mamba_d_ssm=512, mamba_n_heads=16, mamba_d_head=32),
     "wide_qwen3_moe": CONFIGS["qwen3_moe"] | WIDE | dict(moe_intermediate_size=256),
 }
 BY_SENTENCEPIECE = ("gemma", "gemma2", "gemma3_text", "phi3")
@@ -182,6 +203,8 @@ def values(config: dict[str, Any], name: str, shape: tuple[int, ...]) -> np.ndar
     w = base.values(name, shape).astype(np.float32)
     if name.endswith((".gate.weight", ".router.weight")):
         return w * 8  # routers' scores wide apart, so that rounding changes no choice
+    if name.endswith("A_log"):
+        return np.round(w * 16) / 16  # torch's exp of others is off by a last bit at times
     if not name.endswith("norm.weight"):
         return w
     w = 1 + w / 4 if len(shape) > 1 else w
