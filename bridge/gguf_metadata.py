@@ -178,6 +178,9 @@ STEPS = {
     "eps": _eps,
     "experts": _experts,
     "ssm": _ssm,
+    "rope_sections": lambda out, c, config: (
+        out.add_rope_dimension_sections(c.sections) if c.sections else None
+    ),
     "head_lengths": _head_lengths,
 }
 

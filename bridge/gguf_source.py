@@ -43,6 +43,10 @@ OWN_MODULES = {
         *(f"feed_forward.{n}_proj" for n in GATED),
         *(f"mamba.{n}" for n in ("in_proj", "out_proj", "conv1d", "norm")),
     ),
+    "qwen35": tuple(
+        f"linear_attn.{n}"
+        for n in (*(f"in_proj_{x}" for x in ("qkv", "z", "b", "a")), "out_proj", "conv1d", "norm")
+    ),
     "llama": tuple(
         f"block_sparse_moe.{x}" for x in ("gate", *(f"experts.w{n}" for n in (1, 2, 3)))
     ),
@@ -55,7 +59,10 @@ OWN_MODULES = {
 # Modules outside layers, and weights within them, that gguf's map calls otherwise or not at all.
 OWN_MODEL = {"falcon-h1": ("model.final_layernorm",)}
 MAMBA = {"ssm_a": "mamba.A_log", "ssm_d": "mamba.D", "ssm_dt.bias": "mamba.dt_bias"}
-OWN_WEIGHTS = {"falcon-h1": MAMBA | {"ffn_norm": "pre_ff_layernorm.weight"}}
+OWN_WEIGHTS = {
+    "falcon-h1": MAMBA | {"ffn_norm": "pre_ff_layernorm.weight"},
+    "qwen35": {"ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"},
+}
 # Architectures whose rows of q and k are reordered, and those whose norms have 1 added.
 PAIRED = ("llama", "granite", "smollm3", "mistral3")
 NORM_OFFSET = {"gemma": 1.0, "gemma2": 1.0, "gemma3": 1.0}

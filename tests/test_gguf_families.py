@@ -160,6 +160,17 @@ OTHERWISE = {
     ),
     "biases of queries": ("falcon_h1", dict(attention_bias=True), "no place for 8 biases"),
     "a bias of Mamba": ("falcon_h1", dict(projectors_bias=True), "2 biases: blk.0.ssm_out.bias"),
+    "other values": ("qwen3_5", dict(linear_value_head_dim=16), "linear_value_head_dim 16"),
+    "other delta nets": (
+        "qwen3_5",
+        dict(layer_types=[*made.ALTERNATING[:4], "full_attention"]),
+        r"delta nets in layers \(True, False, True, False, False\) where .* False, True\)",
+    ),
+    "few sections": (
+        "qwen3_5",
+        dict(rope_parameters=made.rope(1e7, mrope_section=[1, 1, 1], partial_rotary_factor=0.25)),
+        "frequencies beyond mrope_section 1 where",
+    ),
     "truncate": (
         "ministral3",
         dict(rope_parameters=made.CONFIGS["ministral3"]["rope_parameters"] | dict(truncate=False)),

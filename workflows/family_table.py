@@ -34,7 +34,8 @@ TOLD = {
     "bits; no adapters or 4 bits of routers",
     "ministral3": "text only",
     "phi3": "LongRoPE's factors by a document's length; no windows in GGUF, which is told",
-    "qwen3_5_text": "text only; `mtp` weights are left alone, as in transformers; no GGUF yet",
+    "qwen3_5_text": "text only; `mtp` weights are left alone, as in transformers; GGUF is "
+    "written, not read",
     "starcoder2": "dropout of the base, 0.1 in its configs, is not applied; windows as phi3",
 }
 
