@@ -205,7 +205,9 @@ CONFIGS |= {
     "wide_qwen3_moe": CONFIGS["qwen3_moe"] | WIDE | dict(moe_intermediate_size=256),
 }
 BY_SENTENCEPIECE = ("gemma", "gemma2", "gemma3_text", "phi3")
-FORMATS = {name: ("f32",) for name in CONFIGS} | {"gemma2": ("f32", "bf16")}
+FORMATS = {name: ("f32",) for name in CONFIGS} | {
+    name: ("f32", "bf16") for name in ("gemma2", "falcon_h1", "qwen3_5")
+}
 QUANTIZED = {name: ("q4_k_m",) for name in CONFIGS if name.startswith("wide_")}
 QUANTIZED |= {name: ("q4_k_m", "q5_k_m", "q8_0") for name in ("wide_phi3", "wide_mixtral")}
 # As the converter calls the splitting of these families' tokenizers, which is the tiny one's too.
