@@ -41,6 +41,18 @@ LORA = {
     "mixtral": Settings(2, 4.0, targets=("q_proj", *EXPERTS)),
     "qwen3_moe": Settings(3, 6.0, targets=("k_proj", "o_proj", *EXPERTS)),
     "qwen3_moe_unnormed": Settings(2, 4.0, targets=("q_proj", "mlp.experts.down_proj")),
+    "qwen3_next": Settings(
+        3,
+        12.0,
+        targets=(
+            "q_proj",
+            "in_proj_qkvz",
+            "in_proj_ba",
+            "out_proj",
+            "shared_expert_gate",
+            *EXPERTS,
+        ),
+    ),
     "gpt_oss": Settings(2, 4.0, targets=("q_proj", "o_proj", *EXPERTS)),
     "llama4_text": Settings(2, 4.0, targets=("q_proj", "shared_expert.down_proj", *LLAMA4)),
     "llama4_text_unnormed": Settings(

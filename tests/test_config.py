@@ -51,12 +51,13 @@ def test_transformers_has_as_many_parameters_for_the_configs_of_the_hub(name):
 NEEDED = {
     "ministral3": {"rope_parameters": tiny.YARN | {"llama_4_scaling_beta": 0.5}},
     "qwen3_5_text": {"full_attention_interval": 2},
+    "qwen3_next": {"full_attention_interval": 2},
 }
 # Projections that a family has joined, or never gives a bias, or has of experts alone.
 WITHOUT = {
     "phi3": ("qkv_bias", "o_bias", "mlp_bias"), "glm4": ("mlp_bias",),
     "gpt_oss": ("mlp_bias",), "llama4_text": ("mlp_bias",), "mixtral": ("mlp_bias", "mlp_width"),
-    "qwen3_moe": ("mlp_bias", "mlp_width"),
+    "qwen3_moe": ("mlp_bias", "mlp_width"), "qwen3_next": ("mlp_bias", "mlp_width"),
 }  # fmt: skip
 
 

@@ -54,6 +54,11 @@ MAMBA = dict(
 )  # fmt: skip
 MIXED = dict(num_experts_per_tok=2)
 BIASED = dict(attention_bias=True, rms_norm_eps=0.02)
+DELTA = dict(
+    layer_types=[*["linear_attention"] * 2, "full_attention", "linear_attention"],
+    linear_conv_kernel_dim=3, linear_key_head_dim=16, linear_value_head_dim=32,
+    linear_num_key_heads=2, linear_num_value_heads=4,
+)  # fmt: skip
 
 TINY: dict[str, tuple[str, dict]] = {
     "llama": ("Llama", SMALL),
@@ -102,12 +107,9 @@ TINY: dict[str, tuple[str, dict]] = {
     "glm4": ("Glm4", SMALL | dict(rms_norm_eps=0.02)),
     "exaone4": ("Exaone4", SMALL | WINDOWED | dict(rms_norm_eps=0.02)),
     "qwen3_5_text": (
-        "Qwen3_5Text", SMALL | dict(
-            num_hidden_layers=4, rms_norm_eps=0.02, attention_bias=True,
-            layer_types=[*["linear_attention"] * 2, "full_attention", "linear_attention"],
-            rope_parameters=DEFAULT | dict(partial_rotary_factor=0.5, mrope_section=[3, 3, 2]),
-            linear_conv_kernel_dim=3, linear_key_head_dim=16, linear_value_head_dim=32,
-            linear_num_key_heads=2, linear_num_value_heads=4),
+        "Qwen3_5Text", SMALL | DELTA | BIASED | dict(
+            num_hidden_layers=4,
+            rope_parameters=DEFAULT | dict(partial_rotary_factor=0.5, mrope_section=[3, 3, 2])),
     ),
     "falcon_h1": (
         "FalconH1", SMALL | MAMBA | BIASED | dict(
@@ -130,6 +132,12 @@ TINY: dict[str, tuple[str, dict]] = {
     "qwen3_moe_unnormed": (
         "Qwen3Moe", SMALL | MIXED | dict(
             num_experts=4, moe_intermediate_size=32, tie_word_embeddings=True),
+    ),
+    "qwen3_next": (
+        "Qwen3Next", SMALL | MIXED | DELTA | BIASED | dict(
+            layer_types=["linear_attention", "linear_attention", "full_attention"], num_experts=6,
+            moe_intermediate_size=32, mlp_only_layers=[1], shared_expert_intermediate_size=48,
+            rope_parameters=DEFAULT | dict(partial_rotary_factor=0.5)),
     ),
     "gpt_oss": (
         "GptOss", SMALL | MIXED | WINDOWED | dict(
@@ -157,7 +165,7 @@ EACH = {
     "phi3": "phi3", "granite": "granite", "cohere": "cohere", "cohere2": "cohere2",
     "olmo2": "olmo2", "smollm3": "smollm3", "starcoder2": "starcoder2", "glm4": "glm4",
     "exaone4": "exaone4", "qwen3_5_text": "qwen3_5_text", "falcon_h1": "falcon_h1",
-    "mixtral": "mixtral", "qwen3_moe": "qwen3_moe",
+    "mixtral": "mixtral", "qwen3_moe": "qwen3_moe", "qwen3_next": "qwen3_next",
     "llama4_text": "llama4_text",
     "gpt_oss": "gpt_oss",
 }  # fmt: skip
@@ -165,7 +173,7 @@ EACH = {
 LESSER = (
     "ministral3", "gemma", "phi3_window", "granite", "cohere", "olmo2", "smollm3", "exaone4",
     "falcon_h1_plain",
-    "llama4_text_unnormed",
+    "llama4_text_unnormed", "qwen3_next",
 )  # fmt: skip
 
 
@@ -199,6 +207,9 @@ def redraw(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
                 value = rng.normal(0, 1.5 / np.sqrt(p.shape[2]), p.shape)
             elif p.ndim == 1 or "norm" in name:
                 value = rng.uniform(0.5, 1.5, p.shape)
+                if model.config.model_type == "qwen3_next" and "linear_attn" not in name:
+                    # These store how far factors are from 1; routers widen what twice as much errs.
+                    value -= 1
             elif "embed_tokens" in name:
                 value = rng.normal(0, 1, p.shape)
             else:
