@@ -136,7 +136,7 @@ TINY: dict[str, tuple[str, dict]] = {
     "qwen3_next": (
         "Qwen3Next", SMALL | MIXED | DELTA | BIASED | dict(
             layer_types=["linear_attention", "linear_attention", "full_attention"], num_experts=6,
-            moe_intermediate_size=32, mlp_only_layers=[1], shared_expert_intermediate_size=48,
+            moe_intermediate_size=32, mlp_only_layers=[1], shared_expert_intermediate_size=64,
             rope_parameters=DEFAULT | dict(partial_rotary_factor=0.5)),
     ),
     "gpt_oss": (
