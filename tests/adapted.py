@@ -48,6 +48,18 @@ LORA = {
         targets=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", *EXPERTS),
     ),
     "deepseek_v3_whole_queries": Settings(2, 4.0, targets=("q_proj", "kv_b_proj")),
+    "qwen3_next": Settings(
+        3,
+        12.0,
+        targets=(
+            "q_proj",
+            "in_proj_qkvz",
+            "in_proj_ba",
+            "out_proj",
+            "shared_expert_gate",
+            *EXPERTS,
+        ),
+    ),
     "gpt_oss": Settings(2, 4.0, targets=("q_proj", "o_proj", *EXPERTS)),
     "llama4_text": Settings(2, 4.0, targets=("q_proj", "shared_expert.down_proj", *LLAMA4)),
     "llama4_text_unnormed": Settings(

@@ -52,12 +52,13 @@ NEEDED = {
     "ministral3": {"rope_parameters": tiny.YARN | {"llama_4_scaling_beta": 0.5}},
     "deepseek_v3": dict(num_attention_heads=2, num_key_value_heads=2, first_k_dense_replace=1),
     "qwen3_5_text": {"full_attention_interval": 2},
+    "qwen3_next": {"full_attention_interval": 2},
 }
 # Projections that a family has joined, or never gives a bias, or has of experts alone.
 WITHOUT = {
     "phi3": ("qkv_bias", "o_bias", "mlp_bias"), "glm4": ("mlp_bias",),
     "gpt_oss": ("mlp_bias",), "llama4_text": ("mlp_bias",), "mixtral": ("mlp_bias", "mlp_width"),
-    "qwen3_moe": ("mlp_bias", "mlp_width"),
+    "qwen3_moe": ("mlp_bias", "mlp_width"), "qwen3_next": ("mlp_bias", "mlp_width"),
 }  # fmt: skip
 
 

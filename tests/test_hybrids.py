@@ -16,7 +16,7 @@ from bridge.safetensors_file import SafetensorsSource
 from unsloth_jax import decoding, lora
 from unsloth_jax.models import falcon_h1, family
 
-HYBRIDS = ("qwen3_5_text", "falcon_h1")
+HYBRIDS = ("qwen3_5_text", "qwen3_next", "falcon_h1")
 SLOTS = 24
 PROMPTS = [tiny.draw(31, 9), tiny.draw(32, 2)]
 
@@ -103,6 +103,13 @@ BAD = {
     "a section of images": (
         "qwen3_5_text", dict(rope_parameters=tiny.DEFAULT | {"mrope_section": 3}), "mrope_section=3"
     ),
+    "windows": ("qwen3_next", dict(use_sliding_window=True), "use_sliding_window=True"),
+    "no shared expert": (
+        "qwen3_next", dict(shared_expert_intermediate_size=0), "shared_expert_intermediate_size=0"
+    ),
+    "a section of images in a text model": (
+        "qwen3_next", dict(rope_parameters=tiny.DEFAULT | {"mrope_section": [3, 3, 2]}), "mrope"
+    ),
     "an unknown field": ("qwen3_5_text", dict(linear_bias=True), "linear_bias"),
 }  # fmt: skip
 
@@ -153,6 +160,14 @@ OTHER = {
         linear_conv_kernel_dim=4, linear_key_head_dim=8, linear_value_head_dim=8,
         linear_num_key_heads=4, linear_num_value_heads=8, attention_bias=False,
         layer_types=["full_attention"] * 4, rope_parameters=tiny.DEFAULT,
+    ),
+    "qwen3_next": dict(
+        linear_conv_kernel_dim=4, linear_key_head_dim=8, linear_value_head_dim=8,
+        linear_num_key_heads=4, linear_num_value_heads=8, attention_bias=False,
+        layer_types=["full_attention"] * 3, rope_parameters=tiny.DEFAULT,
+        num_experts=5, num_experts_per_tok=3, moe_intermediate_size=16, norm_topk_prob=False,
+        shared_expert_intermediate_size=16, mlp_only_layers=[], decoder_sparse_step=2,
+        intermediate_size=64,
     ),
 }  # fmt: skip
 

@@ -120,7 +120,8 @@ def weight_mutations(params: dict):
             wrong = jnp.ones_like
         else:
             # Of a convolution the taps, of a layer's vectors those of another layer.
-            wrong = partial(jnp.roll, shift=1, axis=-1 if "conv1d" in path else -2)
+            along = "conv1d" in path or "shared_expert_gate" in path
+            wrong = partial(jnp.roll, shift=1, axis=-1 if along else -2)
         yield path, tree.unflatten(flat | {path: map_stacks(wrong, w)})
 
 

@@ -40,6 +40,8 @@ TOLD = {
     "phi3": "LongRoPE's factors by a document's length; no windows in GGUF, which is told",
     "qwen3_5_text": "text only; `mtp` weights are left alone, as in transformers; GGUF is "
     "written, not read",
+    "qwen3_next": "`mtp` weights are left alone, as in transformers; no GGUF yet: nothing here "
+    "writes delta nets to it",
     "starcoder2": "dropout of the base, 0.1 in its configs, is not applied; windows as phi3",
 }
 

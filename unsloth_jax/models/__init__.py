@@ -59,6 +59,7 @@ from unsloth_jax.models import (
     qwen3,
     qwen3_5_text,
     qwen3_moe,
+    qwen3_next,
     smollm3,
     starcoder2,
 )
@@ -87,6 +88,7 @@ FAMILIES: dict[str, ModuleType] = {
     "qwen3": qwen3,
     "qwen3_5_text": qwen3_5_text,
     "qwen3_moe": qwen3_moe,
+    "qwen3_next": qwen3_next,
     "smollm3": smollm3,
     "starcoder2": starcoder2,
 }

@@ -3,7 +3,7 @@
 The delta net is Qwen3-Next's with its projections apart; transformers `modeling_qwen3_5`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,13 +64,7 @@ def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
     hf = {"num_key_value_heads": 4} | DEFAULTS | dict(hf)
     fields.check(hf, own=OWN)
-    fields.counts(hf, DEFAULTS)
     common, bias = fields.sizes(hf), hf.get("attention_bias", False)
-    if hf["linear_num_value_heads"] % hf["linear_num_key_heads"]:
-        raise ValueError(
-            f"linear_num_value_heads={hf['linear_num_value_heads']} is no multiple of "
-            f"linear_num_key_heads={hf['linear_num_key_heads']}: expected as many values for each"
-        )
     return Config(
         **common,
         rope=_rope(hf, common["head_width"]),
@@ -79,7 +73,20 @@ def config(hf: Mapping[str, Any]) -> Config:
         o_bias=bias,
         mlp_bias=False,
         windows=(None,) * common["layers"],
-        delta=_delta(hf, common["layers"]),
+        **of_delta_nets(hf),
+    )
+
+
+def of_delta_nets(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Which layers are delta nets and how wide these are, of a config with DEFAULTS."""
+    fields.counts(hf, DEFAULTS)
+    if hf["linear_num_value_heads"] % hf["linear_num_key_heads"]:
+        raise ValueError(
+            f"linear_num_value_heads={hf['linear_num_value_heads']} is no multiple of "
+            f"linear_num_key_heads={hf['linear_num_key_heads']}: expected as many values for each"
+        )
+    return dict(
+        delta=_delta(hf, hf["num_hidden_layers"]),
         taps=hf["linear_conv_kernel_dim"],
         key_heads=hf["linear_num_key_heads"],
         value_heads=hf["linear_num_value_heads"],
@@ -92,9 +99,15 @@ def config(hf: Mapping[str, Any]) -> Config:
 def _rope(hf: Mapping[str, Any], width: int) -> rope.Rope:
     given = {name: hf.get(name) for name in ("rope_parameters", "rope_scaling")}
     given = {name: _of_text(r) for name, r in given.items() if isinstance(r, Mapping)}
-    known = any("partial_rotary_factor" in r for r in (hf, *given.values()))
+    return quarter(dict(hf) | given, width)
+
+
+def quarter(hf: Mapping[str, Any], width: int) -> rope.Rope:
+    """Rope of a quarter of each head, unless the config says another share."""
+    given = [hf.get(name) or {} for name in ("rope_parameters", "rope_scaling")]
+    known = any("partial_rotary_factor" in r for r in (hf, *given))
     share = {} if known else {"partial_rotary_factor": 0.25}
-    return fields.rope(share | dict(hf) | given, width, partial=True)
+    return fields.rope(share | dict(hf), width, partial=True)
 
 
 def _of_text(r: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,13 +213,24 @@ def gated_attention(c, a: Params, y: Float[Array, "B T D"], by: rope.Angles, att
     return linear(a["o_proj"], x * jax.nn.sigmoid(gate.reshape(x.shape))), kept
 
 
-def delta_net(c: Config, a: Params, y: Float[Array, "B T D"], attend: Mixers):
+def projected(c: Config, a: Params, y: Float[Array, "B T D"]) -> list[Array]:
+    """Queries, keys and values side by side, their gate, b and a: [B, T, -1] each."""
+    names = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+    return linears([a[name] for name in names], y)
+
+
+def delta_net(
+    c: Config,
+    a: Params,
+    y: Float[Array, "B T D"],
+    attend: Mixers,
+    project: Callable[[Config, Params, Array], list[Array]] = projected,
+):
     """A gated delta net of y [B, T, D], and what `attend` kept.
 
     decay = -e^A_log softplus(a + dt_bias), beta = sigmoid(b); queries and keys have length 1.
     """
-    names = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
-    qkv, z, b, a_ = linears([a[name] for name in names], y)
+    qkv, z, b, a_ = project(c, a, y)
     qkv, tail = attend.convolve(qkv, a["conv1d"]["weight"], None)
     keys = c.key_heads * c.key_width
     parts = jnp.split(ACTIVATIONS[c.activation](qkv), (keys, 2 * keys), axis=-1)

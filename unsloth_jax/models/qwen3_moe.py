@@ -43,7 +43,6 @@ def config(hf: Mapping[str, Any]) -> Config:
     fields.check(hf, own=OWN)
     common = fields.sizes(hf)
     bias = hf.get("attention_bias", False)
-    step, only = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
     return Config(
         **common,
         rope=fields.rope({"max_position_embeddings": 32768} | dict(hf), common["head_width"]),
@@ -55,8 +54,14 @@ def config(hf: Mapping[str, Any]) -> Config:
         **fields.experts(hf, 128),
         expert_width=hf["moe_intermediate_size"],
         renormalized=hf.get("norm_topk_prob", False),
-        sparse=tuple(i not in only and (i + 1) % step == 0 for i in range(common["layers"])),
+        sparse=sparse(hf),
     )
+
+
+def sparse(hf: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Whether each layer is a mixture: each so many-th, but for those that are named."""
+    step, only = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
+    return tuple(i not in only and (i + 1) % step == 0 for i in range(hf["num_hidden_layers"]))
 
 
 def weights(c: Config) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
