@@ -77,6 +77,7 @@ ARCHITECTURES = {
         square=True, head_lengths=None, layer_norm=True,
     ),
     "glm4": Architecture(),
+    "glm4moe": Architecture(biases=(*QKV, "exp_probs_b"), head_lengths=None),
     "exaone4": Architecture(
         ropes=(*SCALINGS, "llama3"), square=True, head_lengths=None
     ),

@@ -14,6 +14,8 @@ from bridge.safetensors_file import Weight
 from unsloth_jax import tree
 
 MARK = "_exps."  # in llama.cpp's names of such tensors
+# How the end of a name is spelt in Hugging Face's files, and where llama.cpp's converter looks.
+CORRECTION = ("e_score_correction_bias", "e_score_correction.bias")
 
 
 def merged(weights: Iterable[Weight], found: Mapping[str, Place]) -> list[Weight]:

@@ -108,7 +108,8 @@ def gguf_names(arch: str, layers: int, names: Iterable[str]) -> dict[str, str]:
     """llama.cpp's names of Hugging Face's; raises ValueError for those it has none for."""
     known = next(a for a, text in gguf.MODEL_ARCH_NAMES.items() if text == arch)
     table = gguf.get_tensor_name_map(known, layers)
-    found = {name: table.get_name(name, (".weight", ".bias")) for name in names}
+    spelt = lambda name: name.replace(*gguf_experts.CORRECTION)
+    found = {name: table.get_name(spelt(name), (".weight", ".bias")) for name in names}
     unknown = [name for name, theirs in found.items() if theirs is None]
     if unknown:
         raise ValueError(f"no name in llama.cpp's architecture {arch!r} for {unknown}")

@@ -14,6 +14,11 @@ from bridge.gguf_architectures import ARCHITECTURES, differences
 
 # Names in generation_config.json and in gguf's writer.
 SAMPLING = {"top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "temperature": "temp"}
+# Keys whose values have a type in gguf.
+ENUMERATED = {
+    "rope_scaling_type": gguf.RopeScalingType,
+    "expert_gating_func": gguf.ExpertGatingFuncType,
+}
 CONTEXTS = ("max_position_embeddings",)
 # Whose class in transformers doesn't fill head_dim in, where its architecture's other models do.
 WITHOUT_HEAD_DIM = ("mixtral",)
@@ -83,8 +88,7 @@ def architecture(out: gguf.GGUFWriter, c: Any, config: Mapping[str, Any]) -> Non
 def family_keys(out: gguf.GGUFWriter, model: ModuleType, c: Any) -> None:
     """What the family adds, after the file type."""
     for name, value in _declared(model, "gguf_keys", c).items():
-        value = gguf.RopeScalingType(value) if name == "rope_scaling_type" else value
-        getattr(out, f"add_{name}")(value)
+        getattr(out, f"add_{name}")(ENUMERATED.get(name, lambda value: value)(value))
 
 
 def _declared(model: ModuleType, name: str, c: Any) -> dict[str, Any]:
@@ -101,6 +105,9 @@ def _experts(out: gguf.GGUFWriter, c: Any, config: Mapping[str, Any]) -> None:
     if getattr(c, "experts", None):
         out.add_expert_count(c.experts)
         out.add_expert_used_count(c.chosen)
+    if getattr(c, "groups", None):
+        out.add_expert_group_count(c.groups)
+        out.add_expert_group_used_count(c.kept_groups)
 
 
 def _head_lengths(out: gguf.GGUFWriter, c: Any, config: Mapping[str, Any]) -> None:

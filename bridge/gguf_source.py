@@ -13,6 +13,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
 from bridge import gguf_config, gguf_header
+from bridge.gguf_experts import CORRECTION
 from bridge.source import Header
 
 FLOATS = {Kind.F32: np.float32, Kind.F16: np.float16, Kind.BF16: ml_dtypes.bfloat16}
@@ -41,6 +42,10 @@ OWN_MODULES = {
     "starcoder2": ("mlp.c_fc", "mlp.c_proj"),
     "llama": tuple(
         f"block_sparse_moe.{x}" for x in ("gate", *(f"experts.w{n}" for n in (1, 2, 3)))
+    ),
+    "glm4moe": (
+        *(f"mlp.{x}" for x in ("gate", "gate.e_score_correction")),
+        *(f"mlp.{kind}experts.{n}_proj" for kind in ("", "shared_") for n in GATED),
     ),
     "llama4": (
         "feed_forward.router",
@@ -224,7 +229,7 @@ def _hugging_face_names(arch: str, layers: int) -> dict[str, str]:
     modules = [f"model.layers.{i}.{module}" for i in range(layers) for module in each]
     pairs = {module: to_gguf.get_name(module) for module in (*MODULES, *modules)}
     return {
-        f"{short}.{part}": f"{module}.{part}"
+        f"{short}.{part}": f"{module}.{part}".replace(*CORRECTION[::-1])
         for module, short in pairs.items()
         if short is not None
         for part in ("weight", "bias")

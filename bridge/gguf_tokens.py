@@ -51,6 +51,7 @@ OTHER_NAMES = {
     "cohere2": {"smollm": "command-r"},
     "exaone4": {"gpt-2": "exaone4"},
     "glm4": {"dbrx": "glm4"},
+    "glm4moe": {"dbrx": "glm4"},
 }
 END = "<|endoftext|>"
 # Architectures whose SentencePiece vocabularies are read, and what is particular to some.
@@ -60,6 +61,7 @@ ADDED_OF_BOTH = ("phi3",)
 # Special tokens that are these where the folder names none.
 BY_TEXT = {
     "glm4": {"eos": END, "eot": "<|user|>", "unk": END, "bos": END},
+    "glm4moe": {"bos": "[gMASK]", "eot": "<|user|>", "unk": END, "eom": "<|observation|>"},
 }
 END_OF_TURN = {"gemma": {"eot": 107}}  # fixed ids, whatever the vocabulary
 SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")

@@ -53,9 +53,10 @@ def check(model: ModuleType, c: Any, headers: dict[str, Header], where: str) -> 
                 "int8 rows with their SCB"
             )
     tied = {HEAD} if c.tied else set()
-    surplus = set(headers) - used - tied
-    unread = re.compile("|".join([BUFFERS.pattern, *getattr(model, "UNREAD", ())]))
-    wrong += [f"unexpected {name}" for name in sorted(surplus) if not unread.fullmatch(name)]
+    unused = [BUFFERS.pattern, *([model.unused(c)] if hasattr(model, "unused") else [])]
+    known = re.compile("|".join(unused))
+    surplus = sorted(set(headers) - used - tied)
+    wrong += [f"unexpected {name}" for name in surplus if not known.fullmatch(name)]
     if wrong:
         more = f"\n  and {len(wrong) - 30} more" if len(wrong) > 30 else ""
         raise ValueError(f"{where} does not fit its config:\n  " + "\n  ".join(wrong[:30]) + more)

@@ -119,10 +119,11 @@ def merged(
     `base="original16"` adds to the checkpoint's own weights where `source` holds them in 16 or 32
     bits, or in the blocks of a quantized GGUF (then `base` of the result is "checkpoint"),
     "dequant4" (and bitsandbytes' 4-bit checkpoints) to the dequantized ones, "dequant8" where
-    these are int8. `dtype` None keeps 16-bit weights as they are and turns float32 into bfloat16.
-    `initial` holds the pairs that were taken out of `params` before training: the checkpoint gets
-    the difference to them. Raises ValueError for an unknown base or an adapter that belongs to no
-    weight, and while reading for a result not finite.
+    these are int8. `dtype` None keeps 16-bit weights as they are and turns float32 into bfloat16;
+    what balances experts keeps its own in any case. `initial` holds the pairs that were taken out
+    of `params` before training: the checkpoint gets the difference to them. Raises ValueError for
+    an unknown base or an adapter that belongs to no weight, and while reading for a result not
+    finite.
     """
     trained_on = dequantized(params)
     if base not in (ORIGINAL, trained_on):
@@ -151,7 +152,10 @@ def merged(
 
     weights, norms = [], {}
     for name in sorted(where):
-        kind = DTYPES[dtype or _sixteen(headers[name].dtype if name in headers else "bfloat16")]
+        stored = headers[name].dtype if name in headers else None
+        kind = DTYPES[dtype or _sixteen(stored or "bfloat16")]
+        if tree.of_correction(name):
+            kind = DTYPES[stored or held(flat[where[name].path], where[name]).dtype.name]
         read = _reader(name, original, deltas.get(name), kind, norms)
         weights.append(Weight(name, where[name].shape, kind, where[name].turned(read)))
     blocks = sorted({headers[n].blocks for n in deltas if n in headers} - {None})

@@ -78,11 +78,11 @@ def reference(
     rule: Rule,
     q: Float[Array, "B T H h"],
     k: Float[Array, "B T K h"],
-    v: Float[Array, "B T K h"],
+    v: Float[Array, "B T K u"],
     segments: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     sinks: Float[Array, " H"] | None = None,
-) -> Float[Array, "B T H h"]:
+) -> Float[Array, "B T H u"]:
     """Grouped-query attention (arXiv:2305.13245) through all scores, softmax in float32."""
     return masked(q, k, v, mask(rule, segments, positions), rule.scale, rule.cap, sinks)
 
@@ -90,12 +90,12 @@ def reference(
 def masked(
     q: Float[Array, "B T H h"],
     k: Float[Array, "B S K h"],
-    v: Float[Array, "B S K h"],
+    v: Float[Array, "B S K u"],
     seen: Bool[Array, "B 1 1 T S"],
     scale: float,
     cap: float | None = None,
     sinks: Float[Array, " H"] | None = None,
-) -> Float[Array, "B T H h"]:
+) -> Float[Array, "B T H u"]:
     """Attention under any mask."""
     batch, length, heads, width = q.shape
     q = q.reshape(batch, length, k.shape[2], -1, width)
@@ -107,7 +107,7 @@ def masked(
         probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     else:
         probs = chances(scores, sinks.reshape(1, k.shape[2], -1, 1)).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(batch, length, heads, width)
+    return jnp.einsum("bkgts,bsku->btkgu", probs, v).reshape(batch, length, heads, -1)
 
 
 def chances(scores: Float[Array, "*B S"], sinks: Float[Array, "*#B"]) -> Float[Array, "*B S"]:
@@ -145,24 +145,33 @@ def attention(
     rule: Rule,
     q: Float[Array, "B T H h"],
     k: Float[Array, "B T K h"],
-    v: Float[Array, "B T K h"],
+    v: Float[Array, "B T K u"],
     segments: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     implementation: Implementation | None = None,
     sinks: Float[Array, " H"] | None = None,
-) -> Float[Array, "B T H h"]:
+) -> Float[Array, "B T H u"]:
     """Mixed values of every head; padding gets finite numbers that mean nothing.
 
-    Raises ValueError with the reason where the implementation asked for can't run.
+    cuDNN takes one width: the narrower of keys and values get zeros, which change nothing. Raises
+    ValueError with the reason where the implementation asked for can't run.
     """
-    reasons = {"cudnn": supports(rule, q, k, sinks is not None), "xla": None}
+    alike = one_width(q, k, v)
+    reasons = {"cudnn": supports(rule, *alike[:2], sinks is not None), "xla": None}
     if _choice.pick("attention", implementation, reasons) == "xla":
         return checkpoint_name(reference(rule, q, k, v, segments, positions, sinks), KEPT)
     segments = chunks(rule, segments, positions)
     rule = without_chunks(rule, q.shape[1])
     if sinks is None:
-        return _cudnn(rule, q, k, v, segments)
-    return _sunk(rule, q, k, v, segments, sinks)
+        return _cudnn(rule, *alike, segments)[..., : v.shape[-1]]
+    return _sunk(rule, *alike, segments, sinks)[..., : v.shape[-1]]
+
+
+def one_width(*heads: Array) -> list[Array]:
+    """Queries, keys and values as wide as the widest, with zeros behind them."""
+    widest = max(x.shape[-1] for x in heads)
+    room = lambda x: ((0, 0),) * 3 + ((0, widest - x.shape[-1]),)
+    return [x if x.shape[-1] == widest else jnp.pad(x, room(x)) for x in heads]
 
 
 def _cudnn(rule, q, k, v, segments, statistics=False):

@@ -24,7 +24,7 @@ from pallas_kernels import _choice
 from pallas_kernels.attention import chances
 
 Implementation = Literal["pallas", "xla"]
-Attended = tuple[Float[Array, "B H h"], Float[Array, "B K S h"], Float[Array, "B K S h"]]
+Attended = tuple[Float[Array, "B H u"], Float[Array, "B K S h"], Float[Array, "B K S u"]]
 
 BLOCK = 64  # keys that a program reads at a time
 ROWS = 16  # queries of a group, padded to a matrix unit's smallest side
@@ -35,9 +35,9 @@ HIDDEN = -1e30  # the score of a key that is not seen
 def reference(
     q: Float[Array, "B H h"],
     k: Float[Array, "B K h"],
-    v: Float[Array, "B K h"],
+    v: Float[Array, "B K u"],
     keys: Float[Array, "B K S h"],
-    values: Float[Array, "B K S h"],
+    values: Float[Array, "B K S u"],
     used: Int[Array, " B"],
     scale: float,
     window: int | None = None,
@@ -62,16 +62,16 @@ def reference(
         chance = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     else:
         chance = chances(scores, sinks.reshape(1, keys.shape[1], -1)).astype(q.dtype)
-    y = jnp.einsum("bkgs,bksh->bkgh", chance, values.astype(q.dtype))
-    return y.reshape(batch, heads, width), keys, values
+    y = jnp.einsum("bkgs,bksu->bkgu", chance, values.astype(q.dtype))
+    return y.reshape(batch, heads, -1), keys, values
 
 
 def _capped(scores, cap):
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
-def supports(q: Array, keys: Array) -> str | None:
-    """Why the kernel can't run on queries [B, H, h] and a cache [B, K, S, h], or None."""
+def supports(q: Array, keys: Array, values: Array) -> str | None:
+    """Why the kernel can't run on queries [B, H, h] and caches [B, K, S, h], or None."""
     _, heads, slots, width = keys.shape
     if _choice.platform() != "gpu":
         return "it needs a GPU"
@@ -84,6 +84,8 @@ def supports(q: Array, keys: Array) -> str | None:
             f"it takes heads 16 to 256 wide (a power of two), slots in blocks of {BLOCK} and up "
             f"to {ROWS} queries a group, got queries {q.shape} and a cache {keys.shape}"
         )
+    if values.shape[3] != width:
+        return f"it takes keys and values of one width, got {width} and {values.shape[3]}"
     if keys.size >= 2**31:
         return f"the cache {keys.shape} passes 2^31 elements and is indexed in 32 bits"
     return None
@@ -92,9 +94,9 @@ def supports(q: Array, keys: Array) -> str | None:
 def attend(
     q: Float[Array, "B H h"],
     k: Float[Array, "B K h"],
-    v: Float[Array, "B K h"],
+    v: Float[Array, "B K u"],
     keys: Float[Array, "B K S h"],
-    values: Float[Array, "B K S h"],
+    values: Float[Array, "B K S u"],
     used: Int[Array, " B"],
     *,
     scale: float,
@@ -108,7 +110,7 @@ def attend(
 
     Raises ValueError with the reason where the implementation asked for can't run.
     """
-    reasons = {"pallas": supports(q, keys), "xla": None}
+    reasons = {"pallas": supports(q, keys, values), "xla": None}
     if _choice.pick("decode attention", implementation, reasons) == "xla":
         return reference(q, k, v, keys, values, used, scale, window, cap, chunk, sinks)
     return _pallas(q, k, v, keys, values, used, scale, window, cap, chunk, sinks)

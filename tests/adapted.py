@@ -41,6 +41,13 @@ LORA = {
     "mixtral": Settings(2, 4.0, targets=("q_proj", *EXPERTS)),
     "qwen3_moe": Settings(3, 6.0, targets=("k_proj", "o_proj", *EXPERTS)),
     "qwen3_moe_unnormed": Settings(2, 4.0, targets=("q_proj", "mlp.experts.down_proj")),
+    "glm4_moe": Settings(2, 4.0, targets=("q_proj", "o_proj", *EXPERTS)),
+    "deepseek_v3": Settings(
+        3,
+        6.0,
+        targets=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", *EXPERTS),
+    ),
+    "deepseek_v3_whole_queries": Settings(2, 4.0, targets=("q_proj", "kv_b_proj")),
     "gpt_oss": Settings(2, 4.0, targets=("q_proj", "o_proj", *EXPERTS)),
     "llama4_text": Settings(2, 4.0, targets=("q_proj", "shared_expert.down_proj", *LLAMA4)),
     "llama4_text_unnormed": Settings(

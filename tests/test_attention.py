@@ -52,6 +52,31 @@ def test_packed_documents_are_attended_as_torch_attends_each_alone(window):
     assert np.isfinite(y).all()
 
 
+@pytest.mark.parametrize("width", [8, 40])
+def test_values_of_another_width_are_mixed_as_torch_does(width):
+    v = jnp.asarray(rng.normal(0, 1, (B, T, K, width)), jnp.float32)
+    rule = Rule(0.3, documents=1)
+    alone = numbered([[T], [T]])
+    y = attention.attention(rule, Q, KEYS, v, *alone)
+    for row in range(B):
+        np.testing.assert_allclose(y[row], in_torch(Q[row], KEYS[row], v[row], None), atol=2e-6)
+    wide = attention.one_width(Q, KEYS, v)
+    assert {x.shape[-1] for x in wide} == {max(D, width)}
+    np.testing.assert_allclose(attention.reference(rule, *wide, *alone)[..., :width], y, atol=2e-6)
+
+
+def test_values_of_another_width_reach_the_kernel_as_wide_as_keys(monkeypatch):
+    v, rule, alone = V[..., :8], Rule(0.3, documents=1), numbered([[T], [T]])
+    called = lambda rule, q, k, v, segments: (
+        attention.reference(rule, q, k, v, *alone) + v.shape[-1]
+    )
+    monkeypatch.setattr(attention, "_cudnn", called)
+    monkeypatch.setattr(attention, "supports", lambda *_: None)
+    y = attention.attention(rule, Q, KEYS, v, *alone, "cudnn")
+    expected = attention.reference(rule, Q, KEYS, v, *alone) + D
+    np.testing.assert_allclose(y, expected, atol=2e-6)
+
+
 SINKS = jnp.asarray([-0.5, 3.0, 0.2, -40.0])
 
 

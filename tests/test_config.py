@@ -50,6 +50,7 @@ def test_transformers_has_as_many_parameters_for_the_configs_of_the_hub(name):
 
 NEEDED = {
     "ministral3": {"rope_parameters": tiny.YARN | {"llama_4_scaling_beta": 0.5}},
+    "deepseek_v3": dict(num_attention_heads=2, num_key_value_heads=2, first_k_dense_replace=1),
     "qwen3_5_text": {"full_attention_interval": 2},
 }
 # Projections that a family has joined, or never gives a bias, or has of experts alone.
@@ -228,6 +229,23 @@ REFUSED = {
     "llama3 factors swapped": (
         "llama", dict(rope_parameters=tiny.LLAMA3 | {"low_freq_factor": 8.0}),
         "low_freq_factor=8.0", "got 4.0"),
+    "fewer keys than queries": (
+        "deepseek_v3", dict(num_attention_heads=4), "num_attention_heads=4", "as many"),
+    "a head of another width": (
+        "deepseek_v3", dict(head_dim=32), "head_dim=32", "qk_rope_head_dim=64"),
+    "routing by softmax": ("deepseek_v3", dict(scoring_func="softmax"), "'softmax'", "sigmoid"),
+    "another choice of experts": ("deepseek_v3", dict(topk_method="greedy"), "greedy", "noaux_tc"),
+    "mixtures with gaps": ("deepseek_v3", dict(moe_layer_freq=2), "moe_layer_freq=2", "1"),
+    "two predicted tokens": (
+        "deepseek_v3", dict(num_nextn_predict_layers=2), "num_nextn_predict_layers=2", "(0, 1"),
+    "uneven groups": ("deepseek_v3", dict(n_group=7), "n_group=7", "equal groups"),
+    "groups of one": ("glm4_moe", dict(n_group=128), "n_group=128", "2 or more"),
+    "too many groups": ("glm4_moe", dict(topk_group=2), "topk_group=2", "room in"),
+    "no room in groups": (
+        "glm4_moe", dict(n_group=32, topk_group=1), "num_experts_per_tok=8", "room in"),
+    "dense layers below zero": (
+        "glm4_moe", dict(first_k_dense_replace=-1), "first_k_dense_replace=-1", "from 0 on"),
+    "no shared experts": ("glm4_moe", dict(n_shared_experts=0), "n_shared_experts=0", "over 0"),
     "a context that rope is not from": (
         "gpt_oss", dict(initial_context_length=2048), "initial_context_length=2048", "4096"),
     "two numbers of a token's experts": (

@@ -37,7 +37,7 @@ def example(name: str, dtype=jnp.bfloat16) -> tuple:
 def by_hand(q, k, v, keys, values, used, scale, window, chunk=None, sinks=None) -> np.ndarray:
     """float64 [B, H, h], a query at a time."""
     q, k, v, keys, values = (np.asarray(x, np.float64) for x in (q, k, v, keys, values))
-    out, group = np.zeros(q.shape), q.shape[1] // k.shape[1]
+    out, group = np.zeros((*q.shape[:2], v.shape[2])), q.shape[1] // k.shape[1]
     for b, n in enumerate(np.asarray(used)):
         first = 0 if window is None else max(0, n + 1 - window)
         first = first if chunk is None else max(first, n - n % chunk)
@@ -67,6 +67,17 @@ def test_the_reference_equals_a_sum_by_hand(name, window):
         want = np.asarray(old).copy()
         want[rows, :, np.asarray(args[-1])] = new
         np.testing.assert_array_equal(cache, want)
+
+
+def test_values_may_have_another_width_than_keys():
+    q, k, v, keys, values, used = example("ragged", jnp.float32)
+    args = q, k, v[..., :24], keys, values[..., :24], used
+    y, _, new = op.attend(*args, scale=0.2, window=None)
+    close(y, by_hand(*args, 0.2, None), 1e-5)
+    assert new.shape == args[4].shape
+    half = [x.astype(jnp.bfloat16) for x in args[:-1]]
+    with _choice.target("gpu"), pytest.raises(ValueError, match="one width, got 32 and 24"):
+        op.attend(*half, used, scale=0.2, implementation="pallas")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +125,7 @@ def test_a_token_sees_no_chunk_but_its_own(window, chunk, cut):
 def test_the_kernel_lowers_for_a_gpu_and_writes_the_caches_in_place(name, cut):
     args = example(name)
     with _choice.target("gpu"):
-        assert op.supports(args[0], args[3]) is None
+        assert op.supports(args[0], *args[3:5]) is None
         run = lambda *args: op._pallas(*args, 0.125, 40, cut=cut)
         text = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @__gpu$xla.gpu.triton") == (1 if cut == 1 else 2)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import time
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import optax
 import programs
 import pytest
 import tiny
+import transformers
 from hub_configs import HUB
 
 from pallas_kernels.attention import Rule, reference
@@ -17,7 +19,7 @@ from unsloth_jax import decoder, leaves, lora, losses, quant, train, tree
 from unsloth_jax.decoder import Group, groups
 from unsloth_jax.dims import Batch
 from unsloth_jax.leaves import Stacks
-from unsloth_jax.models import family
+from unsloth_jax.models import family, tree_of
 from unsloth_jax.quant import nf4
 from unsloth_jax.remat import KEPT, Memory
 from workflows import objective
@@ -175,12 +177,7 @@ def test_the_scan_equals_a_plain_loop(windows, adapted):
 
 def shapes_of(module, c, dtype=jnp.float32):
     """The parameter tree as shapes, so that a large model can be traced without its weights."""
-    stack = lambda path, shape: (c.layers, *shape) if ".*." in path else shape
-    flat = {
-        path: jax.ShapeDtypeStruct(stack(path, shape), dtype)
-        for path, (shape, _) in module.weights(c).items()
-    }
-    return tree.unflatten(flat)
+    return tree_of(module, c, lambda _, shape: jax.ShapeDtypeStruct(shape, dtype))
 
 
 def lowered_step(c, module, length: int, micro: int = 2):
@@ -273,3 +270,64 @@ def test_the_program_does_not_grow_with_the_layers():
         traced, _ = lowered_step(c, module, 128, micro=1)
         lines.append(len(traced.lower().as_text().splitlines()))
     assert lines[1] <= 1.02 * lines[0]
+
+
+# Families whose layers differ: their number of layers and their kinds at 8 and at 48 layers.
+PATTERNS = {
+    "llama": {}, "gemma2": {}, "gemma3_text": {}, "qwen2": dict(
+        use_sliding_window=True, sliding_window=8, max_window_layers=4),
+    "smollm3": {}, "cohere2": {}, "qwen3_moe": dict(mlp_only_layers=[0], moe_intermediate_size=64),
+    "gpt_oss": {}, "llama4_text": {}, "qwen3_5_text": {},
+}  # fmt: skip
+
+
+def deep(name: str, layers: int):
+    """(family, config) of an entry with its family's own pattern over so many layers."""
+    own = ("layer_types", "no_rope_layers", "moe_layers", "max_window_layers", "mlp_only_layers")
+    kind, fields = tiny.TINY[name]
+    fields = {k: v for k, v in fields.items() if k not in own}
+    hf = getattr(transformers, f"{kind}Config")(
+        **fields | dict(num_hidden_layers=layers) | PATTERNS[name]
+    ).to_dict()
+    module = family(hf["model_type"])
+    return module, module.config(hf)
+
+
+def lowered(name: str, layers: int):
+    module, c = deep(name, layers)
+    return lowered_step(c, module, 64, micro=1)[0].lower()
+
+
+LONGER = [
+    name if name == "gemma3_text" else pytest.param(name, marks=pytest.mark.slow)
+    for name in PATTERNS
+]
+
+
+@pytest.mark.parametrize("name", LONGER)
+def test_programs_of_48_layers_are_as_long_as_those_of_8(name):
+    kinds = deep(name, 48)[0].kinds(deep(name, 48)[1])
+    assert (len(set(kinds)) > 1) == (name != "llama")
+    lines = [len(lowered(name, layers).as_text().splitlines()) for layers in (8, 48)]
+    assert lines[1] <= 1.25 * lines[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PATTERNS)
+def test_48_layers_compile_in_at_most_one_and_a_half_times_8(name, figure):
+    def seconds(layers: int) -> float:
+        took = []
+        for _ in range(2):
+            jax.clear_caches()
+            start = time.process_time()
+            lowered(name, layers).compile()
+            took.append(time.process_time() - start)
+        return min(took)
+
+    kept = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        ratio = seconds(48) / seconds(8)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", kept)
+    figure(f"compile time of 48 layers over 8, {name}", ratio, 1.5)

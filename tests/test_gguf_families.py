@@ -142,6 +142,8 @@ OTHERWISE = {
     "normed heads": ("cohere", dict(use_qk_norm=True), "use_qk_norm of 2 layers True"),
     "cohere's biases": ("cohere", dict(attention_bias=True), "no place for 2 biases: blk.0.attn_o"),
     "gemma's biases": ("gemma", dict(attention_bias=True), "no place for 2 biases"),
+    "all groups": ("glm4_moe", dict(topk_group=3), "groups left out False"),
+    "no mixture": ("glm4_moe", dict(first_k_dense_replace=3), "mixtures of experts False"),
     "few windows": (
         "exaone4_windows",
         dict(num_hidden_layers=4, layer_types=made.SLIDING),

@@ -53,6 +53,14 @@ MAMBA = dict(
     mamba_chunk_size=16, num_hidden_layers=2,
 )  # fmt: skip
 MIXED = dict(num_experts_per_tok=2)
+ROUTED = MIXED | dict(
+    moe_intermediate_size=32, n_routed_experts=8, n_shared_experts=2, n_group=2, topk_group=1,
+    first_k_dense_replace=1, routed_scaling_factor=1.7,
+)  # fmt: skip
+LATENT = ROUTED | dict(
+    num_key_value_heads=4, q_lora_rank=64, kv_lora_rank=128, qk_nope_head_dim=24,
+    qk_rope_head_dim=32, v_head_dim=48,
+)  # fmt: skip
 BIASED = dict(attention_bias=True, rms_norm_eps=0.02)
 
 TINY: dict[str, tuple[str, dict]] = {
@@ -131,6 +139,20 @@ TINY: dict[str, tuple[str, dict]] = {
         "Qwen3Moe", SMALL | MIXED | dict(
             num_experts=4, moe_intermediate_size=32, tie_word_embeddings=True),
     ),
+    "glm4_moe": (
+        # A dict of its own: transformers writes into it.
+        "Glm4Moe", SMALL | ROUTED | BIASED | dict(use_qk_norm=True, rope_parameters=dict(DEFAULT)),
+    ),
+    "glm4_moe_unnormed": (
+        "Glm4Moe", PLAIN | ROUTED | dict(norm_topk_prob=False, partial_rotary_factor=0.25),
+    ),
+    "deepseek_v3": (
+        "DeepseekV3", PLAIN | LATENT | BIASED | dict(rope_parameters=YARN_TUNED),
+    ),
+    "deepseek_v3_whole_queries": (
+        "DeepseekV3", PLAIN | LATENT | dict(
+            q_lora_rank=None, rope_interleave=False, norm_topk_prob=False, v_head_dim=64),
+    ),
     "gpt_oss": (
         "GptOss", SMALL | MIXED | WINDOWED | dict(
             num_local_experts=4, intermediate_size=48, swiglu_limit=1.0, swiglu_alpha=1.2,
@@ -157,13 +179,13 @@ EACH = {
     "phi3": "phi3", "granite": "granite", "cohere": "cohere", "cohere2": "cohere2",
     "olmo2": "olmo2", "smollm3": "smollm3", "starcoder2": "starcoder2", "glm4": "glm4",
     "exaone4": "exaone4", "qwen3_5_text": "qwen3_5_text", "falcon_h1": "falcon_h1",
-    "mixtral": "mixtral", "qwen3_moe": "qwen3_moe",
-    "llama4_text": "llama4_text",
-    "gpt_oss": "gpt_oss",
+    "mixtral": "mixtral", "qwen3_moe": "qwen3_moe", "glm4_moe": "glm4_moe",
+    "deepseek_v3": "deepseek_v3", "llama4_text": "llama4_text", "gpt_oss": "gpt_oss",
 }  # fmt: skip
 # Entries whose parts others have too: all their tests but the logits' go to `make test-full`.
 LESSER = (
     "ministral3", "gemma", "phi3_window", "granite", "cohere", "olmo2", "smollm3", "exaone4",
+    "glm4_moe", "glm4_moe_unnormed", "deepseek_v3_whole_queries",
     "falcon_h1_plain",
     "llama4_text_unnormed",
 )  # fmt: skip
@@ -204,6 +226,9 @@ def redraw(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             else:
                 value = rng.normal(0, 1.5 / np.sqrt(p.shape[1]), p.shape)
             p.copy_(torch.tensor(value.astype(np.float32)))
+        for name, p in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                p.copy_(torch.tensor(rng.normal(0, 0.5, p.shape).astype(np.float32)))
     return model
 
 

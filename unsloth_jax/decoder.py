@@ -1,8 +1,9 @@
 """The loop over layers, shared by every family: training forward, prefill and decoding.
 
 Layers are scanned in groups: runs of a repeating pattern of layers alike in kind, leaves and
-adapters. Quantized stacks stay whole and are read by layer number, so they are never cut or
-copied; arrays and adapters travel through the scan, so their gradients don't accumulate.
+adapters; layers alike that follow each other within a pattern are scanned too, so that each kind
+is compiled once. Quantized stacks stay whole and are read by layer number, so they are never cut
+or copied; arrays and adapters travel through the scan, so their gradients don't accumulate.
 """
 
 from collections.abc import Callable
@@ -36,10 +37,7 @@ class Group(NamedTuple):
 
 def groups(kinds: tuple, flat: dict[str, Any]) -> list[Group]:
     """Cuts the layers, from the first on, each time into the longest run of a repeated pattern."""
-    count = len(kinds)
-    parts = {path: stacks(leaf, count).layers for path, leaf in flat.items()}
-    owner = {p: {i: n for n, ids in enumerate(layers) for i in ids} for p, layers in parts.items()}
-    signs = [(kinds[i], *(owner[p].get(i) for p in flat)) for i in range(count)]
+    count, signs = len(kinds), _signs(kinds, flat)
     out, at = [], 0
     while at < count:
         best = Group(at, 1, 1)
@@ -54,6 +52,20 @@ def groups(kinds: tuple, flat: dict[str, Any]) -> list[Group]:
     return out
 
 
+def _signs(kinds: tuple, flat: dict[str, Any]) -> list[tuple]:
+    """What layers must have in common to be alike: their kinds and the parts that hold them."""
+    count = len(kinds)
+    parts = {path: stacks(leaf, count).layers for path, leaf in flat.items()}
+    owner = {p: {i: n for n, ids in enumerate(layers) for i in ids} for p, layers in parts.items()}
+    return [(kinds[i], *(owner[p].get(i) for p in flat)) for i in range(count)]
+
+
+def _runs(pattern: list[tuple]) -> list[tuple[int, int]]:
+    """(start, length) of layers alike that follow each other in a pattern."""
+    starts = [n for n, sign in enumerate(pattern) if n == 0 or sign != pattern[n - 1]]
+    return [(a, b - a) for a, b in zip(starts, [*starts[1:], len(pattern)], strict=True)]
+
+
 def take(x: Array, at: list[int]) -> Array:
     """Layers `at` of a stack, without a copy where they are the whole of it."""
     if at == list(range(x.shape[0])):
@@ -61,6 +73,16 @@ def take(x: Array, at: list[int]) -> Array:
     step = at[1] - at[0] if len(at) > 1 else 1
     if step > 0 and at == list(range(at[0], at[-1] + 1, step)):
         return x[at[0] : at[-1] + 1 : step]
+    ends = [n for n, (a, b) in enumerate(zip(at, at[1:], strict=False), 1) if b != a + 1]
+    length = ends[0] if ends else len(at)
+    apart, rounds = (at[length] - at[0] if ends else length), len(at) // length
+    blocks = [at[0] + r * apart + k for r in range(rounds) for k in range(length)]
+    if apart >= length and at == blocks:
+        # Blocks of as many layers each: slices of rounds, whose gradient scatters nothing.
+        for start, inside in ((at[0], 0), (at[0] + length - apart, apart - length)):
+            if start >= 0 and start + rounds * apart <= x.shape[0]:
+                whole = x[start : start + rounds * apart].reshape(rounds, apart, *x.shape[1:])
+                return whole[:, inside : inside + length].reshape(-1, *x.shape[1:])
     return x[np.asarray(at)]
 
 
@@ -95,40 +117,56 @@ def scan_layers(
     for key in family.LAYERS.split("."):
         node = node[key]
     flat, kinds = tree.flatten(node["*"]), family.kinds(c)
+    signs = _signs(kinds, flat)
     for g in groups(kinds, flat):
-        rounds = [
-            range(g.start + j, g.start + g.period * g.repeats, g.period) for j in range(g.period)
-        ]
+        runs = _runs(signs[g.start : g.start + g.period])
         xs, rebuilds = [], []
-        for ids in rounds:
+        for first, length in runs:
+            ids = [g.start + r * g.period + first + k
+                   for r in range(g.repeats) for k in range(length)]  # fmt: skip
             here = {}
             for path, leaf in flat.items():
                 s = stacks(leaf, len(kinds))
                 n = next((n for n, layers in enumerate(s.layers) if ids[0] in layers), None)
                 if n is not None:
                     here[path] = split(s.parts[n], [s.layers[n].index(i) for i in ids])
-            xs.append(({p: x for p, (x, _) in here.items()}, jnp.asarray(list(ids), jnp.int32)))
+            carried = {p: x for p, (x, _) in here.items()}, jnp.asarray(ids, jnp.int32)
+            xs.append(carried if length == 1 else _in_rounds(carried, g.repeats))
             rebuilds.append({p: build for p, (_, build) in here.items()})
 
-        def one(carry, flat_xs, i, j, g=g, rebuilds=rebuilds):
-            w = {p: rebuilds[j][p](x) for p, x in flat_xs.items()}
+        def one(carry, flat_xs, i, n, g=g, runs=runs, rebuilds=rebuilds):
+            w = {p: rebuilds[n][p](x) for p, x in flat_xs.items()}
             carry, w = _tied(carry, w) if unroll else (carry, w)
-            return body(carry, kinds[g.start + j], tree.unflatten(w), i)
+            return body(carry, kinds[g.start + runs[n][0]], tree.unflatten(w), i)
 
-        layers = [wrap(partial(one, j=j)) for j in range(g.period)]
+        layers = [wrap(partial(one, n=n)) for n in range(len(runs))]
         # One function for all rounds, so that writing them out traces each layer once.
         layers = [jax.jit(layer) for layer in layers] if unroll else layers
 
-        def step(carry, xs, layers=layers):
-            for layer_of, (flat_xs, i) in zip(layers, xs, strict=True):
-                carry = layer_of(carry, flat_xs, i)
+        def step(carry, xs, layers=layers, runs=runs):
+            for layer_of, (_, length), mine in zip(layers, runs, xs, strict=True):
+                alike = lambda carry, one, layer_of=layer_of: (layer_of(carry, *one), None)
+                if length == 1:
+                    carry = layer_of(carry, *mine)
+                else:
+                    carry = _folded(alike, carry, mine, length, unroll)
             return carry, None
 
-        if unroll:
-            for round_ in _apart(xs, g.repeats):
-                carry, _ = step(carry, round_)
-        else:
-            carry, _ = jax.lax.scan(step, carry, xs)
+        carry = _folded(step, carry, xs, g.repeats, unroll)
+    return carry
+
+
+def _in_rounds(xs: Any, count: int) -> Any:
+    """Slices one after the other as `count` equal parts."""
+    return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), xs)
+
+
+def _folded(step: Callable, carry: Any, xs: Any, count: int, unroll: bool) -> Any:
+    """The last carry of a scan, or of its steps written out."""
+    if not unroll:
+        return jax.lax.scan(step, carry, xs)[0]
+    for one in _apart(xs, count):
+        carry, _ = step(carry, one)
     return carry
 
 

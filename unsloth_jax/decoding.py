@@ -32,7 +32,7 @@ class Cache:
     """
 
     keys: tuple[Any, ...]  # [B, K, S, h] each
-    values: tuple[Any, ...]
+    values: tuple[Any, ...]  # [B, K, S, u] each
     tails: tuple[Any, ...]  # [B, taps - 1, C] each: what a convolution looks back at
     states: tuple[Any, ...]  # float32 [B, H, K, V] each: of a recurrence
     used: Any  # int32 [B]: tokens that were read
@@ -48,15 +48,18 @@ def _shapes(family: ModuleType, c: Any, batch: int, attended: tuple[int, ...], d
     every = holds(family, c)
     new = jax.ShapeDtypeStruct
     lead = lambda shape, dtype: None if shape is None else new((batch, *shape), dtype)
-    pairs = [lead(attended if one.attends else None, dtype) for one in every]
+    keys, values = (
+        [lead((*attended, width) if one.attends else None, dtype) for one in every]
+        for width in (c.head_width, c.v_width)
+    )
     tails = [lead(one.tail, dtype) for one in every]
     states = [lead(one.state, jnp.float32) for one in every]
-    return dict(zip(NAMES, (pairs, pairs, tails, states), strict=True))
+    return dict(zip(NAMES, (keys, values, tails, states), strict=True))
 
 
 def empty(family: ModuleType, c: Any, batch: int, slots: int, dtype: Any) -> Cache:
     """A cache of `slots` tokens a row that holds none."""
-    shapes = _shapes(family, c, batch, (c.kv_heads, slots, c.head_width), dtype)
+    shapes = _shapes(family, c, batch, (c.kv_heads, slots), dtype)
     arrays = {
         name: tuple(x if x is None else jnp.zeros(x.shape, x.dtype) for x in layers)
         for name, layers in shapes.items()
@@ -82,7 +85,7 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens.shape)
     by = family.angles(c, positions, jnp.broadcast_to(lengths[:, None], tokens.shape))
     mixers = _prompt_mixers(positions, lengths)
-    shapes = _shapes(family, c, batch, (length, c.kv_heads, c.head_width), dtype)
+    shapes = _shapes(family, c, batch, (length, c.kv_heads), dtype)
     having = {name: [x is not None for x in layers] for name, layers in shapes.items()}
 
     def body(carry, kind, w, i):

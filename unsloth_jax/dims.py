@@ -1,8 +1,8 @@
 """Axis letters and shared array types.
 
 B batch   T query tokens   S key tokens   D model width   F mlp width   V vocabulary
-H query heads   K key/value heads   h head width   L layers   r LoRA rank   N rows (B*T)
-O, I the two sides of a weight [out, in]   M micro-batches
+H query heads   K key/value heads   h head width   u width of a head's values   L layers
+r LoRA rank   N rows (B*T)   E experts   O, I the two sides of a weight [out, in]   M micro-batches
 """
 
 from typing import Any, NamedTuple

@@ -50,6 +50,34 @@ def softmax_route(scores: Float[Array, "N E"], k: int, renormalized: bool) -> Ro
     return Route(chosen, chances)
 
 
+def sigmoid_route(
+    scores: Float[Array, "N E"],
+    correction: Float[Array, " E"],
+    k: int,
+    renormalized: bool,
+    groups: int = 1,
+    kept: int = 1,
+    scale: float = 1.0,
+) -> Route:
+    """The k experts of the highest sigmoid + correction; their sigmoids times `scale` weigh them.
+
+    Experts lie in `groups` of which a token uses the `kept` ones whose two highest have the largest
+    sum. The correction balances experts and weighs nothing (arXiv:2408.15664, 2412.19437).
+    """
+    chances = jax.nn.sigmoid(scores)
+    ranks = jax.lax.stop_gradient(chances) + correction.astype(jnp.float32)[None]
+    if kept < groups:
+        by_group = ranks.reshape(ranks.shape[0], groups, -1)
+        best = jax.lax.top_k(jax.lax.top_k(by_group, 2)[0].sum(-1), kept)[1]
+        used = jax.nn.one_hot(best, groups, dtype=jnp.bool_).any(1)
+        ranks = jnp.where(used[..., None], by_group, -jnp.inf).reshape(ranks.shape)
+    chosen = jax.lax.top_k(ranks, k)[1]
+    chances = jnp.take_along_axis(chances, chosen, axis=-1)
+    if renormalized:
+        chances = chances / (chances.sum(-1, keepdims=True) + 1e-20)
+    return Route(chosen, chances * scale)
+
+
 def spread(
     scores: Float[Array, "N E"], chosen: Int[Array, "N k"], real: Float[Array, " N"]
 ) -> Spread:

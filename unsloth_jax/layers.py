@@ -133,11 +133,11 @@ def self_attention(
     rule: kernel.Rule,
     q: Float[Array, "B T H h"],
     k: Float[Array, "B T K h"],
-    v: Float[Array, "B T K h"],
+    v: Float[Array, "B T K u"],
     segments: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     sinks: Float[Array, " H"] | None = None,
-) -> Float[Array, "B T H*h"]:
+) -> Float[Array, "B T H*u"]:
     """Attention of whole rows to themselves, by the fastest kernel that takes them."""
     y = kernel.attention(rule, q, k, v, segments, positions, sinks=sinks)
     return y.reshape(*q.shape[:2], -1)

@@ -208,16 +208,17 @@ def _kept(memory: Memory) -> tuple[str, ...]:
 
 def _flash(job: Job) -> bool:
     """Whether attention runs without its scores in memory."""
-    width, capped = job.config.head_width, job.config.attention_cap is not None
-    fits = width % 8 == 0 and width <= 128 and not capped
+    width = max(job.config.head_width, job.config.v_width)
+    fits = width % 8 == 0 and width <= 128 and job.config.attention_cap is None
     return job.platform == "gpu" and _item(job) == 2 and fits
 
 
 def _residuals(job: Job, memory: Memory) -> int:
     c, names = job.config, _kept(memory)
-    q, kv = c.heads * c.head_width, c.kv_heads * c.head_width
-    widths = dict(q=q, k=kv, v=kv, mid=c.width, gate=c.mlp_width, up=c.mlp_width)
-    widths[attention.KEPT] = q
+    q, k = c.heads * c.head_width, c.kv_heads * c.head_width
+    v = c.kv_heads * c.v_width
+    widths = dict(q=q, k=k, v=v, mid=c.width, gate=c.mlp_width, up=c.mlp_width)
+    widths[attention.KEPT] = c.heads * c.v_width
     row = sum(widths.pop(n) for n in ("mid", "gate", "up") if n in names)
     row = _item(job) * (row + c.width * (memory.keep != "offload"))
     mixed = _item(job) * sum(widths[n] for n in names if n in widths)

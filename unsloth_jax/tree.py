@@ -61,6 +61,11 @@ def of_router(path: str) -> bool:
     return path.split(".")[-2] in ROUTERS
 
 
+def of_correction(path: str) -> bool:
+    """Whether a weight balances experts: no gradient trains it, and files have it in float32."""
+    return path.endswith(".e_score_correction_bias")
+
+
 def of_linear(path: str) -> bool:
     """Whether a path is a linear module's weight or all experts' matrices in one."""
     if path.endswith(".weight"):

@@ -22,11 +22,15 @@ MEASURED = {
     "4-bit file": "logits of bitsandbytes' 4-bit file",
 }
 TOLD = {
+    "deepseek_v3": "whole keys and values in the cache, not the latent; heads of 192: on a GPU "
+    "attention goes through XLA, with all scores in memory; layers that predict further tokens "
+    "are left out of files; no fp8 files; no GGUF",
     "exaone4": "GGUF with windows for 64 layers alone, as llama.cpp has it",
     "falcon_h1": "no adapter for Mamba's `out_proj`, which PEFT refuses; no GGUF yet",
     "gemma": "heads of 256: on a GPU attention goes through XLA, with all scores in memory",
     "gemma2": "soft-caps: on a GPU attention goes through XLA, with all scores in memory",
     "gemma3_text": "text only; heads of 256, as gemma",
+    "glm4_moe": "layers that predict further tokens are left out of files",
     "gpt_oss": "MXFP4 is dequantized when read, and not written; Unsloth's bnb-4bit files, whose "
     "experts are linear modules, are refused",
     "llama": "see [performance](performance.md)",

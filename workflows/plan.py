@@ -234,7 +234,8 @@ def _table_in_place(model: Any, frozen: Params) -> Iterator[None]:
 def _say_attention(job: Job, documents: int) -> None:
     """One line where a GPU's attention holds every score, since no kernel takes these shapes."""
     c, dtype = job.config, plan.activations(job)
-    shape = lambda heads: jax.ShapeDtypeStruct((job.batch, job.length, heads, c.head_width), dtype)
+    widest = max(c.head_width, c.v_width)
+    shape = lambda heads: jax.ShapeDtypeStruct((job.batch, job.length, heads, widest), dtype)
     rules = {attention.Rule(1.0, w, c.attention_cap, documents, c.chunk) for w in c.windows}
     sinks = any(path.endswith(".sinks") for path in tree.flatten(job.params))
     reasons = {attention.supports(rule, shape(c.heads), shape(c.kv_heads), sinks) for rule in rules}

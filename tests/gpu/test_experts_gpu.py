@@ -62,9 +62,12 @@ def test_int8_codes_are_the_cpus_but_for_ties():
     assert apart.max() <= 1 and apart.mean() < 1e-3
 
 
-@pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-def test_logits_of_mixtures_are_those_of_a_cpu(name, quantize, tmp_path):
+OTHERS = ("gpt_oss", "llama4_text", "deepseek_v3", "glm4_moe", "qwen3_5_text", "falcon_h1")
+CASES = [(name, q) for name in ("mixtral", "qwen3_moe") for q in (None, "nf4", "int8")]
+
+
+@pytest.mark.parametrize(("name", "quantize"), [*CASES, *((name, "nf4") for name in OTHERS)])
+def test_logits_of_mixtures_and_hybrids_are_those_of_a_cpu(name, quantize, tmp_path):
     tiny = pytest.importorskip("tiny", reason="needs torch to make a checkpoint")
     folder = tiny.save(tiny.reference(name), tmp_path)
     ids = np.random.default_rng(3).integers(3, 256, (2, 48)).astype(np.int32)

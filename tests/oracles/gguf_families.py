@@ -150,6 +150,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | named("qwen3_moe", "Qwen3Moe")
     | dict(head_dim=32, num_experts=12, num_experts_per_tok=4, moe_intermediate_size=32)
     | dict(norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[], rope_theta=1e6),
+    "glm4_moe": SMALL
+    | named("glm4_moe", "Glm4Moe")
+    | dict(num_hidden_layers=3, head_dim=32, attention_bias=True, use_qk_norm=True)
+    | dict(n_routed_experts=12, num_experts_per_tok=3, moe_intermediate_size=32)
+    | dict(n_shared_experts=2, n_group=3, topk_group=2, first_k_dense_replace=1)
+    | dict(routed_scaling_factor=1.5, norm_topk_prob=True, partial_rotary_factor=0.5)
+    | dict(num_nextn_predict_layers=0, pad_token_id=0, rope_theta=1e6),
 }
 WIDE = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=8)
 CONFIGS |= {
@@ -159,6 +166,7 @@ CONFIGS |= {
     "wide_starcoder2": CONFIGS["starcoder2"] | WIDE,
     "wide_glm4": CONFIGS["glm4"] | WIDE,
     "wide_mixtral": CONFIGS["mixtral"] | WIDE | dict(num_local_experts=8),
+    "wide_glm4_moe": CONFIGS["glm4_moe"] | WIDE | dict(moe_intermediate_size=256),
     "wide_llama4": CONFIGS["llama4"] | WIDE | TIED | dict(intermediate_size_mlp=768),
     "wide_qwen3_moe": CONFIGS["qwen3_moe"] | WIDE | dict(moe_intermediate_size=256),
 }
@@ -169,7 +177,8 @@ QUANTIZED |= {name: ("q4_k_m", "q5_k_m", "q8_0") for name in ("wide_phi3", "wide
 # As the converter calls the splitting of these families' tokenizers, which is the tiny one's too.
 PRES = dict(granite="refact", starcoder2="starcoder", cohere="command-r", cohere2="command-r")
 WITHOUT_PREFIX, WITH_PREFIX = b"\x18\x00", b"\x18\x01"  # add_dummy_prefix of the normalizer
-USER = "<|user|>"  # the converter looks for it in GLM-4's vocabulary
+# Tokens that the converter looks for in GLM's vocabularies.
+LOOKED_FOR = {"glm4": ("<|user|>",), "glm4_moe": ("<|user|>", "[gMASK]", "<|observation|>")}
 
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -202,10 +211,11 @@ def tokenizer(config: dict[str, Any], path: Path) -> Path:
         _with_space(path)
     if config["model_type"] in ("llama", "mistral"):
         _as_llama(path, config["model_type"] == "mistral")
-    if config["model_type"] == "glm4":
+    if own := LOOKED_FOR.get(config["model_type"]):
         file = path / "tokenizer.json"
         spec = json.loads(file.read_text())
-        spec["added_tokens"].append(spec["added_tokens"][0] | {"id": 482, "content": USER})
+        first = spec["added_tokens"][0]
+        spec["added_tokens"] += [first | {"id": 482 + n, "content": t} for n, t in enumerate(own)]
         file.write_text(json.dumps(spec))
     return path
 

@@ -24,13 +24,14 @@ def init(
 ) -> Params:
     """Copies of the weights and biases of `modules`, named as in `modules_to_save`; "all" of all.
 
+    What balances experts is no parameter, in transformers neither, and stays as it is.
     A tied head is the embedding: there "lm_head" beside "embed_tokens" adds nothing, and both uses
     are trained. Raises ValueError for a name that is not there, for "lm_head" alone where it is
     tied, and for quantized weights.
     """
     flat = tree.flatten(params)
     paths = [*flat] if modules == EVERYTHING else _named(flat, modules)
-    found = {path: flat[path] for path in paths}
+    found = {path: flat[path] for path in paths if not tree.of_correction(path)}
     broken = {p: _kinds(leaf) for p, leaf in found.items() if set(_kinds(leaf)) != {"float array"}}
     if broken:
         raise ValueError(

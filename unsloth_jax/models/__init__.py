@@ -13,8 +13,8 @@ A family is a module with:
     holds(c, kind)                   what a cache holds of such a layer (optional)
 where not all layers have all weights, or files hold some the other way round,
     layers_of(c, path)               numbers of the layers that have a weight (optional)
+    unused(c)                        a pattern of names that transformers leaves alone (optional)
     TRANSPOSED                       paths of which files hold the last two axes swapped (optional)
-    UNREAD                           patterns of weights that transformers leaves alone (optional)
 where tokens go to experts that transformers balances,
     routed(c, node, x, real)         how a mixture spreads its tokens (`experts.Spread`)
 and, where llama.cpp has the family,
@@ -37,12 +37,14 @@ from unsloth_jax.leaves import Stacks
 from unsloth_jax.models import (
     cohere,
     cohere2,
+    deepseek_v3,
     exaone4,
     falcon_h1,
     gemma,
     gemma2,
     gemma3_text,
     glm4,
+    glm4_moe,
     gpt_oss,
     granite,
     llama,
@@ -63,12 +65,14 @@ from unsloth_jax.models import (
 FAMILIES: dict[str, ModuleType] = {
     "cohere": cohere,
     "cohere2": cohere2,
+    "deepseek_v3": deepseek_v3,
     "exaone4": exaone4,
     "falcon_h1": falcon_h1,
     "gemma": gemma,
     "gemma2": gemma2,
     "gemma3_text": gemma3_text,
     "glm4": glm4,
+    "glm4_moe": glm4_moe,
     "gpt_oss": gpt_oss,
     "granite": granite,
     "llama": llama,

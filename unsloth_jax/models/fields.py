@@ -59,17 +59,20 @@ COUNTS = (
     "original_max_position_embeddings", "sliding_window", "num_experts", "num_local_experts",
     "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "attention_chunk_size",
     "floor_scale", "interleave_moe_layer_step", "intermediate_size_mlp", "no_rope_layer_interval",
-    "initial_context_length", "experts_per_token",
+    "initial_context_length", "experts_per_token", "n_routed_experts", "n_shared_experts",
+    "n_group", "topk_group", "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim",
+    "qk_nope_head_dim", "v_head_dim",
 )  # fmt: skip
 SWITCHES = (
     "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_bias",
     "use_qk_norm", "norm_topk_prob", "output_router_logits", "attn_temperature_tuning",
+    "rope_interleave",
 )  # fmt: skip
 NUMBERS = (
     "rms_norm_eps", "norm_epsilon", "layer_norm_eps", "query_pre_attn_scalar", "logit_scale",
     "attn_logit_softcapping", "final_logit_softcapping", "embedding_multiplier",
     "attention_multiplier", "residual_multiplier", "logits_scaling", "attn_scale",
-    "swiglu_alpha", "swiglu_limit",
+    "swiglu_alpha", "swiglu_limit", "routed_scaling_factor",
 )  # fmt: skip
 ROPE_ANY = frozenset("rope_type type rope_theta partial_rotary_factor".split())
 ROPE_WORDS = frozenset("rope_type type truncate finetuned".split())
@@ -335,8 +338,18 @@ def _longrope(r: Mapping[str, Any], width: int, context: int) -> dict[str, Any]:
     return dict(attention_factor=float(attention), context=context, **lists)
 
 
+def yarn_growth(hf: Mapping[str, Any], factor: float | int) -> float:
+    """What DeepSeek's yarn multiplies queries and keys with, besides cos and sin."""
+    by = _rope_fields(hf)[0].get("mscale_all_dim")
+    return _growth(factor, by) if by else 1.0
+
+
+def _growth(factor: float | int, by: float | int = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
+
+
 def _yarn(r: Mapping[str, Any]) -> dict[str, Any]:
-    grow = lambda by=1.0: 1.0 if r["factor"] <= 1 else 0.1 * by * math.log(r["factor"]) + 1.0
+    grow = lambda by=1.0: _growth(r["factor"], by)
     attention = r.get("attention_factor")
     if attention is None:
         m, all_dim = r.get("mscale"), r.get("mscale_all_dim")

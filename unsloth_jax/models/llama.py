@@ -46,6 +46,11 @@ class Config:
     attention_cap: float | None = None
     chunk: int | None = None  # tokens, where a family's layers have chunks
 
+    @property
+    def v_width(self) -> int:
+        """Of a head's values, where a family gives them no width of their own."""
+        return self.head_width
+
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""

@@ -35,8 +35,6 @@ DEFAULTS = dict(
     linear_key_head_dim=128, linear_value_head_dim=128, linear_num_key_heads=16,
     linear_num_value_heads=32,
 )  # fmt: skip
-# Heads that guess further tokens, and the tower for images.
-UNREAD = (r"mtp\..*", r"model\.visual\..*")
 UNIT_EPS = 1e-6  # under the root of queries' and keys' lengths
 # Positions of images; those of text are alike on all three axes, so that neither matters.
 OF_IMAGES = ("mrope_section", "mrope_interleaved")
@@ -141,6 +139,11 @@ def layers_of(c: Config, path: str) -> tuple[int, ...]:
     name = path.removeprefix(f"{LAYERS}.*.")
     has = lambda delta: not name.startswith(ATTENTION if delta else DELTA)
     return tuple(i for i, delta in enumerate(c.delta) if has(delta))
+
+
+def unused(c: Config) -> str:
+    """Names of heads that guess further tokens, and of the tower for images."""
+    return r"mtp\..*|model\.visual\..*"
 
 
 def kinds(c: Config) -> tuple[bool, ...]:

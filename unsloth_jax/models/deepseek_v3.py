@@ -1,0 +1,168 @@
+"""DeepSeek-V3, V3.1, R1 and Moonlight: keys and values from a latent vector (arXiv:2412.19437).
+
+Multi-head latent attention is DeepSeek-V2's (arXiv:2405.04434); transformers
+`modeling_deepseek_v3`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from unsloth_jax import rope
+from unsloth_jax.dims import Params
+from unsloth_jax.layers import Attend, Mlp, feed_forward, rms_norm
+from unsloth_jax.leaves import linear, linears
+from unsloth_jax.models import fields, glm4_moe, llama
+from unsloth_jax.models.glm4_moe import ONLY, Mixed, by_kind, experts_of, given, mixed, mlps
+from unsloth_jax.models.glm4_moe import kinds as kinds
+from unsloth_jax.models.glm4_moe import layers_of as layers_of
+from unsloth_jax.models.glm4_moe import unused as unused
+from unsloth_jax.models.llama import LAYERS as LAYERS
+from unsloth_jax.models.llama import angles as angles
+from unsloth_jax.models.llama import embed as embed
+from unsloth_jax.models.llama import head as head
+from unsloth_jax.models.llama import norm as norm
+from unsloth_jax.models.llama import scores as scores
+
+DEFAULTS = dict(
+    moe_intermediate_size=2048, num_experts_per_tok=8, n_routed_experts=256, n_group=8,
+    topk_group=4, first_k_dense_replace=3, routed_scaling_factor=2.5, kv_lora_rank=512,
+    qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128, max_position_embeddings=4096,
+)  # fmt: skip
+OWN = (
+    "attention_bias", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim",
+    "v_head_dim", "qk_head_dim", "rope_interleave",
+    # How experts are spread over devices and balanced in training, in DeepSeek's own programs.
+    "ep_size", "aux_loss_alpha", "seq_aux",
+)  # fmt: skip
+KNOWN = ONLY | {
+    "moe_layer_freq": (1, None),
+    "scoring_func": ("sigmoid", None),
+    "topk_method": ("noaux_tc", None),
+}
+EPS = 1e-6  # of the latent vectors' norms, whatever the config says
+
+
+@dataclass(frozen=True)
+class Config(Mixed):
+    query_rank: int | None = None  # width of the vector that queries are made of, if there is one
+    latent: int = 1  # width of the vector that keys and values are made of
+    v_width: int = 1
+    pairs: bool = True  # whether neighbouring elements turn, and not halves
+    score_scale: float = 1.0  # of queries times keys
+
+    @property
+    def plain(self) -> int:
+        """The width of a head's part that is not turned, its first one."""
+        return self.head_width - self.rope.width
+
+
+def config(hf: Mapping[str, Any]) -> Config:
+    """Raises ValueError for a field or value that is not understood."""
+    rank = hf.get("q_lora_rank", 1536)
+    hf = DEFAULTS | given(hf)
+    turned, width = hf["qk_rope_head_dim"], hf["qk_rope_head_dim"] + hf["qk_nope_head_dim"]
+    hf = {"head_dim": turned, "qk_head_dim": width} | hf
+    fields.check(hf, (*OWN, *glm4_moe.OWN), KNOWN)
+    common = fields.sizes(hf)
+    _heads(hf, common)
+    bias, turns = hf.get("attention_bias", False), fields.rope(hf, turned)
+    return Config(
+        **common | dict(head_width=width),
+        **mixed(hf, common["layers"]),
+        rope=turns,
+        tied=hf.get("tie_word_embeddings", False),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=False,
+        windows=(None,) * common["layers"],
+        query_rank=rank,
+        latent=hf["kv_lora_rank"],
+        v_width=hf["v_head_dim"],
+        pairs=hf.get("rope_interleave", True),
+        score_scale=width**-0.5 * fields.yarn_growth(hf, turns.factor) ** 2,
+    )
+
+
+def _heads(hf: Mapping[str, Any], common: Mapping[str, Any]) -> None:
+    turned, plain = hf["qk_rope_head_dim"], hf["qk_nope_head_dim"]
+    if common["heads"] != common["kv_heads"]:
+        raise ValueError(
+            f"num_key_value_heads={common['kv_heads']} with num_attention_heads={common['heads']}: "
+            "expected as many, since each head's keys are made of the latent vector"
+        )
+    if (hf["head_dim"], hf["qk_head_dim"]) != (turned, turned + plain):
+        raise ValueError(
+            f"head_dim={hf['head_dim']} and qk_head_dim={hf['qk_head_dim']}: expected "
+            f"qk_rope_head_dim={turned}, and that plus qk_nope_head_dim={plain}"
+        )
+
+
+def matrices(c: Config) -> llama.Matrices:
+    """Name within a layer's attention -> (shape, logical axes, whether it has a bias)."""
+    D, H, K, R = c.width, c.heads, c.kv_heads, c.query_rank
+    both = K * (c.plain + c.v_width)
+    queries: dict = {"q_proj": ((H * c.head_width, D), ("heads", "width"), False)}
+    if R is not None:
+        queries = {
+            "q_a_proj": ((R, D), ("latent", "width"), c.qkv_bias),
+            "q_b_proj": ((H * c.head_width, R), ("heads", "latent"), False),
+        }
+    own = queries | {
+        "kv_a_proj_with_mqa": ((c.latent + c.rope.width, D), ("latent", "width"), c.qkv_bias),
+        "kv_b_proj": ((both, c.latent), ("kv_heads", "latent"), False),
+        "o_proj": ((D, H * c.v_width), ("width", "heads"), c.o_bias),
+    }
+    return {f"self_attn.{name}": matrix for name, matrix in own.items()}
+
+
+def weights(c: Config) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Hugging Face name (`*` for the layer) -> (shape, logical axes) of each weight."""
+    widths = {"kv_a_layernorm": c.latent} | (
+        {"q_a_layernorm": c.query_rank} if c.query_rank else {}
+    )
+    norms = {f"{LAYERS}.*.self_attn.{n}.weight": ((w,), ("latent",)) for n, w in widths.items()}
+    return llama.weights(c, matrices(c) | mlps(c)) | norms | experts_of(c)
+
+
+def attention(c: Config, a: Params, y: Float[Array, "B T D"], by: rope.Angles, attend: Attend):
+    """A layer's attention of y [B, T, D], and what `attend` kept.
+
+    The last part of a head is turned; of keys it is one for all heads.
+    """
+    heads = lambda x: x.reshape(*y.shape[:2], c.heads, -1)
+    unit = lambda name, x: rms_norm(a[name]["weight"], x, EPS)
+    turn = lambda x: (rope.rotate_pairs if c.pairs else rope.rotate)(x, by)
+    first = "q_proj" if c.query_rank is None else "q_a_proj"
+    q, low = linears((a[first], a["kv_a_proj_with_mqa"]), y)
+    if c.query_rank is not None:
+        q = linear(a["q_b_proj"], unit("q_a_layernorm", q))
+    q_plain, q_turned = jnp.split(heads(q), [c.plain], axis=-1)
+    latent, k_turned = jnp.split(low, [c.latent], axis=-1)
+    k_plain, v = jnp.split(
+        heads(linear(a["kv_b_proj"], unit("kv_a_layernorm", latent))), [c.plain], axis=-1
+    )
+    k_turned = turn(k_turned[:, :, None])
+    q = jnp.concatenate([q_plain, turn(q_turned)], -1)
+    k = jnp.concatenate([k_plain, jnp.broadcast_to(k_turned, q_turned.shape)], -1)
+    q, k, v = (checkpoint_name(x, name) for x, name in zip((q, k, v), "qkv", strict=True))
+    y, kept = attend(q, k, v, scale=c.score_scale, window=None)
+    return linear(a["o_proj"], y), kept
+
+
+def block(
+    c: Config,
+    sparse: bool,
+    w: Params,
+    x: Float[Array, "B T D"],
+    by,
+    attend: Attend,
+    mlp: Mlp = feed_forward,
+):
+    """One layer. `attend` owns masks and caches; its second result is passed through."""
+    mix = lambda y: attention(c, w["self_attn"], y, by["all"], attend)
+    return llama.pre_normed(c, w, x, mix, by_kind(c, sparse, mlp))
