@@ -18,6 +18,7 @@ OTHER = {
     "sliding_window": 4, "final_logit_softcapping": 7.0, "attn_logit_softcapping": 7.0,
     "use_bidirectional_attention": True, "sliding_window_pattern": 2, "mlp_only_layers": [2],
     "moe_layers": [1], "head_dim": 8, "time_step_limit": [0.1, 0.5],
+    "q_lora_rank": 16,
 }  # fmt: skip
 # What each layer becomes where all are alike.
 UNLIKE = {
@@ -100,6 +101,8 @@ UNREAD = {
     "mixtral": OF_LOSS,
     "qwen3_moe": OF_LOSS | {"use_sliding_window": WINDOWS_OFF, "sliding_window": WINDOWS_OFF},
     "gpt_oss": OF_LOSS,
+    "glm4_moe": {"output_router_logits": "beside the scores"},
+    "deepseek_v3": {"output_router_logits": "beside the scores"},
     "llama4_text": OF_LOSS | {
         "router_jitter_noise": "drawn nowhere", "interleave_moe_layer_step": "moe_layers says it",
         "no_rope_layer_interval": "no_rope_layers says it",
