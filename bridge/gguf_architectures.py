@@ -22,6 +22,8 @@ GEMMA = ("context_length", "embedding_length", "block_count", "feed_forward_leng
          "eps", "head_lengths")  # fmt: skip
 PHI3 = ("context_length", "rope_context", *SIZES, "block_count", *HEADS, "eps", "rope_dimensions",
         "rope_freq_base")  # fmt: skip
+FALCON_H1 = ("context_length", *SIZES, "head_count", "block_count", "ssm", "eps")
+QWEN35 = (*USUAL[:7], "rope_sections", *USUAL[7:])
 SCALINGS = ("default", "linear", "dynamic", "yarn")
 YARN = (32.0, 1.0, True)  # beta_fast, beta_slow, truncate
 
@@ -81,6 +83,10 @@ ARCHITECTURES = {
     "exaone4": Architecture(
         ropes=(*SCALINGS, "llama3"), square=True, head_lengths=None
     ),
+    "falcon-h1": Architecture(
+        biases=(*FFN, "ssm_conv1d", "ssm_dt"), ropes=("default", "dynamic"), keys=FALCON_H1
+    ),
+    "qwen35": Architecture(biases=("ssm_dt",), ropes=("default", "dynamic"), keys=QWEN35),
     "mistral3": LLAMA._replace(ropes=("yarn",), tunes_yarn=True),
 }  # fmt: skip
 

@@ -85,12 +85,14 @@ def choose(fmt: Format, shapes: Mapping[str, tuple[int, ...]], sizes: Sizes) -> 
     choices = {}
     for name, shape in shapes.items():
         wanted = fmt.head if name == head else _wanted(fmt, name, sizes)
-        if len(shape) < 2 or name.endswith(("_norm.weight", "ffn_gate_inp.weight")):
+        if len(shape) < 2 or not name.endswith(".weight") or name.endswith(WHOLE):
             wanted = Kind.F32
         choices[name] = Choice(_fitting(wanted, shape[-1]), wanted)
     return choices
 
 
+# Endings of matrices that stay in 32 bits.
+WHOLE = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d.weight")
 # Names of tensors that some layers hold in more bits.
 MORE = (
     "attn_v.weight",

@@ -6,6 +6,7 @@ its llama-quantize makes of them.
 
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -108,8 +109,11 @@ def gguf_names(arch: str, layers: int, names: Iterable[str]) -> dict[str, str]:
     """llama.cpp's names of Hugging Face's; raises ValueError for those it has none for."""
     known = next(a for a, text in gguf.MODEL_ARCH_NAMES.items() if text == arch)
     table = gguf.get_tensor_name_map(known, layers)
-    spelt = lambda name: name.replace(*gguf_experts.CORRECTION)
-    found = {name: table.get_name(spelt(name), (".weight", ".bias")) for name in names}
+    # The converter takes this name for one of its own before it looks it up.
+    spelled = lambda name: re.sub(
+        r"\.dt_bias$", ".dt_proj.bias", name.replace(*gguf_experts.CORRECTION)
+    )
+    found = {name: table.get_name(spelled(name), (".weight", ".bias")) for name in names}
     unknown = [name for name, theirs in found.items() if theirs is None]
     if unknown:
         raise ValueError(f"no name in llama.cpp's architecture {arch!r} for {unknown}")
@@ -149,7 +153,7 @@ def _named(model: ModuleType, c: Any, weights: list[Weight]) -> dict[str, Weight
         out[name] = Weight(name, w.shape, w.dtype, lambda w=w: w)
     ordered = gguf_experts.merged([w for w in weights if w.name in known], known)
     named = gguf_names(model.GGUF_ARCH, c.layers, [w.name for w in ordered])
-    out |= {named[w.name]: w for w in ordered}
+    out |= {named[w.name]: _reshaped(model, c, w) for w in ordered}
     biases, reads = [n for n in out if n.endswith(".bias")], ARCHITECTURES[model.GGUF_ARCH].biases
     lost = [n for n in biases if n.split(".")[-2] not in reads]
     if lost:
@@ -157,6 +161,15 @@ def _named(model: ModuleType, c: Any, weights: list[Weight]) -> dict[str, Weight
             f"llama.cpp's {model.GGUF_ARCH!r} has no place for {len(lost)} biases: {lost[0]}"
         )
     return out
+
+
+def _reshaped(model: ModuleType, c: Any, w: Weight) -> Weight:
+    """The tensor in the file, where the family has them in other shapes: as it is checked."""
+    if not hasattr(model, "gguf_shape"):
+        return w
+    wide = lambda: np.asarray(w.read()).astype(np.float32, copy=False)
+    shape = model.gguf_shape(c, w.name, tuple(w.shape))
+    return Weight(w.name, shape, w.dtype, lambda: model.to_gguf(c, w.name, wide()))
 
 
 def _quantized_order(name: str) -> tuple[int, str]:
@@ -230,7 +243,8 @@ def _value(plan: Plan, e: Entry) -> np.ndarray:
     bad = w.size - int(np.count_nonzero(np.isfinite(w)))
     if bad:
         raise ValueError(f"{e.weight.name} has {bad} values that are not finite")
-    if e.weight.name == e.name or not hasattr(plan.model, "to_gguf"):
+    done = e.weight.name == e.name or hasattr(plan.model, "gguf_shape")
+    if done or not hasattr(plan.model, "to_gguf"):
         return w
     return plan.model.to_gguf(plan.config, e.weight.name, w)
 

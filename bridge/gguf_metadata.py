@@ -160,6 +160,15 @@ def _yarn_attention(out: gguf.GGUFWriter, r: Any) -> None:
         out.add_rope_scaling_attn_factors(r.attention_factor / own)
 
 
+def _ssm(out: gguf.GGUFWriter, c: Any, config: Mapping[str, Any]) -> None:
+    """Sizes of Mamba-2's layers; the time step's rank counts its heads."""
+    out.add_ssm_conv_kernel(c.taps)
+    out.add_ssm_inner_size(c.ssm_width)
+    out.add_ssm_state_size(c.state)
+    out.add_ssm_time_step_rank(c.ssm_heads)
+    out.add_ssm_group_count(c.groups)
+
+
 STEPS = {
     "block_count": lambda out, c, config: out.add_block_count(c.layers),
     "context_length": lambda out, c, config: out.add_context_length(context(config)),
@@ -175,6 +184,10 @@ STEPS = {
     "rope_dimensions": lambda out, c, config: out.add_rope_dimension_count(c.rope.width),
     "eps": _eps,
     "experts": _experts,
+    "ssm": _ssm,
+    "rope_sections": lambda out, c, config: (
+        out.add_rope_dimension_sections(c.sections) if c.sections else None
+    ),
     "head_lengths": _head_lengths,
 }
 

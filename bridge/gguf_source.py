@@ -40,6 +40,14 @@ OWN_MODULES = {
     "exaone4": BEHIND[1:],
     "glm4": ("post_self_attn_layernorm", "post_mlp_layernorm", JOINED[1]),
     "starcoder2": ("mlp.c_fc", "mlp.c_proj"),
+    "falcon-h1": (
+        *(f"feed_forward.{n}_proj" for n in GATED),
+        *(f"mamba.{n}" for n in ("in_proj", "out_proj", "conv1d", "norm")),
+    ),
+    "qwen35": tuple(
+        f"linear_attn.{n}"
+        for n in (*(f"in_proj_{x}" for x in ("qkv", "z", "b", "a")), "out_proj", "conv1d", "norm")
+    ),
     "llama": tuple(
         f"block_sparse_moe.{x}" for x in ("gate", *(f"experts.w{n}" for n in (1, 2, 3)))
     ),
@@ -52,6 +60,13 @@ OWN_MODULES = {
         *(f"feed_forward.{p}{n}_proj" for p in ("", "shared_expert.", "experts.") for n in GATED),
     ),
     "qwen3moe": tuple(f"mlp.{x}" for x in ("gate", *(f"experts.{n}_proj" for n in GATED))),
+}
+# Modules outside layers, and weights within them, that gguf's map calls otherwise or not at all.
+OWN_MODEL = {"falcon-h1": ("model.final_layernorm",)}
+MAMBA = {"ssm_a": "mamba.A_log", "ssm_d": "mamba.D", "ssm_dt.bias": "mamba.dt_bias"}
+OWN_WEIGHTS = {
+    "falcon-h1": MAMBA | {"ffn_norm": "pre_ff_layernorm.weight"},
+    "qwen35": {"ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"},
 }
 # Architectures whose rows of q and k are reordered, and those whose norms have 1 added.
 PAIRED = ("llama", "granite", "smollm3", "mistral3")
@@ -227,8 +242,14 @@ def _hugging_face_names(arch: str, layers: int) -> dict[str, str]:
     to_gguf = gguf.get_tensor_name_map(number, layers)
     each = (*LAYER_MODULES, *OWN_MODULES.get(arch, ()))
     modules = [f"model.layers.{i}.{module}" for i in range(layers) for module in each]
-    pairs = {module: to_gguf.get_name(module) for module in (*MODULES, *modules)}
-    return {
+    outside = (*MODULES, *OWN_MODEL.get(arch, ()))
+    pairs = {module: to_gguf.get_name(module) for module in (*outside, *modules)}
+    whole = {
+        f"blk.{i}.{short}": f"model.layers.{i}.{name}"
+        for i in range(layers)
+        for short, name in OWN_WEIGHTS.get(arch, {}).items()
+    }
+    return whole | {
         f"{short}.{part}": f"{module}.{part}".replace(*CORRECTION[::-1])
         for module, short in pairs.items()
         if short is not None

@@ -2,9 +2,10 @@
 
     y[n] = x[n] @ w[g(n)].T        dx[n] = dy[n] @ w[g(n)]        dw[g] = sum_n dy[n].T x[n]
 
-What a mixture of experts needs (arXiv:2211.15841). The kernel (Pallas, Triton) gives each tile of
+What a mixture of experts needs (arXiv:2211.15841). The kernels (Pallas, Triton) give each tile of
 rows one group, so that no row is padded and no product is with a matrix of another group; where a
-group ends inside a tile the rest of it is masked. Sums in float32. dw is XLA's.
+group ends inside a tile the rest of it is masked. dw takes a group's rows some at a time. Sums are
+in float32. XLA's own products go over all groups for each row.
 """
 
 from functools import partial
@@ -21,6 +22,7 @@ from pallas_kernels import _choice
 Implementation = Literal["pallas", "xla"]
 ROWS, COLS, DEPTH = 128, 256, 64  # of a program's tile, and of one step of its sum
 WARPS, STAGES = 8, 3
+OVER, OVER_ROWS = (64, 128), 64  # of a program's tile of dw, and the rows that it adds at a time
 
 
 def _sums(of_rows: int, of_other: int, groups: list[int]) -> jax.lax.RaggedDotDimensionNumbers:
@@ -40,6 +42,15 @@ def reference(
         x, w.astype(x.dtype), sizes, sums, preferred_element_type=jnp.float32
     )
     return y.astype(x.dtype)
+
+
+def reference_over(
+    dy: Float[Array, "N O"], x: Float[Array, "N I"], sizes: Int[Array, " E"]
+) -> Float[Array, "E O I"]:
+    """dy.T @ x over the rows of each group, float32."""
+    return jax.lax.ragged_dot_general(
+        dy, x, sizes, _sums(0, 0, []), preferred_element_type=jnp.float32
+    )
 
 
 def supports(x: Array, w: Array) -> str | None:
@@ -87,9 +98,7 @@ def _forward(x, w, sizes, chosen):
 def _backward(chosen, saved, dy):
     x, w, sizes = saved
     dx = _either(dy, w, sizes, chosen, True)
-    dw = jax.lax.ragged_dot_general(
-        dy, x, sizes, _sums(0, 0, []), preferred_element_type=jnp.float32
-    )
+    dw = (_pallas_over if chosen == "pallas" else reference_over)(dy, x, sizes)
     return dx, dw.astype(w.dtype), None
 
 
@@ -118,8 +127,7 @@ def _pallas(x, w, sizes, turned):
     height = w.shape[2 if turned else 1]
     w = w.astype(x.dtype)
     tile = min(ROWS, max(16, 1 << (max(rows // w.shape[0], 1) - 1).bit_length()))
-    cols, depth = (max(n for n in (16, 32, 64, most) if side % n == 0 and n <= most)
-                   for side, most in ((height, COLS), (width, DEPTH)))  # fmt: skip
+    cols, depth = _dividing(height, COLS), _dividing(width, DEPTH)
     group, first, end = tiles(sizes, rows, tile)
 
     def kernel(group_ref, first_ref, end_ref, x_ref, w_ref, y_ref):
@@ -156,3 +164,43 @@ def _pallas(x, w, sizes, turned):
         interpret=_choice.interpreting(),
         name="grouped_matmul",
     )(group, first, end, x, w)
+
+
+def _dividing(side: int, most: int) -> int:
+    """The largest power of two from 16 to `most` that divides a side."""
+    return max(n for n in (16, 32, 64, 128, 256) if side % n == 0 and n <= most)
+
+
+def _pallas_over(dy, x, sizes):
+    height, width = dy.shape[1], x.shape[1]
+    down, across = _dividing(height, OVER[0]), _dividing(width, OVER[1])
+    ends = jnp.cumsum(sizes).astype(jnp.int32)
+
+    def kernel(start_ref, end_ref, dy_ref, x_ref, out_ref):
+        group = pl.program_id(0)
+        start, stop = start_ref[group], end_ref[group]
+        here = pl.program_id(1) * down + jnp.arange(down)
+        there = pl.program_id(2) * across + jnp.arange(across)
+
+        def more(step, total):
+            row = start + step * OVER_ROWS + jnp.arange(OVER_ROWS)
+            inside = (row < stop)[:, None]
+            left = plgpu.load(dy_ref.at[row[:, None], here[None]], mask=inside, other=0)
+            right = plgpu.load(x_ref.at[row[:, None], there[None]], mask=inside, other=0)
+            return total + jnp.dot(left.T, right, preferred_element_type=jnp.float32)
+
+        total = jnp.zeros((down, across), jnp.float32)
+        steps = (stop - start + OVER_ROWS - 1) // OVER_ROWS
+        plgpu.store(
+            out_ref.at[group, here[:, None], there[None]],
+            jax.lax.fori_loop(0, steps, more, total),
+        )
+
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((sizes.shape[0], height, width), jnp.float32),
+        grid=(sizes.shape[0], height // down, width // across),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=STAGES),
+        interpret=_choice.interpreting(),
+        name="grouped_matmul_over",
+    )((ends - sizes).astype(jnp.int32), ends, dy, x.astype(dy.dtype))

@@ -76,6 +76,17 @@ def test_the_kernel_equals_its_reference(sizes, turned):
     )
 
 
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_the_kernel_of_a_weights_gradient_equals_its_reference(sizes):
+    x, w, _ = drawn(sizes, 48, 64)
+    x = jnp.asarray(x, jnp.bfloat16)
+    dy = jnp.asarray(np.random.default_rng(4).normal(size=(len(x), 48)), jnp.bfloat16)
+    counts = jnp.asarray(sizes, jnp.int32)
+    with _choice.target("gpu", interpret=True):
+        got = kernel._pallas_over(dy, x, counts)
+    np.testing.assert_allclose(got, kernel.reference_over(dy, x, counts), rtol=1e-5, atol=1e-4)
+
+
 def test_tiles_cover_each_row_once_and_no_two_groups():
     sizes = np.array([5, 0, 130, 1, 64])
     group, first, end = map(np.asarray, kernel.tiles(jnp.asarray(sizes), int(sizes.sum()), 64))
@@ -90,10 +101,11 @@ def test_tiles_cover_each_row_once_and_no_two_groups():
 def test_the_kernel_lowers_for_a_gpu_with_its_gradient():
     x, w, _ = drawn((40, 24), 64, 64)
     x, w, sizes = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16), jnp.array([40, 24])
-    total = lambda x: kernel.grouped_matmul(x, w, sizes).astype(jnp.float32).var()
+    total = lambda x, w: kernel.grouped_matmul(x, w, sizes).astype(jnp.float32).var()
     with _choice.target("gpu"):
-        text = jax.jit(jax.grad(total)).trace(x).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@__gpu$xla.gpu.triton") == 2
+        both = jax.jit(jax.grad(total, (0, 1)))
+        text = both.trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__gpu$xla.gpu.triton") == 3
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,30 @@ OTHERWISE = {
         dict(num_hidden_layers=4, layer_types=made.SLIDING),
         r"sliding windows \(True, True, True, False\) where .* \(False,",
     ),
+    "a norm before the gate": (
+        "falcon_h1",
+        dict(mamba_norm_before_gate=True),
+        "mamba_norm_before_gate True where .* False",
+    ),
+    "no bias of taps": ("falcon_h1", dict(mamba_conv_bias=False), "mamba_conv_bias False"),
+    "another factor of a tied head": (
+        "falcon_h1_tied",
+        dict(lm_head_multiplier=0.5),
+        "lm_head_multiplier 0.5 where .* 0.6",
+    ),
+    "biases of queries": ("falcon_h1", dict(attention_bias=True), "no place for 8 biases"),
+    "a bias of Mamba": ("falcon_h1", dict(projectors_bias=True), "2 biases: blk.0.ssm_out.bias"),
+    "other values": ("qwen3_5", dict(linear_value_head_dim=16), "linear_value_head_dim 16"),
+    "other delta nets": (
+        "qwen3_5",
+        dict(layer_types=[*made.ALTERNATING[:4], "full_attention"]),
+        r"delta nets in layers \(True, False, True, False, False\) where .* False, True\)",
+    ),
+    "few sections": (
+        "qwen3_5",
+        dict(rope_parameters=made.rope(1e7, mrope_section=[1, 1, 1], partial_rotary_factor=0.25)),
+        "frequencies beyond mrope_section 1 where",
+    ),
     "truncate": (
         "ministral3",
         dict(rope_parameters=made.CONFIGS["ministral3"]["rope_parameters"] | dict(truncate=False)),

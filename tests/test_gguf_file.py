@@ -104,7 +104,7 @@ def test_llama_cpp_computes_what_transformers_does(name, tmp_path):
         ({"model_type": "qwen3", "attention_bias": True}, "no place for.*attn_output.bias"),
         (
             {"model_type": "qwen3", "rope_scaling": made.LLAMA3},
-            r"llama3.*none but \['llama', 'exaone4'\]",
+            r"llama3.*none but \['llama', 'llama4', 'exaone4'\]",
         ),
         ({"rope_scaling": made.YARN | {"truncate": False}}, "yarn with other.*truncate"),
         ({"rope_scaling": made.YARN | {"beta_slow": 2.0}}, "yarn with other.*beta_slow"),

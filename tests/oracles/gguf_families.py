@@ -80,6 +80,23 @@ YARN = dict(
     mscale_all_dim=1.0,
     llama_4_scaling_beta=0.3,
 )
+MAMBA = dict(
+    head_dim=16,
+    mamba_d_ssm=96, mamba_n_heads=6, mamba_d_head=16, mamba_n_groups=2, mamba_d_state=32,
+    mamba_d_conv=4, mamba_conv_bias=True, mamba_rms_norm=False, mamba_norm_before_gate=False,
+    embedding_multiplier=0.6, lm_head_multiplier=0.5, key_multiplier=0.7,
+    attention_in_multiplier=1.3, attention_out_multiplier=0.8, ssm_in_multiplier=0.9,
+    ssm_out_multiplier=1.2, mlp_multipliers=[1.4, 0.7], ssm_multipliers=[1.3, 0.8, 0.7, 1.2, 0.6],
+)  # fmt: skip
+DELTA = dict(
+    head_dim=32,
+    linear_conv_kernel_dim=4,
+    linear_key_head_dim=32,
+    linear_value_head_dim=32,
+    linear_num_key_heads=2,
+    linear_num_value_heads=6,
+)
+ALTERNATING = [*["linear_attention", "full_attention"] * 2, "linear_attention"]
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "gemma2": GEMMA2 | named("gemma2", "Gemma2") | dict(rope_theta=1e4),
@@ -157,6 +174,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | dict(n_shared_experts=2, n_group=3, topk_group=2, first_k_dense_replace=1)
     | dict(routed_scaling_factor=1.5, norm_topk_prob=True, partial_rotary_factor=0.5)
     | dict(num_nextn_predict_layers=0, pad_token_id=0, rope_theta=1e6),
+    "falcon_h1": SMALL
+    | MAMBA
+    | named("falcon_h1", "FalconH1")
+    | dict(mlp_bias=True, mamba_rms_norm=True, rope_parameters=rope(1e11)),
+    "falcon_h1_tied": SMALL
+    | MAMBA
+    | named("falcon_h1", "FalconH1")
+    | TIED
+    | dict(rope_parameters=rope(1e6))
+    | dict(head_dim=32, mamba_n_groups=1, lm_head_multiplier=0.6, mlp_multipliers=[0.9, 1.1]),
+    "qwen3_5": SMALL
+    | DELTA
+    | named("qwen3_5_text", "Qwen3_5")
+    | dict(num_hidden_layers=5, full_attention_interval=2, layer_types=ALTERNATING)
+    | dict(rope_parameters=rope(1e7, mrope_section=[2, 1, 1], partial_rotary_factor=0.25)),
+    "qwen3_5_tied": SMALL
+    | DELTA
+    | named("qwen3_5_text", "Qwen3_5")
+    | TIED
+    | dict(num_hidden_layers=4, linear_num_value_heads=2)
+    | dict(rope_parameters=rope(1e4, partial_rotary_factor=0.5)),
 }
 WIDE = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=8)
 CONFIGS |= {
@@ -168,14 +206,23 @@ CONFIGS |= {
     "wide_mixtral": CONFIGS["mixtral"] | WIDE | dict(num_local_experts=8),
     "wide_glm4_moe": CONFIGS["glm4_moe"] | WIDE | dict(moe_intermediate_size=256),
     "wide_llama4": CONFIGS["llama4"] | WIDE | TIED | dict(intermediate_size_mlp=768),
+    "wide_falcon_h1": CONFIGS["falcon_h1"]
+    | WIDE
+    | dict(head_dim=32, mamba_d_ssm=512, mamba_n_heads=16, mamba_d_head=32),
+    "wide_qwen3_5": CONFIGS["qwen3_5"]
+    | WIDE
+    | dict(layer_types=ALTERNATING[:2] * 4, linear_num_value_heads=16, linear_num_key_heads=8),
     "wide_qwen3_moe": CONFIGS["qwen3_moe"] | WIDE | dict(moe_intermediate_size=256),
 }
 BY_SENTENCEPIECE = ("gemma", "gemma2", "gemma3_text", "phi3", "llama", "mistral")
-FORMATS = {name: ("f32",) for name in CONFIGS} | {"gemma2": ("f32", "bf16")}
+FORMATS = {name: ("f32",) for name in CONFIGS} | {
+    name: ("f32", "bf16") for name in ("gemma2", "falcon_h1", "qwen3_5")
+}
 QUANTIZED = {name: ("q4_k_m",) for name in CONFIGS if name.startswith("wide_")}
 QUANTIZED |= {name: ("q4_k_m", "q5_k_m", "q8_0") for name in ("wide_phi3", "wide_mixtral")}
 # As the converter calls the splitting of these families' tokenizers, which is the tiny one's too.
 PRES = dict(granite="refact", starcoder2="starcoder", cohere="command-r", cohere2="command-r")
+OPTIONS = dict(qwen3_5_text=("--no-mtp",))  # of the converter
 WITHOUT_PREFIX, WITH_PREFIX = b"\x18\x00", b"\x18\x01"  # add_dummy_prefix of the normalizer
 # Tokens that the converter looks for in GLM's vocabularies.
 LOOKED_FOR = {"glm4": ("<|user|>",), "glm4_moe": ("<|user|>", "[gMASK]", "<|observation|>")}
@@ -193,10 +240,13 @@ def values(config: dict[str, Any], name: str, shape: tuple[int, ...]) -> np.ndar
     w = base.values(name, shape).astype(np.float32)
     if name.endswith((".gate.weight", ".router.weight")):
         return w * 8  # routers' scores wide apart, so that rounding changes no choice
+    if name.endswith("A_log"):
+        return np.round(w * 16) / 16  # torch's exp of others is off by a last bit at times
     if not name.endswith("norm.weight"):
         return w
     w = 1 + w / 4 if len(shape) > 1 else w
-    return w - 1 if config["model_type"].startswith("gemma") else w
+    below = config["model_type"].startswith(("gemma", "qwen3_5"))
+    return w - 1 if below and not name.endswith("linear_attn.norm.weight") else w
 
 
 def weights(config: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -259,7 +309,7 @@ def answers(work: Path, libraries: Path, names: list[str]) -> dict[str, Any]:
         out[name] = {}
         for fmt in FORMATS[name]:
             file = work / f"{name}.{fmt}.gguf"
-            base.convert(source, file, fmt)
+            base.convert(source, file, fmt, OPTIONS.get(CONFIGS[name]["model_type"], ()))
             out[name][fmt] = base.described(file)
         for fmt in QUANTIZED.get(name, ()):
             file = work / f"{name}.{fmt}.gguf"

@@ -25,6 +25,7 @@ from unsloth_jax.models.llama import angles as angles
 from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import kinds as kinds
 
+GGUF_ARCH = "falcon-h1"
 NORMS = ("input_layernorm", "pre_ff_layernorm")
 FINAL = "model.final_layernorm.weight"
 # Config's field -> the file's; those of lists are named by what they multiply.
@@ -233,7 +234,7 @@ def mamba(c: Config, a: Params, y: Float[Array, "B T D"], attend: Mixers):
 
     dt = softplus(. + dt_bias), decay = -e^A_log dt; the state takes dt x in, D x goes by it.
     """
-    sizes = (c.ssm_width, c.ssm_width, c.groups * c.state, c.groups * c.state, c.ssm_heads)
+    sizes = _sizes(c)
     each = (c.z_scale, c.x_scale, c.b_scale, c.c_scale, c.dt_scale)
     row = jnp.asarray(np.repeat(np.float32(each), sizes))[None, None]
     z = linear(a["in_proj"], y)
@@ -254,6 +255,11 @@ def mamba(c: Config, a: Params, y: Float[Array, "B T D"], attend: Mixers):
     return linear(a["out_proj"], out), tail | state
 
 
+def _sizes(c: Config) -> tuple[int, ...]:
+    """Outputs of in_proj: gate, x, B, C and dt."""
+    return c.ssm_width, c.ssm_width, c.groups * c.state, c.groups * c.state, c.ssm_heads
+
+
 def gated(
     c: Config, a: Params, x: Float[Array, "B T I"], gate: Float[Array, "B T I"]
 ) -> Float[Array, "B T I"]:
@@ -266,3 +272,62 @@ def gated(
     parts = parts * jax.lax.rsqrt((parts * parts).mean(-1, keepdims=True) + c.eps)
     x = parts.reshape(x.shape) * a["norm"]["weight"].astype(jnp.float32)[None, None]
     return x * gate if c.norm_first else x
+
+
+def gguf_keys(c: Config) -> dict[str, Any]:
+    """Keys that llama.cpp's converter adds for this family, by gguf's names."""
+    return {
+        "vocab_size": c.vocab,
+        "head_count_kv": c.kv_heads,
+        "key_length": c.head_width,
+        "value_length": c.head_width,
+        "rope_freq_base": c.rope.theta,
+    }
+
+
+def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
+    """What llama.cpp has one value for: (this model's, that one)."""
+    fixed = {"mamba_conv_bias": (c.conv_bias, True)}
+    if c.norm_first is not None:
+        fixed["mamba_norm_before_gate"] = c.norm_first, False
+    if c.tied:  # the embedding's rows, scaled in the file, are the head's
+        fixed["lm_head_multiplier"] = c.logit_scale, c.embedding_scale
+    return fixed
+
+
+def gguf_shape(c: Config, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a weight in a GGUF file."""
+    if path.endswith((".A_log", ".D")):
+        return (*shape, 1)
+    if path.endswith("conv1d.weight"):
+        return shape[0], shape[2]
+    return (c.groups, c.ssm_width // c.groups) if path.endswith("mamba.norm.weight") else shape
+
+
+def to_gguf(c: Config, path: str, w: np.ndarray) -> np.ndarray:
+    """llama.cpp has no factors: they are multiplied into the weights. Its A is -e^A_log."""
+    if path.endswith("A_log"):
+        w = np.float32(-np.exp(np.float64(w)))
+    for factor in _gguf_factors(c, path):
+        w = w * np.float32(factor)
+    if path.endswith("in_proj.weight"):
+        each = (c.z_scale, c.x_scale, c.b_scale, c.c_scale, c.dt_scale)
+        w = w * np.repeat(np.float32(each), _sizes(c))[:, None]
+    return w.reshape(gguf_shape(c, path, w.shape))
+
+
+def _gguf_factors(c: Config, path: str) -> tuple[float, ...]:
+    """What a weight is multiplied with, in the converter's order: each product is rounded."""
+    owner = path.split(".")[-2]
+    return {
+        "embed_tokens": (c.embedding_scale,),
+        "lm_head": (c.logit_scale,),
+        "q_proj": (c.attention_in,),
+        "k_proj": (c.key_scale, c.attention_in),
+        "v_proj": (c.attention_in,),
+        "o_proj": (c.attention_out,),
+        "in_proj": (c.ssm_in,),
+        "out_proj": (c.ssm_out,),
+        "gate_proj": (c.mlp_gate_scale,),
+        "down_proj": (c.mlp_down_scale,),
+    }.get(owner, ())

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
@@ -24,6 +25,8 @@ from unsloth_jax.models.llama import embed as embed
 from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import scores as scores
 
+GGUF_ARCH = "qwen35"
+SECTIONS = (11, 11, 10, 0)  # the converter's, where a config has none
 # What the name of a weight in the layers of one kind begins with.
 DELTA, ATTENTION = "linear_attn.", "self_attn."
 KINDS = ("full_attention", "linear_attention")
@@ -35,6 +38,7 @@ DEFAULTS = dict(
     linear_key_head_dim=128, linear_value_head_dim=128, linear_num_key_heads=16,
     linear_num_value_heads=32,
 )  # fmt: skip
+SCALARS = ("A_log", "dt_bias")  # one number for each of a delta net's value heads
 UNIT_EPS = 1e-6  # under the root of queries' and keys' lengths
 # Positions of images; those of text are alike on all three axes, so that neither matters.
 OF_IMAGES = ("mrope_section", "mrope_interleaved")
@@ -48,6 +52,7 @@ class Config(llama.Config):
     value_heads: int = 32
     key_width: int = 128  # of a delta net's head
     value_width: int = 128
+    sections: tuple[int, ...] = ()  # of images' positions, for GGUF alone; empty: not stated
 
     @property
     def channels(self) -> int:
@@ -80,6 +85,7 @@ def config(hf: Mapping[str, Any]) -> Config:
         value_heads=hf["linear_num_value_heads"],
         key_width=hf["linear_key_head_dim"],
         value_width=hf["linear_value_head_dim"],
+        sections=_sections(hf),
     )
 
 
@@ -96,6 +102,12 @@ def _of_text(r: Mapping[str, Any]) -> dict[str, Any]:
     if section is not None and not (isinstance(section, list | tuple) and len(section) == 3):
         raise ValueError(f"rope key mrope_section={section!r}, expected three numbers")
     return {name: value for name, value in r.items() if name not in OF_IMAGES}
+
+
+def _sections(hf: Mapping[str, Any]) -> tuple[int, ...]:
+    """What llama.cpp is told of images' positions, which has a fourth axis."""
+    stated = (hf.get("rope_parameters") or hf.get("rope_scaling") or {}).get("mrope_section")
+    return (*stated, 0) if stated else ()
 
 
 def _delta(hf: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
@@ -222,3 +234,55 @@ def gated_norm(
     """RMSNorm of each head, times silu(gate) in float32."""
     x = rms_norm(w, x, c.eps).astype(jnp.float32)
     return (x * jax.nn.silu(gate.astype(jnp.float32))).astype(gate.dtype)
+
+
+def gguf_keys(c: Config) -> dict[str, Any]:
+    """Keys that llama.cpp's converter adds for this family, by gguf's names."""
+    return {
+        "ssm_conv_kernel": c.taps,
+        "ssm_state_size": c.key_width,
+        "ssm_group_count": c.key_heads,
+        "ssm_time_step_rank": c.value_heads,
+        "ssm_inner_size": c.value_heads * c.value_width,
+        "full_attention_interval": c.delta.index(False) + 1,
+        "rope_dimension_count": c.rope.width,
+    } | ({} if c.sections else {"rope_dimension_sections": SECTIONS})
+
+
+def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
+    """What llama.cpp has one value for: (this model's, that one)."""
+    every, sections = c.delta.index(False) + 1, c.sections or SECTIONS
+    # A frequency that no section has is not turned at all.
+    turned = [i < 3 * sections[i % 3] for i in range(c.rope.width // 2)]
+    return {
+        "linear_value_head_dim": (c.value_width, c.key_width),
+        "delta nets in layers": (c.delta, tuple(bool((i + 1) % every) for i in range(c.layers))),
+        "frequencies beyond mrope_section": (turned.count(False), 0),
+    }
+
+
+def gguf_shape(c: Config, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a weight in a GGUF file."""
+    return (shape[0], shape[2]) if path.endswith("conv1d.weight") else shape
+
+
+def to_gguf(c: Config, path: str, w: np.ndarray) -> np.ndarray:
+    """Norms' factors, A = -e^A_log, and value heads with those of one key apart, not together."""
+    if path.endswith("norm.weight") and not path.endswith("linear_attn.norm.weight"):
+        return w + np.float32(gemma.OFFSET)
+    if path.endswith("A_log"):
+        w = np.float32(-np.exp(np.float64(w)))
+    w = w.reshape(gguf_shape(c, path, w.shape))
+    module = path.split(f".{DELTA}")[-1].removesuffix(".weight")
+    if module == "out_proj" and DELTA in path:
+        return np.ascontiguousarray(_apart(c, w.T).T)
+    if module in ("in_proj_qkv", "conv1d"):
+        keys = 2 * c.key_heads * c.key_width
+        return np.concatenate([w[:keys], _apart(c, w[keys:])])
+    return _apart(c, w) if module in ("in_proj_z", "in_proj_b", "in_proj_a", *SCALARS) else w
+
+
+def _apart(c: Config, w: np.ndarray) -> np.ndarray:
+    """Rows of value heads [key, value of it, ...] -> [value of it, key, ...]."""
+    each = c.value_heads // c.key_heads
+    return w.reshape(c.key_heads, each, -1, *w.shape[1:]).swapaxes(0, 1).reshape(w.shape)

@@ -74,7 +74,8 @@ def quantize(w: Float[Array, "*stack O I"], dtype: str | np.dtype | type | None 
             f"int8 takes matrices in {DTYPES}, got {w.dtype} of shape {w.shape} to dequantize to "
             f"{name}"
         )
-    half = jnp.asarray(w).astype(jnp.float16).astype(jnp.float32)
+    # Else XLA leaves two conversions out that it takes for one there and back.
+    half = jax.lax.optimization_barrier(jnp.asarray(w).astype(jnp.float16)).astype(jnp.float32)
     absmax = jnp.abs(half).max(-1)
     # As PyTorch divides a number by a tensor: rounded twice, which moves one code in 20,000.
     scale = jnp.where(absmax > 0, jax.lax.reciprocal(absmax) * LARGEST, 0)
