@@ -110,7 +110,6 @@ UNREAD = {
     "llama4_text_unnormed": {
         "floor_scale": "no attn_temperature_tuning", "attn_scale": "no attn_temperature_tuning",
     },
-    "qwen3_5_text": {"rope_parameters.mrope_section": "a text's positions are alike on all axes"},
     "falcon_h1": {
         "mamba_chunk_size": "how a row is cut, not what comes out",
         "mamba_expand": "mamba_d_ssm says it", "num_logits_to_keep": "which scores are made",
