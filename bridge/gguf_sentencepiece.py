@@ -80,9 +80,18 @@ def from_json(spec: Mapping[str, Any]) -> Pieces:
         raise ValueError(f"tokenizer.json's {len(texts)} tokens have ids that leave some out")
     kinds = {model.get("unk_token"): TokenType.UNKNOWN}
     kind = lambda text: TokenType.BYTE if BYTE.fullmatch(text) else TokenType.NORMAL
-    adds_space = "Prepend" in normalizers(spec) or pre.get("prepend_scheme", "never") != "never"
     types = [kinds.get(text, kind(text)) for text in texts]
-    return Pieces(texts, [-float(ranks.get(t, 0)) for t in texts], types, adds_space, False)
+    return Pieces(texts, [-float(ranks.get(t, 0)) for t in texts], types, adds_space(spec), False)
+
+
+def adds_space(spec: Mapping[str, Any]) -> bool:
+    """Whether tokenizer.json puts a space before a text's first word."""
+    return "Prepend" in normalizers(spec) or prepends(spec)
+
+
+def prepends(spec: Mapping[str, Any]) -> bool:
+    """Whether its pre-tokenizer does so, which leaves a text alone that begins with a space."""
+    return (spec.get("pre_tokenizer") or {}).get("prepend_scheme", "never") != "never"
 
 
 def normalizers(spec: Mapping[str, Any]) -> list[str]:

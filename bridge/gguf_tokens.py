@@ -55,7 +55,7 @@ OTHER_NAMES = {
 }
 END = "<|endoftext|>"
 # Architectures whose SentencePiece vocabularies are read, and what is particular to some.
-BY_PIECES = ("gemma", "gemma2", "gemma3", "phi3")
+BY_PIECES = ("gemma", "gemma2", "gemma3", "phi3", "llama")
 WITHOUT_SPACE = ("gemma", "gemma2", "gemma3")
 ADDED_OF_BOTH = ("phi3",)
 # Special tokens that are these where the folder names none.
@@ -66,6 +66,10 @@ BY_TEXT = {
 END_OF_TURN = {"gemma": {"eot": 107}}  # fixed ids, whatever the vocabulary
 SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
+METASPACE = (
+    "llama.cpp puts a space before a text that begins with one and behind special tokens, where "
+    "the tokenizer may put none: such texts get other ids"
+)
 SENTENCEPIECE = "default"  # the name that the converter gives its splitting
 
 
@@ -111,8 +115,8 @@ def read(folder: str | Path, config: Mapping[str, Any], arch: str = "llama") -> 
 
 def _has_pieces(folder: Path, arch: str) -> bool:
     model = _json(folder / "tokenizer.json").get("model", {})
-    stored = (folder / gguf_sentencepiece.MODEL).is_file() or model.get("byte_fallback")
-    return arch in BY_PIECES and bool(stored)
+    stored = not model and (folder / gguf_sentencepiece.MODEL).is_file()
+    return arch in BY_PIECES and bool(stored or model.get("byte_fallback"))
 
 
 def _byte_level(folder: Path, rows: int, arch: str) -> Tokens:
@@ -145,14 +149,32 @@ def _pieces(folder: Path, rows: int, arch: str) -> Tokens:
         pieces, added, rows, lambda t: bool(t.get("special") or looks(t))
     )
     special = gguf.SpecialVocab(folder, n_vocab=rows)
-    space = False if arch in WITHOUT_SPACE or not pieces.adds_space else None
-    return Tokens(texts, types, SENTENCEPIECE, special, space, _notes(spec), scores)
+    notes, space = _notes(spec), None
+    if arch in WITHOUT_SPACE or not pieces.adds_space:
+        space = False
+    if ARCHITECTURES[arch].converter_llama:
+        adds = gguf_sentencepiece.adds_space(spec) if spec else pieces.adds_space
+        space = _space_of_llama(folder, settings, adds)
+        notes += [METASPACE] if gguf_sentencepiece.prepends(spec) else []
+    return Tokens(texts, types, SENTENCEPIECE, special, space, notes, scores)
+
+
+def _space_of_llama(folder: Path, settings: dict[str, Any], adds: bool) -> bool | None:
+    """What the converter writes: the settings' word, None where llama.cpp's default is right."""
+    stated = settings.get("add_prefix_space")
+    if stated not in (None, adds):
+        raise ValueError(
+            f"{folder}: tokenizer_config.json has add_prefix_space={stated}, the tokenizer does "
+            f"as with {adds}: expected the same"
+        )
+    return stated if adds else False
 
 
 def write(out: gguf.GGUFWriter, tokens: Tokens) -> None:
     """Adds the tokenizer's keys to `out`, in the converter's order."""
     space = tokens.add_prefix_space
-    if space is not None and tokens.scores is None:
+    first = tokens.scores is None or ARCHITECTURES[out.arch].converter_llama
+    if space is not None and first:
         out.add_add_space_prefix(space)
     out.add_tokenizer_model("gpt2" if tokens.scores is None else "llama")
     out.add_tokenizer_pre(tokens.pre)
@@ -167,7 +189,7 @@ def write(out: gguf.GGUFWriter, tokens: Tokens) -> None:
         out.add_add_bos_token(False)
     for name, i in END_OF_TURN.get(out.arch, {}).items():
         getattr(out, f"add_{name}_token_id")(i)
-    if space is not None and tokens.scores is not None:
+    if space is not None and not first:
         out.add_add_space_prefix(space)
 
 
@@ -227,8 +249,7 @@ def _tokenizer_json(folder: Path) -> dict[str, Any]:
 def _sentencepiece(folder: Path) -> str:
     return (
         f"{folder} has a SentencePiece tokenizer, which can be written to GGUF for {BY_PIECES} "
-        "only (not for Llama 2, TinyLlama, Yi, Mistral); byte-level BPE can. The model can be "
-        "saved as safetensors."
+        "only; byte-level BPE can for all. The model can be saved as safetensors."
     )
 
 

@@ -246,6 +246,28 @@ HUB: dict[str, Sample] = {
         8_190_735_360,
         dict(layers=36, kv_heads=8, head_width=128, qkv_bias=False, windows=(None,) * 36),
     ),
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": Sample(
+        MISTRAL | dict(
+            architectures=["MixtralForCausalLM"], attention_dropout=0.0, model_type="mixtral",
+            num_experts_per_tok=2, num_local_experts=8, output_router_logits=False,
+            rope_theta=1000000.0, router_aux_loss_coef=0.02, sliding_window=None,
+            transformers_version="4.36.0.dev0", vocab_size=32000,
+        ),
+        46_702_792_704,
+        dict(experts=8, chosen=2, expert_width=14336, windows=(None,) * 32, theta=1e6, eps=1e-5),
+    ),
+    "Qwen/Qwen3-30B-A3B": Sample(
+        QWEN3 | dict(
+            architectures=["Qwen3MoeForCausalLM"], decoder_sparse_step=1, hidden_size=2048,
+            intermediate_size=6144, max_window_layers=48, mlp_only_layers=[],
+            model_type="qwen3_moe", moe_intermediate_size=768, norm_topk_prob=True,
+            num_attention_heads=32, num_experts=128, num_experts_per_tok=8, num_hidden_layers=48,
+            num_key_value_heads=4, output_router_logits=False, rope_theta=1000000.0,
+            router_aux_loss_coef=0.001, tie_word_embeddings=False,
+        ),
+        30_532_122_624,
+        dict(experts=128, chosen=8, expert_width=768, sparse=(True,) * 48, renormalized=True),
+    ),
     "openai/gpt-oss-20b": Sample(
         dict(
             architectures=["GptOssForCausalLM"], attention_bias=True, attention_dropout=0.0,

@@ -15,6 +15,10 @@ DENSE = (
     "llama", "mistral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3",
     "granite", "cohere", "cohere2", "olmo2", "smollm3", "starcoder2", "glm4", "exaone4",
 )  # fmt: skip
+FURTHER = (
+    "mixtral", "qwen3_moe", "gpt_oss", "llama4_text", "qwen3_5_text", "falcon_h1", "glm4_moe",
+    "deepseek_v3",
+)  # fmt: skip
 COMMON = dict(
     attention_dropout=0.0, hidden_act="silu", initializer_range=0.02, torch_dtype="bfloat16",
     use_cache=True,

@@ -16,7 +16,7 @@ from tests.gguf_writing import serving, tokenizer_folder
 from tests.oracles import gguf_answers as base
 from tests.oracles import gguf_families as made
 from tests.test_gguf_file import next_logprobs, speaking
-from tests.test_gguf_tokens import CONVERSATIONS, respell, texts
+from tests.test_gguf_tokens import CONVERSATIONS, PIECES, respell, texts
 from unsloth_jax.models import gemma2
 
 ANSWERS = json.loads(made.ANSWERS.read_text())
@@ -201,7 +201,7 @@ def test_windows_that_llama_cpp_has_are_not_told(name, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["tokenizer.model", "tokenizer.json", "as transformers saves"])
-@pytest.mark.parametrize("name", ["gemma2", "phi3"])
+@pytest.mark.parametrize("name", ["gemma2", "phi3", "llama_pieces", "mistral_pieces"])
 def test_llama_cpps_token_ids_equal_the_sentencepiece_tokenizers(name, change, tmp_path):
     config = made.CONFIGS[name]
     folder = made.tokenizer(config, tmp_path / "tokenizer")
@@ -211,14 +211,39 @@ def test_llama_cpps_token_ids_equal_the_sentencepiece_tokenizers(name, change, t
         folder = tmp_path / "saved"
         AutoTokenizer.from_pretrained(made.SENTENCEPIECE).save_pretrained(folder)
     path = tmp_path / "model.gguf"
-    gguf_file.save(path, config, weights_of(config), folder, "f32", name=base.NAME)
+    report = gguf_file.save(path, config, weights_of(config), folder, "f32", name=base.NAME)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     server, wrong = serving(tmp_path / "model.gguf"), []
+    told = any("behind special tokens" in note for note in report.notes)
+    assert told == (name == "mistral_pieces")
+    added = [t.content for t in tokenizer.get_added_tokens_decoder().values()]
     for text in texts():
+        if told and (text.startswith(" ") or any(token in text for token in added)):
+            continue
         ids = llama_server.token_ids(server, text, add_special=True)
         if ids != tokenizer.encode(text).ids:
             wrong.append(text)
     assert not wrong
+
+
+def test_a_space_that_settings_and_tokenizer_do_not_agree_on_is_refused(tmp_path):
+    config = made.CONFIGS["llama_pieces"]
+    folder = made.tokenizer(config, tmp_path / "tokenizer")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"add_prefix_space": False}))
+    with pytest.raises(ValueError, match="add_prefix_space=False, the tokenizer does as with True"):
+        gguf_tokens.read(folder, config)
+
+
+def test_a_tokenizer_without_a_first_space_is_told_to_llama_cpp(tmp_path):
+    path = tmp_path / "model.gguf"
+    config = made.CONFIGS["llama_pieces"]
+    gguf_file.save(path, config, weights_of(config), made.SENTENCEPIECE, "f32", name=base.NAME)
+    tokenizer = Tokenizer.from_file(str(made.SENTENCEPIECE / "tokenizer.json"))
+    server = serving(path)
+    for text in PIECES:
+        ids = llama_server.token_ids(server, text, add_special=True)
+        assert ids == tokenizer.encode(text).ids, text
 
 
 def test_llama_cpp_renders_the_chat_template_as_transformers_does(tmp_path):
@@ -329,7 +354,7 @@ def test_a_norm_without_its_offset_is_found_when_the_file_is_read_again(tmp_path
     assert not (tmp_path / "model.gguf").exists()
 
 
-@pytest.mark.parametrize(("name", "pre"), [("olmo2", "dbrx"), ("glm4", "glm4")])
+@pytest.mark.parametrize(("name", "pre"), [("olmo2", "dbrx"), ("glm4", "glm4"), ("phi3", "dbrx")])
 def test_llama_cpps_token_ids_equal_the_tokenizers_under_the_familys_name(name, pre, tmp_path):
     config = made.CONFIGS[name]
     folder = tokenizer_folder(tmp_path / "tokenizer", respell("dbrx"))

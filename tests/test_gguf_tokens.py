@@ -188,10 +188,6 @@ def no_word_level(spec):
     spec["model"]["type"] = "WordLevel"
 
 
-def byte_fallback(spec):
-    spec["model"]["byte_fallback"] = True
-
-
 def other_digits(spec):
     spec["pre_tokenizer"]["pretokenizers"][0]["individual_digits"] = False
 
@@ -212,7 +208,6 @@ def suffixes(spec):
     ("change", "message"),
     [
         (no_word_level, "WordLevel.*known: BPE"),
-        (byte_fallback, "SentencePiece.*saved as safetensors"),
         (other_digits, "no name for this pre-tokenizer.*smollm.*llama-bpe"),
         (whole_words, "ignore_merges=True; known"),
         (lowercase, "Lowercase.*known: NFC"),
@@ -226,10 +221,13 @@ def test_tokenizers_that_llama_cpp_lacks_are_refused(change, message, tmp_path):
     assert not list(tmp_path.glob("model*"))
 
 
-def test_a_sentencepiece_model_file_alone_is_refused(tmp_path):
+def test_sentencepiece_is_refused_for_architectures_whose_converter_reads_none(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\n")
-    with pytest.raises(ValueError, match="SentencePiece"):
-        gguf_tokens.read(tmp_path, ROWS)
+    with pytest.raises(ValueError, match="SentencePiece.*saved as safetensors"):
+        gguf_tokens.read(tmp_path, ROWS, "qwen2")
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE", "byte_fallback": true}}')
+    with pytest.raises(ValueError, match="SentencePiece.*saved as safetensors"):
+        gguf_tokens.read(tmp_path, ROWS, "qwen2")
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):

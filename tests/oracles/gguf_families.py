@@ -114,6 +114,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | dict(max_position_embeddings=512, original_max_position_embeddings=256)
     | dict(sliding_window=None)
     | dict(rope_parameters=rope(2e4, rope_type="longrope", **LONG)),
+    "llama_pieces": SMALL | named("llama", "Llama") | IDS,
+    "mistral_pieces": SMALL | named("mistral", "Mistral") | IDS | dict(sliding_window=None),
     "granite": GRANITE | named("granite", "Granite") | TIED | dict(rope_theta=2e4),
     "granite_biases": GRANITE
     | named("granite", "Granite")
@@ -212,7 +214,7 @@ CONFIGS |= {
     | dict(layer_types=ALTERNATING[:2] * 4, linear_num_value_heads=16, linear_num_key_heads=8),
     "wide_qwen3_moe": CONFIGS["qwen3_moe"] | WIDE | dict(moe_intermediate_size=256),
 }
-BY_SENTENCEPIECE = ("gemma", "gemma2", "gemma3_text", "phi3")
+BY_SENTENCEPIECE = ("gemma", "gemma2", "gemma3_text", "phi3", "llama", "mistral")
 FORMATS = {name: ("f32",) for name in CONFIGS} | {
     name: ("f32", "bf16") for name in ("gemma2", "falcon_h1", "qwen3_5")
 }
@@ -255,8 +257,10 @@ def tokenizer(config: dict[str, Any], path: Path) -> Path:
     """The tokenizer of a checkpoint, in a new folder."""
     sentencepiece = config["model_type"] in BY_SENTENCEPIECE
     shutil.copytree(SENTENCEPIECE if sentencepiece else base.TOKENIZER, path)
-    if config["model_type"] == "phi3":
+    if config["model_type"] in ("phi3", "llama", "mistral"):
         _with_space(path)
+    if config["model_type"] in ("llama", "mistral"):
+        _as_llama(path, config["model_type"] == "mistral")
     if own := LOOKED_FOR.get(config["model_type"]):
         file = path / "tokenizer.json"
         spec = json.loads(file.read_text())
@@ -275,6 +279,18 @@ def _with_space(path: Path) -> None:
     prepend = {"type": "Prepend", "prepend": "\u2581"}
     changed["normalizer"] = {"type": "Sequence", "normalizers": [prepend, changed["normalizer"]]}
     spec.write_text(json.dumps(changed))
+
+
+def _as_llama(path: Path, newer: bool) -> None:
+    """As Llama 2's files have it, or as newer ones of Mistral."""
+    file, own = path / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"}
+    own |= {"legacy": not newer} | ({"add_prefix_space": True} if newer else {})
+    file.write_text(json.dumps(json.loads(file.read_text()) | own, indent=2))
+    if newer:
+        spec = json.loads((path / "tokenizer.json").read_text())
+        pre = dict(type="Metaspace", replacement="\u2581", prepend_scheme="first", split=False)
+        spec |= {"normalizer": None, "pre_tokenizer": pre}
+        (path / "tokenizer.json").write_text(json.dumps(spec))
 
 
 def folder(name: str, path: Path) -> Path:
