@@ -189,9 +189,7 @@ EACH = {
     "exaone4": "exaone4", "qwen3_5_text": "qwen3_5_text", "falcon_h1": "falcon_h1",
     "mixtral": "mixtral", "qwen3_moe": "qwen3_moe", "glm4_moe": "glm4_moe",
     "deepseek_v3": "deepseek_v3", "llama4_text": "llama4_text", "gpt_oss": "gpt_oss",
-    "mixtral": "mixtral", "qwen3_moe": "qwen3_moe", "qwen3_next": "qwen3_next",
-    "llama4_text": "llama4_text",
-    "gpt_oss": "gpt_oss",
+    "qwen3_next": "qwen3_next",
 }  # fmt: skip
 # Entries whose parts others have too: all their tests but the logits' go to `make test-full`.
 LESSER = (

@@ -20,6 +20,8 @@ MEASURED = {
     "decode": "scores through the cache",
     "LoRA gradients": "gradient of every LoRA pair against PEFT",
     "4-bit file": "logits of bitsandbytes' 4-bit file",
+    "PEFT": "our adapter's logits in PEFT",
+    "merge": "logits of merged weights",
 }
 TOLD = {
     "deepseek_v3": "whole keys and values in the cache, not the latent; heads of 192: on a GPU "
