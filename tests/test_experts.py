@@ -26,6 +26,7 @@ from unsloth_jax.dims import Batch
 from unsloth_jax.leaves import Groups, Lora
 from workflows import objective
 
+SLOW = pytest.mark.slow
 SIZES = {
     "uneven": (3, 0, 70, 1, 26),
     "one holds all": (0, 0, 100, 0, 0),
@@ -316,7 +317,10 @@ def batches(rows, micro: int) -> Batch:
     return Batch(*(x.reshape(micro, -1, ids.shape[1]) for x in arrays))
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "name",
+    ["mixtral", *(pytest.param(n, marks=SLOW) for n in ("qwen3_moe", "gpt_oss", "qwen3_next"))],
+)
 def test_the_loss_of_uneven_experts_and_its_gradient_are_those_of_transformers(name, tmp_path):
     pair, settings, weight = tiny.pair(name), LORA[name], 0.3
     in_peft(name, settings).save_pretrained(tmp_path)

@@ -9,7 +9,14 @@ from jaxtyping import Array, Float
 
 from unsloth_jax import rope
 from unsloth_jax.dims import Params
-from unsloth_jax.experts import chosen_route, clamped, mixture, router_scores
+from unsloth_jax.experts import (
+    Spread,
+    chosen_route,
+    clamped,
+    mixture,
+    router_scores,
+    spread,
+)
 from unsloth_jax.layers import Attend, Mlp, feed_forward, rms_norm
 from unsloth_jax.models import fields, llama
 from unsloth_jax.models.llama import LAYERS as LAYERS
@@ -117,6 +124,12 @@ def unit(c: Config, node: Params, x: Float[Array, "*B D"]) -> Float[Array, "*B D
 
 def norm(c: Config, params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     return unit(c, params["model"]["norm"], x)
+
+
+def routed(c: Config, node: Params, x: Float[Array, "B T D"], real: Float[Array, "B T"]) -> Spread:
+    """How a mixture spreads the tokens that are `real`."""
+    scores = router_scores(node["router"], x.reshape(-1, x.shape[-1]))
+    return spread(scores, chosen_route(scores, c.chosen).experts, real.reshape(-1))
 
 
 def moe(c: Config, node: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
