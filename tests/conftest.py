@@ -1,6 +1,7 @@
 """Settings of every test: strict shapes, a CPU unless -m gpu, one compile cache, no network."""
 
 import datetime
+import gc
 import json
 import os
 import socket
@@ -14,6 +15,7 @@ import jax
 import pytest
 
 FIGURES: list[tuple[str, float, float]] = []
+MOST_MAPS = 25_000
 CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 
 
@@ -39,6 +41,19 @@ def pytest_sessionfinish(session):
         rows = [dict(zip(("what", "measured", "limit"), row, strict=True)) for row in FIGURES]
         text = json.dumps({"date": day, "figures": rows}, indent=2)
         Path(path).write_text(text + "\n")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """Frees compiled programs before a process has as many pieces of memory as Linux allows.
+
+    Each program takes some; beyond 65,530 of them a compiler aborts.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session", autouse=True)
