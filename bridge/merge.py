@@ -77,7 +77,8 @@ def pairs(adapters: Params | None, scale: float, params: Params) -> dict[str, Pa
             raise ValueError(f"adapters of {path} belong to no weight of the model")
         for i in _numbers(sides[0]) if ".*." in path else (None,):
             here = [x if x is None or i is None else leaves.layer(x, i) for x in sides]
-            pair = Pair(*(x if x is None else np.asarray(x) for x in here[:2]), scale, here[2])
+            a, b, magnitude = (x if x is None else np.asarray(x) for x in here)
+            pair = Pair(a, b, scale, magnitude)
             out |= _of_weights(known[path], pair, i)
     return out
 

@@ -49,8 +49,8 @@ LORA = {
     ),
     "deepseek_v3_whole_queries": Settings(2, 4.0, targets=("q_proj", "kv_b_proj")),
     "qwen3_next": Settings(
-        3,
-        12.0,
+        4,
+        16.0,
         targets=(
             "q_proj",
             "in_proj_qkvz",

@@ -60,7 +60,7 @@ def test_gradients_are_blamed_from_the_last_layer_on():
 def test_the_search_tells_attention_how_many_documents_a_row_holds(monkeypatch):
     pair, adapters, batch, _ = setting()
     told, attend = set(), layers.kernel.attention
-    seen = lambda rule, *more: (told.add(rule.documents), attend(rule, *more))[1]
+    seen = lambda rule, *more, **how: (told.add(rule.documents), attend(rule, *more, **how))[1]
     monkeypatch.setattr(layers.kernel, "attention", seen)
     find = diagnose.first_bad_layer(pair.family, pair.config, 1.0, documents=3)
     assert find(adapters, pair.params, batch) and told == {3}

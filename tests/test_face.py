@@ -123,7 +123,8 @@ def test_the_config_has_unsloths_defaults():
         "max_length warmup_steps save_steps truncation memory_budget matmul_dtype eval_steps "
         "eval_on_start lr_scheduler_kwargs load_best_model_at_end metric_for_best_model "
         "greater_is_better loraplus_lr_ratio optim_args train_sampling_strategy group_by_length "
-        "run_name project logging_dir sample_prompts sample_steps sample_max_new_tokens"
+        "run_name project logging_dir sample_prompts sample_steps sample_max_new_tokens "
+        "router_aux_loss_coef"
     )
     assert made.keys() - CONFIG.keys() == set(others.split())
     assert vars(SFTConfig(**CONFIG)) == made
@@ -153,7 +154,7 @@ REFUSED = {
         unsloth_tiled_mlp="arctic", gguf_file="x.gguf", config={}, float8_kv_cache=True,
     ),
     "get_peft_model": dict(
-        bias="all", loftq_config={"loftq_bits": 8}, qat_scheme="int4", target_parameters=["x"],
+        bias="all", loftq_config={"loftq_bits": 8}, qat_scheme="int4",
         layers_pattern="h", rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 2},
     ),
     "SFTConfig": dict(

@@ -142,7 +142,7 @@ def test_a_trained_model_is_merged_into_what_transformers_computes(name, tmp_pat
     assert np.abs(trained - theirs).mean() <= 0.1 * theirs.std()
 
 
-@pytest.mark.parametrize("four", [True, False], ids=["4 bits", "32 bits"])
+@pytest.mark.parametrize("four", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_experts_are_trained_merged_and_exported(four, tmp_path):
     kind, fields = tiny.TINY["qwen3_moe"]
     own = fields | dict(vocab_size=tiny_chat.VOCAB, moe_intermediate_size=64)

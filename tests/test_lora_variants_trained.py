@@ -313,7 +313,7 @@ def test_merged_models_hold_the_trained_weights(name, tmp_path):
         (("head", "embed_tokens"), "no modules .'head'.; there are .*embed_tokens"),
         ((), "a list of names or 'all'"),
         ("embed_tokens", "a list of names or 'all'"),
-        (("k_proj",), "only float arrays.*k_proj.*'NF4'.*load_in_4bit=False"),
+        (("k_proj",), "only float arrays.*k_proj.*'NF4'.*load_in_16bit=True"),
     ],
     ids=str,
 )

@@ -151,6 +151,9 @@ def config_mutations(pair):
         if field.name not in SHARED and getattr(c, field.name) is not None:
             value = left_out(getattr(c, field.name))
             changed = dataclasses.replace(c, **{field.name: value})
+            # What a GGUF file says of images' positions changes nothing of a text's.
+            if field.name == "sections":
+                continue
             if places(pair.family, changed) == places(pair.family, c):
                 yield field.name, changed
     if c.attention_cap is not None:
@@ -291,7 +294,8 @@ def spelled_as_transformers_4(hf: dict, kind: str) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["type", "rope_type"])
-@pytest.mark.parametrize("name", tiny.TINY)
+# Qwen3.5 came with transformers 5.
+@pytest.mark.parametrize("name", [name for name in tiny.TINY if name != "qwen3_5_text"])
 def test_transformers_4_spelling_gives_the_same_config(name, kind):
     pair = tiny.pair(name)
     old = spelled_as_transformers_4(pair.model.config.to_dict(), kind)

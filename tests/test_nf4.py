@@ -312,7 +312,7 @@ def test_a_tree_is_quantized_by_path_and_part_of_a_stack():
     assert out["model"]["norm"]["weight"] is params["model"]["norm"]["weight"]
     assert [part.dtype for part in node["k_proj"]["weight"].parts] == ["float32", "bfloat16"]
     assert node["k_proj"]["weight"].layers == ((0, 3), (1, 2))
-    with pytest.raises(ValueError, match=r"unknown format 'nf5', known are \['nf4'"):
+    with pytest.raises(ValueError, match=r"unknown format 'nf5', known are \['int8', 'nf4'"):
         quant.quantize(params, "nf5", lambda path: True)
     with pytest.raises(ValueError, match=r"norm.weight is float32 \(64,\)"):
         quant.quantize(params, "nf4", lambda path: "norm" in path)

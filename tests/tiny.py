@@ -196,7 +196,7 @@ LESSER = (
     "ministral3", "gemma", "phi3_window", "granite", "cohere", "olmo2", "smollm3", "exaone4",
     "glm4_moe", "glm4_moe_unnormed", "deepseek_v3_whole_queries",
     "falcon_h1_plain",
-    "llama4_text_unnormed", "qwen3_next",
+    "llama4_text_unnormed", "qwen3_next", "deepseek_v3", "llama4_text", "gpt_oss",
 )  # fmt: skip
 
 
