@@ -96,7 +96,8 @@ def neftune(
 def balance(chances: Float[Array, " E"], sent: Float[Array, " E"], rows: Float[Array, ""]) -> Total:
     """Switch's loss of uneven experts (arXiv:2101.03961 4-6), E sum_e sent_e mean(chances)_e.
 
-    `chances` are sums over `rows` tokens and layers, `sent` the share of all of a whole step's
-    that went to each expert, of all its choices: 1 a choice where they are even.
+    `chances` are sums over `rows`, which are tokens times layers; `sent` is how many of a whole
+    step's went to each expert, a row. Where experts are used evenly its mean is the number of
+    experts of a token.
     """
     return Total(chances.shape[0] * (jax.lax.stop_gradient(sent) * chances).sum(), rows)

@@ -67,7 +67,8 @@ def begin(
     plain = lora.init(key, params, rank, targets, layers)
     flat, own = tree.flatten(params), tree.flatten(plain)
     paths = [p.removesuffix(".a") for p in own if p.endswith(".a")]
-    experts = [p for p in paths if sites(params)[p].experts]
+    known = sites(params)
+    experts = [p for p in paths if known[p].experts]
     if experts:
         raise ValueError(f"init_lora_weights={start!r} is not supported for experts: {experts}")
     for path, at in zip(paths, jax.random.split(key, len(paths)), strict=True):
