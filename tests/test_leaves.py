@@ -266,3 +266,13 @@ def test_adapters_on_some_layers_copy_no_quantized_stack(packed, step):
     arrays = programs.compiled(step[1].as_text())
     whole = {op for op, shape, dtype in arrays if dtype == "u8" and several(shape)}
     assert whole and whole <= {"parameter", "get-tuple-element", "bitcast"}
+
+
+@pytest.mark.parametrize(
+    "at",
+    [[0, 1, 3, 4], [1, 2, 4, 5], [0, 2, 3, 5], [2, 3, 1, 0]],
+    ids=["front", "end", "no", "back"],
+)
+def test_blocks_of_layers_are_those_asked_for(at):
+    stack = jnp.arange(12.0).reshape(6, 2)
+    np.testing.assert_array_equal(decoder.take(stack, at), np.asarray(stack)[at])
