@@ -42,10 +42,12 @@ def test_a_file_is_read_back_as_what_it_was_written_from(name, tmp_path):
     written(tmp_path, config)
     source = GGUFSource(tmp_path / "model.gguf")
     module, c = hf.described(source)
-    assert module is family(config["model_type"])
+    # Mistral's and Llama's files name one architecture; only a window tells them apart.
+    windowless = name == "mistral_pieces"
+    assert module is family("llama" if windowless else config["model_type"])
     # No key says these, and llama.cpp has no windows there.
     lost = {"starcoder2": ("windows",)}.get(config["model_type"], ())
-    found, want = numbers(c), numbers(module.config(config))
+    found, want = numbers(c), numbers(family(config["model_type"]).config(config))
     differ = {k: (found[k], want[k]) for k in want if found[k] != want[k] and k not in lost}
     assert not differ
     weights = made.weights(config)

@@ -234,6 +234,7 @@ def test_a_full_disk_ends_no_run_but_a_last_checkpoint_that_is_lacking_is_an_err
     steps = [json.loads(row)["step"] for row in open(tmp_path / "metrics.jsonl")]
     assert steps == [1, 2, 3, 4, 5, 6]
     if not lifted:
-        raised = error.splitlines()[-1]
-        assert raised.startswith("OSError") and f"{tmp_path}/checkpoint_6 was not" in raised
+        # Orbax's own threads may write what they saw behind it.
+        (raised,) = [said for said in error.splitlines() if said.startswith("OSError")]
+        assert f"{tmp_path}/checkpoint_6 was not" in raised
         assert "adapters" in out
