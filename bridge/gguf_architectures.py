@@ -87,6 +87,7 @@ ARCHITECTURES = {
         biases=(*FFN, "ssm_conv1d", "ssm_dt"), ropes=("default", "dynamic"), keys=FALCON_H1
     ),
     "qwen35": Architecture(biases=("ssm_dt",), ropes=("default", "dynamic"), keys=QWEN35),
+    "qwen3next": Architecture(biases=("ssm_dt",)),
     "mistral3": LLAMA._replace(ropes=("yarn",), tunes_yarn=True),
 }  # fmt: skip
 

@@ -96,6 +96,16 @@ DELTA = dict(
     linear_num_key_heads=2,
     linear_num_value_heads=6,
 )
+MIXED = dict(
+    num_experts=12,
+    num_experts_per_tok=4,
+    moe_intermediate_size=32,
+    shared_expert_intermediate_size=64,
+    norm_topk_prob=True,
+    decoder_sparse_step=1,
+    mlp_only_layers=[],
+)
+BARE_YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
 ALTERNATING = [*["linear_attention", "full_attention"] * 2, "linear_attention"]
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -195,6 +205,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | TIED
     | dict(num_hidden_layers=4, linear_num_value_heads=2)
     | dict(rope_parameters=rope(1e4, partial_rotary_factor=0.5)),
+    "qwen3_next": SMALL
+    | DELTA
+    | named("qwen3_next", "Qwen3Next")
+    | MIXED
+    | dict(num_hidden_layers=5, full_attention_interval=2, layer_types=ALTERNATING)
+    | dict(rope_parameters=rope(1e7, partial_rotary_factor=0.25)),
+    "qwen3_next_yarn": SMALL
+    | DELTA
+    | named("qwen3_next", "Qwen3Next")
+    | MIXED
+    | TIED
+    | dict(num_hidden_layers=4, linear_num_value_heads=2)
+    | dict(rope_parameters=rope(1e6, partial_rotary_factor=0.5, **BARE_YARN)),
 }
 WIDE = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=8)
 CONFIGS |= {
@@ -212,17 +235,21 @@ CONFIGS |= {
     "wide_qwen3_5": CONFIGS["qwen3_5"]
     | WIDE
     | dict(layer_types=ALTERNATING[:2] * 4, linear_num_value_heads=16, linear_num_key_heads=8),
+    "wide_qwen3_next": CONFIGS["qwen3_next"]
+    | WIDE
+    | dict(layer_types=ALTERNATING[:2] * 4, num_experts=8, moe_intermediate_size=256)
+    | dict(linear_num_value_heads=16, linear_num_key_heads=8),
     "wide_qwen3_moe": CONFIGS["qwen3_moe"] | WIDE | dict(moe_intermediate_size=256),
 }
 BY_SENTENCEPIECE = ("gemma", "gemma2", "gemma3_text", "phi3", "llama", "mistral")
 FORMATS = {name: ("f32",) for name in CONFIGS} | {
-    name: ("f32", "bf16") for name in ("gemma2", "falcon_h1", "qwen3_5")
+    name: ("f32", "bf16") for name in ("gemma2", "falcon_h1", "qwen3_5", "qwen3_next")
 }
 QUANTIZED = {name: ("q4_k_m",) for name in CONFIGS if name.startswith("wide_")}
 QUANTIZED |= {name: ("q4_k_m", "q5_k_m", "q8_0") for name in ("wide_phi3", "wide_mixtral")}
 # As the converter calls the splitting of these families' tokenizers, which is the tiny one's too.
 PRES = dict(granite="refact", starcoder2="starcoder", cohere="command-r", cohere2="command-r")
-OPTIONS = dict(qwen3_5_text=("--no-mtp",))  # of the converter
+OPTIONS = dict(qwen3_5_text=("--no-mtp",), qwen3_next=("--no-mtp",))  # of the converter
 WITHOUT_PREFIX, WITH_PREFIX = b"\x18\x00", b"\x18\x01"  # add_dummy_prefix of the normalizer
 # Tokens that the converter looks for in GLM's vocabularies.
 LOOKED_FOR = {"glm4": ("<|user|>",), "glm4_moe": ("<|user|>", "[gMASK]", "<|observation|>")}
@@ -245,7 +272,7 @@ def values(config: dict[str, Any], name: str, shape: tuple[int, ...]) -> np.ndar
     if not name.endswith("norm.weight"):
         return w
     w = 1 + w / 4 if len(shape) > 1 else w
-    below = config["model_type"].startswith(("gemma", "qwen3_5"))
+    below = config["model_type"].startswith(("gemma", "qwen3_5", "qwen3_next"))
     return w - 1 if below and not name.endswith("linear_attn.norm.weight") else w
 
 

@@ -20,6 +20,8 @@ where tokens go to experts that transformers balances,
 and, where llama.cpp has the family,
     GGUF_ARCH, to_gguf(c, path, w)   its name there, and weights that it stores otherwise (optional)
     gguf_shape(c, path, shape)       theirs, where it has them in other shapes (optional)
+    gguf_parts(c, name, shape)       the tensors that are one of its weights there: name -> (shape,
+                                     what makes it of the weight), or none (optional)
     gguf_keys(c)                     keys of its own, by the names of gguf's writer (optional)
     gguf_fixed(c)                    {what: (this model's, the only one of llama.cpp)} (optional)
     GGUF_READS                       the architecture's keys that this family alone reads, and
