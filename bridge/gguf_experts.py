@@ -76,7 +76,8 @@ def _stacked(name: str, parts: Mapping[int, Weight]) -> Weight:
 def size_label(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """The converter's word for the model's size, such as 8x7B, from its tensors' shapes."""
     total = sum(map(math.prod, shapes.values()))
-    each = {name: shape for name, shape in shapes.items() if MARK in name}
+    # It takes experts' biases for shared.
+    each = {name: shape for name, shape in shapes.items() if MARK in name and len(shape) > 2}
     alone = sum(math.prod(shape) // shape[0] for shape in each.values())
     shared = total - sum(map(math.prod, each.values()))
     count = sum(shape[0] for shape in each.values()) // len(each) if each else 0

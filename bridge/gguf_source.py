@@ -64,6 +64,16 @@ OWN_MODULES = {
         *("linear_attn.conv1d", "linear_attn.norm", "mlp.gate", "mlp.shared_expert_gate"),
         *(f"mlp.{kind}.{n}_proj" for kind in ("experts", "shared_expert") for n in GATED),
     ),
+    "gpt-oss": (
+        *("mlp.router", "self_attn.sinks"),
+        *(f"mlp.experts.{n}_proj" for n in GATED),
+    ),
+    "deepseek2": (
+        *(f"self_attn.{n}_proj" for n in ("q_a", "q_b", "k_b", "v_b")),
+        *("self_attn.kv_a_proj_with_mqa", "self_attn.q_a_layernorm", "self_attn.kv_a_layernorm"),
+        *(f"mlp.{x}" for x in ("gate", "gate.e_score_correction")),
+        *(f"mlp.{kind}experts.{n}_proj" for kind in ("", "shared_") for n in GATED),
+    ),
     "qwen3moe": tuple(f"mlp.{x}" for x in ("gate", *(f"experts.{n}_proj" for n in GATED))),
 }
 # Modules outside layers, and weights within them, that gguf's map calls otherwise or not at all.

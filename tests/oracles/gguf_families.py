@@ -106,6 +106,15 @@ MIXED = dict(
     mlp_only_layers=[],
 )
 BARE_YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
+BETAS = dict(beta_fast=32.0, beta_slow=1.0)
+LATENT = dict(
+    num_hidden_layers=3, num_key_value_heads=4, q_lora_rank=48, kv_lora_rank=32,
+    qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=24, n_routed_experts=12,
+    num_experts_per_tok=3, moe_intermediate_size=32, n_shared_experts=2, n_group=3, topk_group=2,
+    first_k_dense_replace=1, routed_scaling_factor=1.5, norm_topk_prob=True,
+    scoring_func="sigmoid", topk_method="noaux_tc", num_nextn_predict_layers=0, rms_norm_eps=1e-6,
+    pad_token_id=0,
+)  # fmt: skip
 ALTERNATING = [*["linear_attention", "full_attention"] * 2, "linear_attention"]
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -211,6 +220,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | MIXED
     | dict(num_hidden_layers=5, full_attention_interval=2, layer_types=ALTERNATING)
     | dict(rope_parameters=rope(1e7, partial_rotary_factor=0.25)),
+    "gpt_oss": SMALL
+    | named("gpt_oss", "GptOss")
+    | dict(num_hidden_layers=4, head_dim=32, attention_bias=True, sliding_window=32)
+    | dict(num_local_experts=12, num_experts_per_tok=3, pad_token_id=0)
+    | dict(layer_types=["sliding_attention", "full_attention"] * 2)
+    | dict(rope_parameters=rope(15e4, **BARE_YARN, **BETAS)),
+    "gpt_oss_default_rope": SMALL
+    | named("gpt_oss", "GptOss")
+    | dict(num_hidden_layers=3, head_dim=16, attention_bias=True, sliding_window=16)
+    | dict(num_local_experts=8, num_experts_per_tok=4, pad_token_id=0)
+    | dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+    | dict(rope_parameters=rope(15e4)),
+    "deepseek_v3": SMALL
+    | LATENT
+    | named("deepseek_v3", "DeepseekV3")
+    | dict(rope_parameters=rope(1e4, **BARE_YARN, **BETAS, mscale=1.0, mscale_all_dim=1.0)),
+    "deepseek_v3_lite": SMALL
+    | LATENT
+    | named("deepseek_v3", "DeepseekV3")
+    | dict(num_hidden_layers=27, hidden_size=32, q_lora_rank=None, n_group=1, topk_group=1)
+    | dict(v_head_dim=32, n_routed_experts=6, norm_topk_prob=False, rope_parameters=rope(5e4)),
     "qwen3_next_yarn": SMALL
     | DELTA
     | named("qwen3_next", "Qwen3Next")
@@ -239,11 +269,17 @@ CONFIGS |= {
     | WIDE
     | dict(layer_types=ALTERNATING[:2] * 4, num_experts=8, moe_intermediate_size=256)
     | dict(linear_num_value_heads=16, linear_num_key_heads=8),
+    "wide_gpt_oss": CONFIGS["gpt_oss"]
+    | WIDE
+    | dict(layer_types=["sliding_attention", "full_attention"] * 4),
+    "wide_deepseek_v3": CONFIGS["deepseek_v3"]
+    | WIDE
+    | dict(num_key_value_heads=8, kv_lora_rank=256, q_lora_rank=256, moe_intermediate_size=256),
     "wide_qwen3_moe": CONFIGS["qwen3_moe"] | WIDE | dict(moe_intermediate_size=256),
 }
 BY_SENTENCEPIECE = ("gemma", "gemma2", "gemma3_text", "phi3", "llama", "mistral")
 FORMATS = {name: ("f32",) for name in CONFIGS} | {
-    name: ("f32", "bf16") for name in ("gemma2", "falcon_h1", "qwen3_5", "qwen3_next")
+    name: ("f32", "bf16") for name in ("gemma2", "falcon_h1", "qwen3_5", "qwen3_next", "gpt_oss")
 }
 QUANTIZED = {name: ("q4_k_m",) for name in CONFIGS if name.startswith("wide_")}
 QUANTIZED |= {name: ("q4_k_m", "q5_k_m", "q8_0") for name in ("wide_phi3", "wide_mixtral")}
