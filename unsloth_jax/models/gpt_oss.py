@@ -1,10 +1,11 @@
 """gpt-oss: attention with sinks, windows on every other layer, clamped gates (arXiv:2508.10925)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 from jaxtyping import Array, Float
 
 from unsloth_jax import rope
@@ -179,9 +180,11 @@ def gguf_told(c: Config) -> list[str]:
     """What a file's user should know."""
     if c.rope.kind != "yarn" or c.rope.truncate:
         return []
+    rounded = rope.frequencies(replace(c.rope, truncate=True))
+    off = np.abs(rope.frequencies(c.rope) - rounded).max()
     return [
         "GGUF has no key for yarn's truncate=False: llama.cpp rounds the ends of its ramp to whole "
-        "dimensions"
+        f"dimensions, so that angles are up to {off:.1e} radians a token off"
     ]
 
 
