@@ -271,7 +271,8 @@ CONFIGS |= {
     | dict(linear_num_value_heads=16, linear_num_key_heads=8),
     "wide_gpt_oss": CONFIGS["gpt_oss"]
     | WIDE
-    | dict(layer_types=["sliding_attention", "full_attention"] * 4),
+    | dict(layer_types=["sliding_attention", "full_attention"] * 4)
+    | dict(num_local_experts=4, intermediate_size=256),
     "wide_deepseek_v3": CONFIGS["deepseek_v3"]
     | WIDE
     | dict(num_key_value_heads=8, kv_lora_rank=256, q_lora_rank=256, moe_intermediate_size=256),
