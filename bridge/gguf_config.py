@@ -180,6 +180,8 @@ def config(
     except KeyError as error:
         missing = f"{architecture(file)}.{error.args[0]}"
         raise ValueError(f"{file.path}: metadata keys are missing: {[missing]}") from None
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from None
     return made | own | _token_ids(file.metadata)
 
 

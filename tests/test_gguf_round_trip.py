@@ -6,6 +6,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_chat
 
 from bridge import hf
 from bridge.gguf_source import GGUFSource
@@ -98,6 +99,21 @@ def test_the_file_gives_the_checkpoints_scores(name, tmp_path):
     sources = SafetensorsSource(tmp_path), GGUFSource(tmp_path / "model.gguf")
     want, found = (divergence.logits(one, jnp.float32, tokens) for one in sources)
     assert np.abs(found - want).max() <= 1e-5 * want.std()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_moe", *MIXED])
+def test_an_exports_kl_is_measured_and_its_file_loads_as_the_trained_model(name, tmp_path):
+    model = tiny_chat.adapted(made.folder(name, tmp_path / "base"))
+    manifest = model.save_pretrained_gguf(
+        tmp_path / "g", quantization_method=["f32", "q8_0"], run_in_llama_cpp=False
+    )
+    kls = [facts["kl_trained_to_written"] for facts in manifest["quantization"].values()]
+    assert abs(kls[0]) < 1e-7 and 1e-5 < kls[1] < 5e-2  # rounding sends tokens to other experts
+    again, _ = tiny_chat.load(tmp_path / "g" / "model.F32.gguf")
+    tokens = divergence.trained(model).tokens
+    want, found = model(tokens), again(tokens)
+    assert np.abs(found - want).max() <= 1e-4 * want.std()
 
 
 def test_every_family_that_reads_files_is_read_here():
