@@ -34,6 +34,8 @@ ASIDE = {
     "following": set(),
     "directions": {"adam8"},
     "preference": {"dims"},
+    "policy": {"dims", "preference"},
+    "advantages": set(),
     "adam8": set(),
     "data": {"dims"},
     "plan": {"dims", "tree", "leaves", "remat", "train"},
