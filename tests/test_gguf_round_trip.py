@@ -14,7 +14,7 @@ from bridge.safetensors_file import SafetensorsSource, Weight
 from tests.oracles import gguf_answers as base
 from tests.oracles import gguf_families as made
 from tests.test_gguf_families import written
-from unsloth_jax.models import FAMILIES, falcon_h1, family
+from unsloth_jax.models import FAMILIES, falcon_h1, family, glm4_moe
 from workflows import divergence
 
 READERS = {name for name, module in FAMILIES.items() if hasattr(module, "from_gguf")}
@@ -101,6 +101,11 @@ def test_the_file_gives_the_checkpoints_scores(name, tmp_path):
     sources = SafetensorsSource(tmp_path), GGUFSource(tmp_path / "model.gguf")
     want, found = (divergence.logits(one, jnp.float32, tokens) for one in sources)
     assert np.abs(found - want).max() <= 1e-5 * want.std()
+
+
+def test_another_way_to_weigh_experts_is_refused():
+    with pytest.raises(ValueError, match="expert_gating_func is 1; only 2 is supported"):
+        glm4_moe.from_gguf({"expert_gating_func": 1}, set(), {})
 
 
 @pytest.mark.slow

@@ -213,6 +213,7 @@ def test_a_key_that_only_its_family_needs_is_named_where_it_lacks(tmp_path):
         ({"attention__head_count_kv": [2, 1]}, "differs by layer"),
         ({"attention__causal": False}, "only True is supported"),
         ({"expert_count": 8}, r"expert_count is 8, tensors of experts have \[\]"),
+        ({"nextn_predict_layers": 1}, "nextn_predict_layers is 1; only 0 is supported"),
         ({"logit_scale": 2.0}, r"not understood: \['logit_scale'\]"),
         ({"block_count": None}, "missing: .*llama.block_count"),
         ({"block_count": 1}, r"without a place in 'llama': \['blk.1"),
