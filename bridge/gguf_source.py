@@ -59,14 +59,31 @@ OWN_MODULES = {
         "feed_forward.router",
         *(f"feed_forward.{p}{n}_proj" for p in ("", "shared_expert.", "experts.") for n in GATED),
     ),
+    "qwen3next": (
+        *(f"linear_attn.{n}" for n in ("in_proj_qkv", "in_proj_z", "in_proj_ba", "out_proj")),
+        *("linear_attn.conv1d", "linear_attn.norm", "mlp.gate", "mlp.shared_expert_gate"),
+        *(f"mlp.{kind}.{n}_proj" for kind in ("experts", "shared_expert") for n in GATED),
+    ),
+    "gpt-oss": (
+        *("mlp.router", "self_attn.sinks"),
+        *(f"mlp.experts.{n}_proj" for n in GATED),
+    ),
+    "deepseek2": (
+        *(f"self_attn.{n}_proj" for n in ("q_a", "q_b", "k_b", "v_b")),
+        *("self_attn.kv_a_proj_with_mqa", "self_attn.q_a_layernorm", "self_attn.kv_a_layernorm"),
+        *(f"mlp.{x}" for x in ("gate", "gate.e_score_correction")),
+        *(f"mlp.{kind}experts.{n}_proj" for kind in ("", "shared_") for n in GATED),
+    ),
     "qwen3moe": tuple(f"mlp.{x}" for x in ("gate", *(f"experts.{n}_proj" for n in GATED))),
 }
 # Modules outside layers, and weights within them, that gguf's map calls otherwise or not at all.
 OWN_MODEL = {"falcon-h1": ("model.final_layernorm",)}
 MAMBA = {"ssm_a": "mamba.A_log", "ssm_d": "mamba.D", "ssm_dt.bias": "mamba.dt_bias"}
+DELTA = {"ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"}
 OWN_WEIGHTS = {
     "falcon-h1": MAMBA | {"ffn_norm": "pre_ff_layernorm.weight"},
-    "qwen35": {"ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"},
+    "qwen35": DELTA,
+    "qwen3next": DELTA,
 }
 # Architectures whose rows of q and k are reordered, and those whose norms have 1 added.
 PAIRED = ("llama", "granite", "smollm3", "mistral3")

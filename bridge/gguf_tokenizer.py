@@ -34,6 +34,16 @@ WORDS_TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*"
     rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}"
 )
+WORDS_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+(?:{SHORT_FORMS})?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*(?:{SHORT_FORMS})?"
+    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}"
+)
+WORDS_DEEPSEEK = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{SPACES}"
+)
+CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 
 
 class Splitting(NamedTuple):
@@ -52,6 +62,7 @@ LLAMA3 = Splitting(LLAMA3_PATTERNS, whole_words=True, add_bos=True)
 LLAMA3_BARE = Splitting(LLAMA3_PATTERNS)
 QWEN2 = Splitting((rf"(?:{SHORT_FORMS})|{LETTERS}|\p{{N}}|{SIGNS}|{SPACES}",))
 TEKKEN = Splitting((WORDS_TEKKEN,), whole_words=True, add_bos=True)
+DEEPSEEK = Splitting((r"\p{N}{1,3}", CJK, WORDS_DEEPSEEK))
 
 # tokenizer.ggml.pre -> its rule
 SPLITTINGS = {
@@ -66,6 +77,8 @@ SPLITTINGS = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "kormo", "megrez"), QWEN2),
     **dict.fromkeys(("stablelm2", "hunyuan"), QWEN2),
     "tekken": TEKKEN,
+    "gpt-4o": Splitting((WORDS_GPT4O,)),
+    "deepseek-v3": DEEPSEEK,
 }
 SPECIAL_NAMES = {
     "bos_token": "bos",

@@ -196,7 +196,7 @@ def gguf_keys(c: Config) -> dict[str, Any]:
     }
 
 
-def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
+def gguf_fixed(c: Mixed) -> dict[str, tuple[Any, Any]]:
     """What llama.cpp has one value for: (this model's, that one)."""
     # It stops at several groups of which none is left out.
     kept = c.kept_groups < c.groups or c.groups == 1

@@ -262,6 +262,11 @@ def gated_norm(
 
 def gguf_keys(c: Config) -> dict[str, Any]:
     """Keys that llama.cpp's converter adds for this family, by gguf's names."""
+    return delta_keys(c) | ({} if c.sections else {"rope_dimension_sections": SECTIONS})
+
+
+def delta_keys(c: Config) -> dict[str, Any]:
+    """Keys of the delta nets and of rope's share of a head."""
     return {
         "ssm_conv_kernel": c.taps,
         "ssm_state_size": c.key_width,
@@ -270,18 +275,23 @@ def gguf_keys(c: Config) -> dict[str, Any]:
         "ssm_inner_size": c.value_heads * c.value_width,
         "full_attention_interval": c.delta.index(False) + 1,
         "rope_dimension_count": c.rope.width,
-    } | ({} if c.sections else {"rope_dimension_sections": SECTIONS})
+    }
 
 
 def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
     """What llama.cpp has one value for: (this model's, that one)."""
-    every, sections = c.delta.index(False) + 1, c.sections or SECTIONS
+    sections = c.sections or SECTIONS
     # A frequency that no section has is not turned at all.
     turned = [i < 3 * sections[i % 3] for i in range(c.rope.width // 2)]
+    return delta_fixed(c) | {"frequencies beyond mrope_section": (turned.count(False), 0)}
+
+
+def delta_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
+    """What llama.cpp's delta nets have one value for: (this model's, that one)."""
+    every = c.delta.index(False) + 1
     return {
         "linear_value_head_dim": (c.value_width, c.key_width),
         "delta nets in layers": (c.delta, tuple(bool((i + 1) % every) for i in range(c.layers))),
-        "frequencies beyond mrope_section": (turned.count(False), 0),
     }
 
 
@@ -291,12 +301,8 @@ def gguf_shape(c: Config, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def to_gguf(c: Config, path: str, w: np.ndarray) -> np.ndarray:
-    """Norms' factors, A = -e^A_log, and value heads with those of one key apart, not together."""
-    if path.endswith("norm.weight") and not path.endswith("linear_attn.norm.weight"):
-        return w + np.float32(gemma.OFFSET)
-    if path.endswith("A_log"):
-        w = np.float32(-np.exp(np.float64(w)))
-    w = w.reshape(gguf_shape(c, path, w.shape))
+    """As `factors`, and value heads with those of one key apart, not together."""
+    w = factors(c, path, w)
     module = path.split(f".{DELTA}")[-1].removesuffix(".weight")
     if module == "out_proj" and DELTA in path:
         return np.ascontiguousarray(_apart(c, w.T).T)
@@ -304,6 +310,15 @@ def to_gguf(c: Config, path: str, w: np.ndarray) -> np.ndarray:
         keys = 2 * c.key_heads * c.key_width
         return np.concatenate([w[:keys], _apart(c, w[keys:])])
     return _apart(c, w) if module in ("in_proj_z", "in_proj_b", "in_proj_a", *SCALARS) else w
+
+
+def factors(c: Config, path: str, w: np.ndarray) -> np.ndarray:
+    """Norms' factors, A = -e^A_log, the convolution's taps without their axis of one."""
+    if path.endswith("norm.weight") and not path.endswith("linear_attn.norm.weight"):
+        return w + np.float32(gemma.OFFSET)
+    if path.endswith("A_log"):
+        w = np.float32(-np.exp(np.float64(w)))
+    return w.reshape(gguf_shape(c, path, w.shape))
 
 
 def _apart(c: Config, w: np.ndarray) -> np.ndarray:
