@@ -28,7 +28,8 @@ TOLD = {
     "attention goes through XLA, with all scores in memory; layers that predict further tokens "
     "are left out of files; no fp8 files; GGUF is written, not read; none of Moonlight's tokenizer",
     "exaone4": "GGUF with windows for 64 layers alone, as llama.cpp has it",
-    "falcon_h1": "no adapter for Mamba's `out_proj`, which PEFT refuses; GGUF is written, not read",
+    "falcon_h1": "no adapter for Mamba's `out_proj`, which PEFT refuses; read from GGUF with "
+    "factors of 1",
     "gemma": "heads of 256: on a GPU attention goes through XLA, with all scores in memory",
     "gemma2": "soft-caps: on a GPU attention goes through XLA, with all scores in memory",
     "gemma3_text": "text only; heads of 256, as gemma",
@@ -41,8 +42,7 @@ TOLD = {
     "bits; no adapters or 4 bits of routers",
     "ministral3": "text only",
     "phi3": "LongRoPE's factors by a document's length; no windows in GGUF, which is told",
-    "qwen3_5_text": "text only; `mtp` weights are left alone, as in transformers; GGUF is "
-    "written, not read",
+    "qwen3_5_text": "text only; `mtp` weights are left alone, as in transformers",
     "qwen3_next": "`mtp` weights are left alone, as in transformers; GGUF is written, not read",
     "starcoder2": "dropout of the base, 0.1 in its configs, is not applied; windows as phi3",
 }

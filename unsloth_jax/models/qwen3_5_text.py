@@ -17,7 +17,7 @@ from unsloth_jax import rope
 from unsloth_jax.dims import Params
 from unsloth_jax.layers import ACTIVATIONS, Holds, Mixers, Mlp, feed_forward, rms_norm
 from unsloth_jax.leaves import linear, linears
-from unsloth_jax.models import fields, gemma, llama
+from unsloth_jax.models import fields, gemma, glm4, llama
 from unsloth_jax.models.gemma import norm as norm
 from unsloth_jax.models.llama import LAYERS as LAYERS
 from unsloth_jax.models.llama import angles as angles
@@ -26,6 +26,14 @@ from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import scores as scores
 
 GGUF_ARCH = "qwen35"
+# Config's field -> the file's key.
+SIZES = dict(
+    linear_conv_kernel_dim="ssm.conv_kernel", linear_key_head_dim="ssm.state_size",
+    linear_num_key_heads="ssm.group_count", linear_num_value_heads="ssm.time_step_rank",
+    full_attention_interval="full_attention_interval",
+)  # fmt: skip
+SECTIONS_KEY, TURNED = "rope.dimension_sections", "rope.dimension_count"
+GGUF_READS = (*SIZES.values(), "ssm.inner_size", TURNED, SECTIONS_KEY)
 SECTIONS = (11, 11, 10, 0)  # the converter's, where a config has none
 # What the name of a weight in the layers of one kind begins with.
 DELTA, ATTENTION = "linear_attn.", "self_attn."
@@ -325,3 +333,11 @@ def _apart(c: Config, w: np.ndarray) -> np.ndarray:
     """Rows of value heads [key, value of it, ...] -> [value of it, key, ...]."""
     each = c.value_heads // c.key_heads
     return w.reshape(c.key_heads, each, -1, *w.shape[1:]).swapaxes(0, 1).reshape(w.shape)
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    turned = glm4.from_gguf(values, names, rope | {"mrope_section": values[SECTIONS_KEY][:3]})
+    value_width = values["ssm.inner_size"] // max(1, values["ssm.time_step_rank"])
+    sizes = {name: values[key] for name, key in SIZES.items()}
+    return turned | sizes | {"linear_value_head_dim": value_width}
