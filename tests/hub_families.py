@@ -16,8 +16,8 @@ DENSE = (
     "granite", "cohere", "cohere2", "olmo2", "smollm3", "starcoder2", "glm4", "exaone4",
 )  # fmt: skip
 FURTHER = (
-    "mixtral", "qwen3_moe", "gpt_oss", "llama4_text", "qwen3_5_text", "falcon_h1", "glm4_moe",
-    "deepseek_v3",
+    "mixtral", "qwen3_moe", "gpt_oss", "llama4_text", "qwen3_5_text", "qwen3_next", "falcon_h1",
+    "glm4_moe", "deepseek_v3",
 )  # fmt: skip
 COMMON = dict(
     attention_dropout=0.0, hidden_act="silu", initializer_range=0.02, torch_dtype="bfloat16",
