@@ -21,6 +21,7 @@ from unsloth_jax.layer_memory import (
     Job,
     copies,
     embedding,
+    feed,
     gaps,
     item,
     live,
@@ -205,8 +206,9 @@ def ladder(job: Job) -> tuple[Memory, ...]:
     tiles = _tiles(job)
     # Only a layer that keeps most of what it makes gains enough by being written out.
     rungs = [Memory("none", unroll=True), Memory("none", unroll=True, host_embedding=host)]
-    keeps = [Memory(keep, host_embedding=host) for keep in ("mlp", "attention", "full")]
-    # Experts keep nothing: a mixture's "mlp" may be leaner than its "attention".
+    # Experts keep nothing: a mixture's "mlp" is leaner than its "attention", or no rung at all.
+    names = ("mlp",) * bool(feed(job).ups) + ("attention", "full")
+    keeps = [Memory(keep, host_embedding=host) for keep in names]
     rungs += sorted(keeps, key=lambda memory: -estimate(job, memory).total)
     rungs.append(Memory("full", tiles, host_embedding=host))
     lean = Memory("offload", tiles, host_embedding=host)
