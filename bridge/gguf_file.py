@@ -135,6 +135,8 @@ def _plan(
     notes = gguf_metadata.refuse_unspeakable(model, c, config)
     tokens = gguf_tokens.read(folder, config, model.GGUF_ARCH)
     named = _named(model, c, weights)
+    if gguf_blocks.is_quantized(fmt):
+        named = {n: _without_ones(w) for n, w in named.items()}
     experts = getattr(c, "experts", 1)
     sizes = gguf_blocks.Sizes(model.GGUF_ARCH, c.layers, c.heads, c.kv_heads, experts)
     choices = gguf_blocks.choose(fmt, {n: w.shape for n, w in named.items()}, sizes)
@@ -151,7 +153,9 @@ def _named(model: ModuleType, c: Any, weights: list[Weight]) -> dict[str, Weight
     known, out = places(model, c), {}
     for name, w in gguf_metadata.rope_factors(c.rope).items():
         out[name] = Weight(name, w.shape, w.dtype, lambda w=w: w)
-    ordered = gguf_experts.merged([w for w in weights if w.name in known], known)
+    own = getattr(model, "gguf_parts", lambda c, name, shape: {})
+    parts_of = lambda w: own(c, w.name, tuple(w.shape))
+    ordered = gguf_experts.merged([w for w in weights if w.name in known], known, parts_of)
     named = gguf_names(model.GGUF_ARCH, c.layers, [w.name for w in ordered])
     out |= {named[w.name]: _reshaped(model, c, w) for w in ordered}
     biases, reads = [n for n in out if n.endswith(".bias")], ARCHITECTURES[model.GGUF_ARCH].biases
@@ -170,6 +174,15 @@ def _reshaped(model: ModuleType, c: Any, w: Weight) -> Weight:
     wide = lambda: np.asarray(w.read()).astype(np.float32, copy=False)
     shape = model.gguf_shape(c, w.name, tuple(w.shape))
     return Weight(w.name, shape, w.dtype, lambda: model.to_gguf(c, w.name, wide()))
+
+
+def _without_ones(w: Weight) -> Weight:
+    """As llama-quantize has a tensor: without first axes of length one."""
+    shape = tuple(w.shape)
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    read = lambda: np.asarray(w.read()).reshape(shape)
+    return w if shape == tuple(w.shape) else Weight(w.name, shape, w.dtype, read)
 
 
 def _quantized_order(name: str) -> tuple[int, str]:

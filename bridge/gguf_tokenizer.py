@@ -41,6 +41,11 @@ def _by_case(behind: str, digits: str) -> str:
 
 WORDS_TEKKEN = _by_case("", r"\p{N}")
 WORDS_GPT_4O = _by_case(rf"(?:{SHORT_FORMS})?", r"\p{N}{1,3}")
+WORDS_DEEPSEEK = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{SPACES}"
+)
+CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 
 
 class Splitting(NamedTuple):
@@ -60,6 +65,7 @@ LLAMA3_BARE = Splitting(LLAMA3_PATTERNS)
 QWEN2 = Splitting((rf"(?:{SHORT_FORMS})|{LETTERS}|\p{{N}}|{SIGNS}|{SPACES}",))
 TEKKEN = Splitting((WORDS_TEKKEN,), whole_words=True, add_bos=True)
 GPT_4O = Splitting((WORDS_GPT_4O,))
+DEEPSEEK = Splitting((r"\p{N}{1,3}", CJK, WORDS_DEEPSEEK))
 
 # tokenizer.ggml.pre -> its rule
 SPLITTINGS = {
@@ -75,6 +81,7 @@ SPLITTINGS = {
     **dict.fromkeys(("stablelm2", "hunyuan"), QWEN2),
     "tekken": TEKKEN,
     **dict.fromkeys(("gpt-4o", "llama4"), GPT_4O),
+    "deepseek-v3": DEEPSEEK,
 }
 SPECIAL_NAMES = {
     "bos_token": "bos",

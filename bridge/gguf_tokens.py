@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import gguf
 from gguf import TokenType
+from tokenizers import models
 
 from bridge import gguf_sentencepiece
 from bridge.gguf_architectures import ARCHITECTURES
@@ -50,6 +51,7 @@ PRE_TOKENIZERS = {
     "dbrx": PreTokenizer((_WORDS + "{1,3}" + _REST, "bytes")),
     "tekken": PreTokenizer((_TEKKEN, "bytes"), True, True),
     "gpt-4o": PreTokenizer((_GPT_4O, "bytes")),
+    "deepseek-v3": PreTokenizer((*SPLITTINGS["deepseek-v3"].patterns, "bytes")),
 }
 GRANITE_VOCABULARY = 49152  # the converter turns the first token off for llama models of this size
 # What the converter calls the same splitting in models of some architectures.
@@ -207,10 +209,16 @@ def pre_tokenizer(spec: dict[str, Any]) -> str:
     """llama.cpp's name for what tokenizer.json does before BPE; ValueError where it has none."""
     steps = _steps(spec.get("pre_tokenizer"))
     ignores = bool(spec["model"].get("ignore_merges"))
-    for name, known in PRE_TOKENIZERS.items():
-        read_from_gguf = (*SPLITTINGS[name].patterns, "bytes")
-        if steps in (known.steps, read_from_gguf) and known.ignores_merges == ignores:
-            return name
+    alike = {
+        known.ignores_merges: name
+        for name, known in PRE_TOKENIZERS.items()
+        if steps in (known.steps, (*SPLITTINGS[name].patterns, "bytes"))
+    }
+    if ignores and ignores not in alike and alike:
+        # It makes no difference where merges make every word that is a token.
+        ignores = not _merged(spec["model"], spec.get("added_tokens", []))
+    if ignores in alike:
+        return alike[ignores]
     known = "; ".join(f"{n}: {k.steps} {k.ignores_merges}" for n, k in PRE_TOKENIZERS.items())
     raise ValueError(
         f"llama.cpp has no name for this pre-tokenizer: {spec.get('pre_tokenizer')} with "
@@ -232,7 +240,7 @@ def _steps(spec: dict[str, Any] | None) -> tuple[str, ...]:
     ways = ("Isolated", False), ("Removed", True)
     cut = (spec.get("behavior"), bool(spec.get("invert"))) in ways
     if kind == "Split" and cut and "Regex" in spec["pattern"]:
-        return (spec["pattern"]["Regex"],)
+        return (spec["pattern"]["Regex"].replace("\r", r"\r").replace("\n", r"\n"),)
     return (json.dumps(spec),)
 
 
@@ -318,6 +326,14 @@ def _notes(spec: dict[str, Any]) -> list[str]:
     if sticky:
         notes.append(f"llama.cpp takes no spaces into tokens as the tokenizer does: {sticky}")
     return notes
+
+
+def _merged(model: dict[str, Any], added: list[dict[str, Any]]) -> bool:
+    """Whether merges make of each whole word that is a token this one token."""
+    pairs = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+    merging = models.BPE(model["vocab"], pairs)
+    words = model["vocab"].keys() - {t["content"] for t in added}
+    return all(len(merging.tokenize(word)) == 1 for word in words)
 
 
 def _json(path: Path) -> dict[str, Any]:

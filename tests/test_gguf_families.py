@@ -26,7 +26,9 @@ LENGTHS = {"phi3": WITHIN_WINDOW, "phi3_long": (5, 120), "starcoder2": WITHIN_WI
 TOLERANCE = 1e-2  # nats
 DEEP = ("cohere_plus", "exaone4_windows")
 SLOW = pytest.mark.slow
-NAMES = [pytest.param(n, marks=[SLOW] * (n in (*DEEP, *made.QUANTIZED))) for n in made.CONFIGS]
+LATER = tuple(n for n in made.CONFIGS if n.startswith(("qwen3_next", "gpt_oss", "deepseek")))
+AFTER = (*DEEP, *LATER, *made.QUANTIZED)
+NAMES = [pytest.param(n, marks=[SLOW] * (n in AFTER)) for n in made.CONFIGS]
 SPOKEN = [one for one in NAMES if one.values[0] not in made.QUANTIZED]
 
 

@@ -6,14 +6,15 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_chat
 
-from bridge import hf
+from bridge import gguf_file, hf
 from bridge.gguf_source import GGUFSource
-from bridge.safetensors_file import SafetensorsSource
+from bridge.safetensors_file import SafetensorsSource, Weight
 from tests.oracles import gguf_answers as base
 from tests.oracles import gguf_families as made
 from tests.test_gguf_families import written
-from unsloth_jax.models import FAMILIES, family
+from unsloth_jax.models import FAMILIES, falcon_h1, family, glm4_moe
 from workflows import divergence
 
 READERS = {name for name, module in FAMILIES.items() if hasattr(module, "from_gguf")}
@@ -22,7 +23,17 @@ NAMES = [
     for name, config in made.CONFIGS.items()
     if name not in made.QUANTIZED and config["model_type"] in READERS
 ]
-FAST = ("gemma2", "phi3_long", "cohere2", "ministral3", "glm4", "granite_biases")
+FAST = ("gemma2", "phi3_long", "cohere2", "ministral3", "glm4", "granite_biases", "qwen3_moe")
+MIXED = ("mixtral", "glm4_moe", "llama4", "qwen3_5", "falcon_h1")
+# The only list of what a file's keys don't say. llama.cpp has no windows there; images' sections
+# are written where the config has none; factors are in the weights, so that a file's model has 1.
+LOST = {
+    "mixtral": ("windows",),
+    "qwen3_moe": ("windows",),
+    "starcoder2": ("windows",),
+    "qwen3_5_tied": ("sections",),
+    "falcon_h1": (*falcon_h1.SCALES, *sum(falcon_h1.LISTS.values(), ())),
+}
 
 
 def numbers(value):
@@ -45,23 +56,44 @@ def test_a_file_is_read_back_as_what_it_was_written_from(name, tmp_path):
     # Mistral's and Llama's files name one architecture; only a window tells them apart.
     windowless = name == "mistral_pieces"
     assert module is family("llama" if windowless else config["model_type"])
-    # No key says these, and llama.cpp has no windows there.
-    lost = {"starcoder2": ("windows",)}.get(config["model_type"], ())
-    found, want = numbers(c), numbers(family(config["model_type"]).config(config))
+    own = family(config["model_type"]).config(config)
+    lost = LOST.get(name, LOST.get(config["model_type"], ()))
+    found, want = numbers(c), numbers(own)
     differ = {k: (found[k], want[k]) for k in want if found[k] != want[k] and k not in lost}
     assert not differ
     weights = made.weights(config)
-    assert set(source.stored) == set(weights)
+    assert set(source.headers()) == set(weights)
     for path, w in weights.items():
-        offset = np.float32(source.offset(path))
-        assert np.array_equal(source.read(path), w + offset - offset), path
+        found = source.read(path)
+        assert source.headers()[path].shape == found.shape == w.shape
+        if path.endswith("A_log"):  # several have the same exponential in float32
+            assert np.abs(found - w).max() < 1e-7
+            found, w = (np.float32(np.exp(np.float64(x))) for x in (found, w))
+        assert np.array_equal(found, kept(config, own, path, w)), path
+
+
+def halves(value):
+    """Powers of two instead of other factors."""
+    return [*map(halves, value)] if isinstance(value, list) else 2.0 if value > 1 else 0.5
+
+
+def kept(config, c, path, w):
+    """A weight as a file of its family's has it: norms above 1, or with Falcon-H1's factors."""
+    if config["model_type"] == "falcon_h1" and not path.endswith("A_log"):
+        return falcon_h1.to_gguf(c, path, w).reshape(w.shape)
+    whole = not path.endswith("norm.weight") or path.endswith("linear_attn.norm.weight")
+    if whole or not config["model_type"].startswith(("gemma", "qwen3_5")):
+        return w
+    return w + np.float32(1) - np.float32(1)
 
 
 @pytest.mark.parametrize(
-    "name", ["gemma3", *(pytest.param(n, marks=pytest.mark.slow) for n in FAST)]
+    "name", ["gemma3", *(pytest.param(n, marks=pytest.mark.slow) for n in (*FAST, *MIXED))]
 )
 def test_the_file_gives_the_checkpoints_scores(name, tmp_path):
     config = made.CONFIGS[name]
+    if name == "falcon_h1":  # factors that no product is rounded by
+        config = config | {k: halves(v) for k, v in config.items() if "multiplier" in k}
     written(tmp_path, config)
     (tmp_path / "config.json").write_text(json.dumps(config))
     base.save_file(made.weights(config), tmp_path / "model.safetensors", {"format": "pt"})
@@ -69,6 +101,40 @@ def test_the_file_gives_the_checkpoints_scores(name, tmp_path):
     sources = SafetensorsSource(tmp_path), GGUFSource(tmp_path / "model.gguf")
     want, found = (divergence.logits(one, jnp.float32, tokens) for one in sources)
     assert np.abs(found - want).max() <= 1e-5 * want.std()
+
+
+def test_another_way_to_weigh_experts_is_refused():
+    with pytest.raises(ValueError, match="expert_gating_func is 1; only 2 is supported"):
+        glm4_moe.from_gguf({"expert_gating_func": 1}, set(), {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_moe", "glm4_moe", "llama4", "qwen3_5", "falcon_h1"])
+def test_a_file_written_again_from_what_was_read_has_the_same_bytes(name, tmp_path):
+    written(tmp_path, made.CONFIGS[name])
+    source, again = GGUFSource(tmp_path / "model.gguf"), tmp_path / "again.gguf"
+    weights = [
+        Weight(n, h.shape, np.dtype(np.float32), lambda n=n: source.read(n))
+        for n, h in source.headers().items()
+    ]
+    folder = tmp_path / "tokenizer"
+    gguf_file.save(again, source.config, weights, folder, "f32", name=base.NAME)
+    assert again.read_bytes() == (tmp_path / "model.gguf").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_moe", *MIXED])
+def test_an_exports_kl_is_measured_and_its_file_loads_as_the_trained_model(name, tmp_path):
+    model = tiny_chat.adapted(made.folder(name, tmp_path / "base"))
+    manifest = model.save_pretrained_gguf(
+        tmp_path / "g", quantization_method=["f32", "q8_0"], run_in_llama_cpp=False
+    )
+    kls = [facts["kl_trained_to_written"] for facts in manifest["quantization"].values()]
+    assert abs(kls[0]) < 1e-7 and 1e-5 < kls[1] < 5e-2  # rounding sends tokens to other experts
+    again, _ = tiny_chat.load(tmp_path / "g" / "model.F32.gguf")
+    tokens = divergence.trained(model).tokens
+    want, found = model(tokens), again(tokens)
+    assert np.abs(found - want).max() <= 1e-4 * want.std()
 
 
 def test_every_family_that_reads_files_is_read_here():

@@ -91,8 +91,9 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, 
 def respell(pre):
     """tokenizer.json as models of that pre-tokenizer have it, on the tiny vocabulary."""
     known = gguf_tokens.PRE_TOKENIZERS[pre]
-    split = {"type": "Split", "pattern": {"Regex": known.steps[0]}, "behavior": "Isolated"}
-    steps = SPLITS.get(pre, (split | {"invert": False}, BYTES))
+    split = lambda step: {"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated"}
+    splits = [split(step) | {"invert": False} for step in known.steps[:-1]]
+    steps = SPLITS.get(pre, (*splits, BYTES))
 
     def change(spec):
         spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": list(steps)}
@@ -227,6 +228,7 @@ def other_digits(spec):
 
 def whole_words(spec):
     spec["model"]["ignore_merges"] = True
+    spec["model"]["merges"] = spec["model"]["merges"][:-5]
 
 
 def lowercase(spec):
@@ -252,6 +254,20 @@ def test_tokenizers_that_llama_cpp_lacks_are_refused(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         written(tmp_path / "model.gguf", small(), folder=folder)
     assert not list(tmp_path.glob("model*"))
+
+
+def test_whole_words_that_merges_make_too_are_llama_cpps(tmp_path):
+    def change(spec):
+        respell("gpt-4o")(spec)
+        spec["model"]["ignore_merges"] = True
+
+    folder = tokenizer_folder(tmp_path / "tokenizer", change)
+    written(tmp_path / "model.gguf", small(), folder=folder)
+    assert gguf_tokens.read(folder, ROWS).pre == "gpt-4o"
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    server = serving(tmp_path / "model.gguf")
+    for text in PIECES:
+        assert llama_server.token_ids(server, text, add_special=True) == tokenizer.encode(text).ids
 
 
 def test_sentencepiece_is_refused_for_architectures_whose_converter_reads_none(tmp_path):

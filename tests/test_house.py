@@ -26,7 +26,7 @@ ALLOWED = {
 }
 # The core from the bottom up: a module imports earlier ones only.
 CORE = ["dims", "tree", "leaves", "rope", "layers", "experts", "quant", "lora", "models"]
-CORE += ["remat", "decoder", "unstack", "decoding", "sample"]
+CORE += ["remat", "decoder", "unstack", "decoding", "sample", "rollout"]
 ASIDE = {
     "losses": {"dims", "leaves"},
     "train": {"dims"},
@@ -34,6 +34,8 @@ ASIDE = {
     "following": set(),
     "directions": {"adam8"},
     "preference": {"dims"},
+    "policy": {"dims", "preference"},
+    "advantages": set(),
     "adam8": set(),
     "data": {"dims"},
     "layer_memory": {"dims", "tree", "leaves", "remat", "train"},

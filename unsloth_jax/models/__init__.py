@@ -20,8 +20,11 @@ where tokens go to experts that transformers balances,
 and, where llama.cpp has the family,
     GGUF_ARCH, to_gguf(c, path, w)   its name there, and weights that it stores otherwise (optional)
     gguf_shape(c, path, shape)       theirs, where it has them in other shapes (optional)
+    gguf_parts(c, name, shape)       the tensors that are one of its weights there: name -> (shape,
+                                     what makes it of the weight), or none (optional)
     gguf_keys(c)                     keys of its own, by the names of gguf's writer (optional)
     gguf_fixed(c)                    {what: (this model's, the only one of llama.cpp)} (optional)
+    gguf_told(c)                     what a file's user should know, as sentences (optional)
     GGUF_READS                       the architecture's keys that this family alone reads, and
     from_gguf(values, names, rope)   config.json's own fields of a file that has these values of
                                      keys, Hugging Face names of weights and rope_parameters

@@ -19,6 +19,7 @@ from unsloth_jax.models.llama import norm as norm
 from unsloth_jax.models.llama import scores as scores
 
 GGUF_ARCH = "qwen3moe"
+GGUF_READS = ("expert_count", "expert_used_count", "expert_feed_forward_length")
 Names = tuple[str, str, str]
 NAMES: Names = ("gate_proj", "up_proj", "down_proj")
 DENSE = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -140,4 +141,16 @@ def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
     return {
         "norm_topk_prob": (c.renormalized, True),
         "mixtures of experts": (c.sparse, (True,) * c.layers),
+    }
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    experts, chosen, width = (values[key] for key in GGUF_READS)
+    return {
+        "attention_bias": llama.from_gguf(values, names, rope)["attention_bias"],
+        "num_experts": experts,
+        "num_experts_per_tok": chosen,
+        "moe_intermediate_size": width,
+        "norm_topk_prob": True,
     }
