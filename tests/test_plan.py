@@ -136,11 +136,12 @@ def test_of_every_family_dense_mlps_are_kept_and_experts_are_not(name):
 
 
 def test_only_joined_pairs_and_layers_of_several_kinds_are_held_twice():
-    assert layer_memory.copies(job()) == 0
+    assert layer_memory.copies(job(), Memory()) == 0
     joined = 48 * 128 * 16 * (2048 + 2 * 768) * 4  # a of [r, D] and b of [2 F, r], float32
-    assert layer_memory.copies(job(shape=MIXTURE)) == joined
-    here, _ = described("gpt-oss-20b 2x2048 full 16")
-    assert layer_memory.copies(here) == plan.size(here.states(16).trainable)
+    assert layer_memory.copies(job(shape=MIXTURE), Memory()) == joined
+    assert layer_memory.copies(job(shape=MIXTURE), Memory("none", unroll=True)) == 0
+    here, full = described("gpt-oss-20b 2x2048 full 16")
+    assert layer_memory.copies(here, full) == plan.size(here.states(16).trainable)
 
 
 # MiB a layer keeps of 4096 tokens, by hand: 32 for D, 8 for k or v, 112 for F, 0.5 of statistics.

@@ -171,12 +171,14 @@ def _mixture(job: Job, memory: Memory) -> int:
     return needed
 
 
-def copies(job: Job) -> int:
+def copies(job: Job, memory: Memory) -> int:
     """Adapters that the program holds twice from its beginning to its end.
 
     A pair for gate and up together is cut in two, and both find a gradient of `a`; of layers of
-    several kinds each kind's are cut out of their stack.
+    several kinds each kind's are cut out of their stack. Layers written out need neither.
     """
+    if memory.unroll:
+        return 0
     own, held = tree.flatten(job.states(job.rank).trainable), tree.flatten(job.params)
     joined = lambda path: ".experts.gate_up_proj." in path and path.rpartition(".")[0] not in held
     cut = sum(size(leaf) for path, leaf in own.items() if joined(path))
@@ -186,7 +188,7 @@ def copies(job: Job) -> int:
 def gaps(job: Job, memory: Memory) -> int:
     """What stays empty between stacks where scans lie within scans: about all layers' inputs."""
     inputs = job.config.layers * job.tokens * job.config.width * item(job)
-    return inputs * (_several(job) and memory.keep != "offload")
+    return inputs * (_several(job) and memory.keep != "offload" and not memory.unroll)
 
 
 def _several(job: Job) -> bool:

@@ -172,7 +172,7 @@ def estimate(job: Job, memory: Memory) -> Plan:
     """The plan by a closed form, from compiled GPU steps: the loss or a layer has the peak."""
     fixed = _fixed(job, memory)
     most = max(fixed["gradients"] + live(job, memory), _loss(job, memory))
-    extra = max(most - fixed["gradients"], 0) + copies(job) + gaps(job, memory)
+    extra = max(most - fixed["gradients"], 0) + copies(job, memory) + gaps(job, memory)
     return Plan(**fixed, temporaries=extra, source="estimated")
 
 
