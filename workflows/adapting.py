@@ -39,7 +39,7 @@ def settings(
     Raises TypeError or ValueError for what means nothing.
     """
     _meaningful(alpha, targets)
-    _names("modules_to_save", saved)
+    check_names("modules_to_save", saved)
     if not isinstance(targets, str):
         saved = [*(saved or ()), *(name for name in TABLES if name in targets)]
         targets = tuple(name for name in targets if name not in TABLES)
@@ -62,7 +62,7 @@ def _saved(model: Model, asked: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _names(keyword: str, given: Any) -> None:
+def check_names(keyword: str, given: Any) -> None:
     """Raises TypeError unless it is None or a list of names."""
     several = isinstance(given, list | tuple | set | frozenset | None)
     if not several or not all(isinstance(name, str) for name in given or ()):
@@ -76,7 +76,7 @@ def with_experts(
 
     Raises TypeError for what is no list of names, ValueError for a name that is no experts'.
     """
-    _names("target_parameters", parameters)
+    check_names("target_parameters", parameters)
     if not parameters:
         return targets
     known = [path for path, site in sites(model.params).items() if site.experts]

@@ -102,7 +102,6 @@ def _in_layers(w: Any, a: Any, split: Callable[[Array, Any], tuple]) -> tuple[An
     if not isinstance(a, Stacks) and a.ndim == 2:
         return split(w, 0)
     count = w.shape[0] if not isinstance(w, Stacks) else sum(map(len, w.layers))
-    # A stack of some layers has a gap between their numbers, and so has its pair.
     whole, on = stacks(w, count), stacks(a, count).layers
     adapted = {i for ids in on for i in ids}
     of = {i: part[ids.index(i)] for part, ids in zip(whole.parts, whole.layers, strict=True)
