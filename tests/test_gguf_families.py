@@ -181,6 +181,11 @@ OTHERWISE = {
         dict(rope_parameters=made.rope(1e7, mrope_section=[1, 1, 1], partial_rotary_factor=0.25)),
         "frequencies beyond mrope_section 1 where",
     ),
+    "many sections": (
+        "qwen3_5",
+        dict(rope_parameters=made.rope(1e7, mrope_section=[100] * 3, partial_rotary_factor=0.25)),
+        r"frequencies in mrope_section beyond head_dim \d+ where llama.cpp has 0",
+    ),
     "truncate": (
         "ministral3",
         dict(rope_parameters=made.CONFIGS["ministral3"]["rope_parameters"] | dict(truncate=False)),
@@ -209,9 +214,10 @@ def test_a_name_that_makes_llama_cpp_look_for_phi3s_tokens_is_written_otherwise(
     assert gguf_metadata.loadable_name("phi-4", []) == ("phi-4", [])
 
 
-@pytest.mark.parametrize("name", ["phi3", "starcoder2"])
+@pytest.mark.parametrize("name", ["phi3", "starcoder2", "qwen3_moe"])
 def test_windows_that_llama_cpp_lacks_are_told(name, tmp_path):
-    (note,) = written(tmp_path, made.CONFIGS[name]).notes
+    own = dict(use_sliding_window=True, sliding_window=32) if name == "qwen3_moe" else {}
+    (note,) = written(tmp_path, made.CONFIGS[name] | own).notes
     assert "no sliding window" in note and "beyond 32" in note
 
 

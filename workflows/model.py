@@ -29,6 +29,7 @@ from workflows.inputs import (
     check_objects,
     check_settings,
     masked,
+    padded_last,
     room,
     sampling,
     stop_texts,
@@ -92,8 +93,11 @@ class Model:
                 f"input_ids lie in {tokens.min()} to {tokens.max()}, outside the vocabulary of "
                 f"{self.config.vocab}"
             )
+        # Positions, windows and chunks count from a row's first token, as `generate` does.
+        tokens, mask, at = padded_last(tokens, mask)
         run = logits_program(self.family, self.config, self.scale)
-        return np.asarray(run(self.params, self.adapters, tokens, mask))
+        found = np.asarray(run(self.params, self.adapters, tokens, mask))
+        return found if at is None else np.take_along_axis(found, at[..., None], axis=1)
 
     def generate(
         self,
