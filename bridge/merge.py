@@ -130,13 +130,17 @@ def merged(
     if base not in (ORIGINAL, trained_on):
         raise ValueError(f"base must be one of {[ORIGINAL, trained_on]}, got {base!r}")
     flat, deltas = tree.flatten(params), pairs(adapters, scale, params)
-    whole, where = lora.parts(adapters or {})[1], places(model, c)
-    if lost := sorted(set(deltas) - set(where)):
+    whole = lora.parts(adapters or {})[1]
+    where = places(model, c)
+    lost = sorted(set(deltas) - set(where))
+    if lost:
         raise ValueError(f"adapters of {lost} belong to no weight of the model")
     headers = source.headers() if source is not None else {}
     at_hand = base == ORIGINAL and all(n in headers and headers[n].format is None for n in deltas)
+
     if at_hand and initial is not None:
         deltas = pairs(lora.difference(adapters, initial), scale, params)
+
     trained = {name for name, place in where.items() if place.path in whole}
     packed = {n for n, p in where.items() if not at_hand and _packed(flat[p.path], p.layer)}
     ours = packed | {n for n in where if not at_hand and (n in deltas or _format(headers, n))}
@@ -154,10 +158,9 @@ def merged(
     weights, norms = [], {}
     for name in sorted(where):
         stored = headers[name].dtype if name in headers else None
+        kind = DTYPES[dtype or _sixteen(stored or "bfloat16")]
         if tree.of_correction(name):
             kind = DTYPES[stored or held(flat[where[name].path], where[name]).dtype.name]
-        else:
-            kind = DTYPES[dtype or _sixteen(stored or "bfloat16")]
         read = _reader(name, original, deltas.get(name), kind, norms)
         weights.append(Weight(name, where[name].shape, kind, where[name].turned(read)))
     blocks = sorted({headers[n].blocks for n in deltas if n in headers} - {None})
