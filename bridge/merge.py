@@ -1,7 +1,7 @@
 """Base plus adapters, one weight at a time on the host, in float32."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from bridge.places import Place, places
 from bridge.safetensors_file import Weight
-from bridge.source import Header, Source
+from bridge.source import Source
 from unsloth_jax import leaves, lora, quant, tree
 from unsloth_jax.dims import Params
 from unsloth_jax.lora.targets import Site, sites
@@ -132,8 +132,7 @@ def merged(
     flat, deltas = tree.flatten(params), pairs(adapters, scale, params)
     whole = lora.parts(adapters or {})[1]
     where = places(model, c)
-    lost = sorted(set(deltas) - set(where))
-    if lost:
+    if lost := sorted(set(deltas) - set(where)):
         raise ValueError(f"adapters of {lost} belong to no weight of the model")
     headers = source.headers() if source is not None else {}
     at_hand = base == ORIGINAL and all(n in headers and headers[n].format is None for n in deltas)
@@ -143,17 +142,16 @@ def merged(
 
     trained = {name for name, place in where.items() if place.path in whole}
     packed = {n for n, p in where.items() if not at_hand and _packed(flat[p.path], p.layer)}
-    ours = packed | {n for n in where if not at_hand and (n in deltas or _format(headers, n))}
+    small = () if at_hand else (n for n in headers if headers[n].format)
+    ours = {*trained, *packed, *small, *(() if at_hand else deltas)}
 
     def original(name: str) -> np.ndarray:
         place = where[name]
-        if name in trained:
-            return held(whole[place.path], place)
         # A resized table is no longer the checkpoint's.
         kept = name in headers and headers[name].shape == place.shape
         if kept and name not in ours:
             return place.oriented(source.read(name))
-        return held(flat[place.path], place)
+        return held((whole if name in trained else flat)[place.path], place)
 
     weights, norms = [], {}
     for name in sorted(where):
@@ -165,8 +163,7 @@ def merged(
         weights.append(Weight(name, where[name].shape, kind, where[name].turned(read)))
     blocks = sorted({headers[n].blocks for n in deltas if n in headers} - {None})
     used = (CHECKPOINT if blocks else ORIGINAL) if at_hand else trained_on
-    facts = _facts(used, blocks, len(deltas), len(trained), scale)
-    facts |= {"dequantized": len(packed - trained)} if packed else {}
+    facts = _facts(used, blocks, len(deltas), len(trained), scale, len(packed - trained))
     return Merged(weights, facts["base"], frozenset(deltas) | trained, facts, norms)
 
 
@@ -178,18 +175,16 @@ def _packed(leaf: Any, layer: int | None) -> bool:
     return any(layer in ids and isinstance(part, leaves.Quantized) for part, ids in both)
 
 
-def _format(headers: Mapping[str, Header], name: str) -> str | None:
-    return headers[name].format if name in headers else None
-
-
 def dequantized(params: Params) -> str:
     """What the base is called where it is the weights that were trained on."""
     return DEQUANTIZED8 if quant.stored(params) == "int8" else DEQUANTIZED
 
 
-def _facts(used: str, blocks: list[str], adapted: int, trained: int, scale: float) -> dict:
+def _facts(
+    used: str, blocks: list[str], adapted: int, trained: int, scale: float, packed: int
+) -> dict:
     facts = {"base": used, "adapted": adapted, "scale": scale}
-    facts |= {"trained": trained} if trained else {}
+    facts |= {k: n for k, n in {"trained": trained, "dequantized": packed}.items() if n}
     return facts | ({"base_blocks": blocks} if used == CHECKPOINT else {})
 
 
