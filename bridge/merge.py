@@ -1,7 +1,7 @@
 """Base plus adapters, one weight at a time on the host, in float32."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from bridge.places import Place, places
 from bridge.safetensors_file import Weight
-from bridge.source import Source
+from bridge.source import Header, Source
 from unsloth_jax import leaves, lora, quant, tree
 from unsloth_jax.dims import Params
 from unsloth_jax.lora.targets import Site, sites
@@ -117,53 +117,66 @@ def merged(
 ) -> Merged:
     """cast(W + what its adapter adds) of every weight, or cast(W as trained), made when read.
 
-    `base="original16"` adds to the checkpoint's own weights where `source` holds them in 16 or 32
-    bits, or in the blocks of a quantized GGUF (then `base` of the result is "checkpoint"),
-    "dequant4" (and bitsandbytes' 4-bit checkpoints) to the dequantized ones, "dequant8" where
-    these are int8. `dtype` None keeps 16-bit weights as they are and turns float32 into bfloat16;
-    what balances experts keeps its own in any case. `initial` holds the pairs that were taken out
-    of `params` before training: the checkpoint gets the difference to them. Raises ValueError for
-    an unknown base or an adapter that belongs to no weight, and while reading for a result not
-    finite.
+    `base="original16"` takes W from the checkpoint where `source` holds it in 16 or 32 bits, or in
+    the blocks of a quantized GGUF (then `base` of the result is "checkpoint"), whatever `params`
+    made of it. "dequant4" (and bitsandbytes' 4-bit checkpoints), "dequant8" for int8, takes every
+    weight that `params` hold quantized from there, adapted or not. `dtype` None keeps 16-bit
+    weights as they are and turns float32 into bfloat16; what balances experts keeps its own in any
+    case. `initial` holds the pairs that were taken out of `params` before training: the checkpoint
+    gets the difference to them. Raises ValueError for an unknown base or an adapter that belongs
+    to no weight, and while reading for a result not finite.
     """
     trained_on = dequantized(params)
     if base not in (ORIGINAL, trained_on):
         raise ValueError(f"base must be one of {[ORIGINAL, trained_on]}, got {base!r}")
     flat, deltas = tree.flatten(params), pairs(adapters, scale, params)
-    whole = lora.parts(adapters or {})[1]
-    where = places(model, c)
-    lost = sorted(set(deltas) - set(where))
-    if lost:
+    whole, where = lora.parts(adapters or {})[1], places(model, c)
+    if lost := sorted(set(deltas) - set(where)):
         raise ValueError(f"adapters of {lost} belong to no weight of the model")
     headers = source.headers() if source is not None else {}
     at_hand = base == ORIGINAL and all(n in headers and headers[n].format is None for n in deltas)
-
     if at_hand and initial is not None:
         deltas = pairs(lora.difference(adapters, initial), scale, params)
+    trained = {name for name, place in where.items() if place.path in whole}
+    packed = {n for n, p in where.items() if not at_hand and _packed(flat[p.path], p.layer)}
+    ours = packed | {n for n in where if not at_hand and (n in deltas or _format(headers, n))}
 
     def original(name: str) -> np.ndarray:
         place = where[name]
-        if place.path in whole:
+        if name in trained:
             return held(whole[place.path], place)
         # A resized table is no longer the checkpoint's.
         kept = name in headers and headers[name].shape == place.shape
-        if kept and (at_hand or headers[name].format is None and name not in deltas):
+        if kept and name not in ours:
             return place.oriented(source.read(name))
         return held(flat[place.path], place)
 
     weights, norms = [], {}
     for name in sorted(where):
         stored = headers[name].dtype if name in headers else None
-        kind = DTYPES[dtype or _sixteen(stored or "bfloat16")]
         if tree.of_correction(name):
             kind = DTYPES[stored or held(flat[where[name].path], where[name]).dtype.name]
+        else:
+            kind = DTYPES[dtype or _sixteen(stored or "bfloat16")]
         read = _reader(name, original, deltas.get(name), kind, norms)
         weights.append(Weight(name, where[name].shape, kind, where[name].turned(read)))
     blocks = sorted({headers[n].blocks for n in deltas if n in headers} - {None})
-    trained = {name for name, place in where.items() if place.path in whole}
     used = (CHECKPOINT if blocks else ORIGINAL) if at_hand else trained_on
     facts = _facts(used, blocks, len(deltas), len(trained), scale)
+    facts |= {"dequantized": len(packed - trained)} if packed else {}
     return Merged(weights, facts["base"], frozenset(deltas) | trained, facts, norms)
+
+
+def _packed(leaf: Any, layer: int | None) -> bool:
+    """Whether the leaf holds this layer quantized."""
+    if not isinstance(leaf, leaves.Stacks):
+        return isinstance(leaf, leaves.Quantized)
+    both = zip(leaf.parts, leaf.layers, strict=True)
+    return any(layer in ids and isinstance(part, leaves.Quantized) for part, ids in both)
+
+
+def _format(headers: Mapping[str, Header], name: str) -> str | None:
+    return headers[name].format if name in headers else None
 
 
 def dequantized(params: Params) -> str:

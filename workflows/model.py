@@ -257,8 +257,9 @@ class Model:
         Args:
             save_method: "merged_16bit", or "lora" for the adapters alone.
             base: what the delta is added to: "original16", the checkpoint's own weights where they
-                are at hand, or "dequant4" ("dequant8"), the weights that were trained on, in 4
-                (8) bits.
+                are at hand, unlike those that a model in 4 or 8 bits was trained on, or "dequant4"
+                ("dequant8"), the weights that were trained on, in 4 (8) bits. All other weights
+                are written from there too.
         """
         used = ("save_directory", "tokenizer", "save_method", "max_shard_size", "base")
         settle("save_pretrained_merged", other, used, saving.SAVE_IGNORED, saving.SAVE_LATER)
