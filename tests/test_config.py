@@ -359,8 +359,17 @@ def test_all_layers_of_qwen3_moe_have_the_window():
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_next"])
 @pytest.mark.parametrize("given", ["0", 1, ["0"], [True]])
 def test_layers_without_a_mixture_are_named_by_number(name, given):
-    with pytest.raises(ValueError, match="mlp_only_layers=.*list of layers' numbers"):
+    with pytest.raises(ValueError, match="mlp_only_layers=.*expected a list"):
         read(name, mlp_only_layers=given)
+
+
+@pytest.mark.parametrize("name, field", [
+    ("qwen3_moe", "layer_types"), ("qwen3_5_text", "layer_types"), ("gemma2", "layer_types"),
+    ("llama4_text", "moe_layers"), ("smollm3", "no_rope_layers"), ("qwen3_next", "mlp_only_layers"),
+])  # fmt: skip
+def test_what_is_said_of_layers_is_a_list(name, field):
+    with pytest.raises(ValueError, match=f"{field}=7, expected a list"):
+        read(name, **{field: 7})
 
 
 def test_document_lengths_count_each_segment_of_each_row():

@@ -77,10 +77,10 @@ def windows(hf: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
 def sparse(hf: Mapping[str, Any]) -> tuple[bool, ...]:
     """Whether each layer is a mixture: each so many-th, but for those that are named.
 
-    Raises ValueError where these are no list of numbers.
+    Raises ValueError where these are no numbers.
     """
     step, only = hf.get("decoder_sparse_step") or 1, hf.get("mlp_only_layers") or []
-    if not isinstance(only, list | tuple) or not all(type(i) is int for i in only):
+    if not all(type(i) is int for i in only):
         raise ValueError(f"mlp_only_layers={only!r}, expected a list of layers' numbers")
     return tuple(i not in only and (i + 1) % step == 0 for i in range(hf["num_hidden_layers"]))
 
