@@ -130,16 +130,13 @@ def merged(
     if base not in (ORIGINAL, trained_on):
         raise ValueError(f"base must be one of {[ORIGINAL, trained_on]}, got {base!r}")
     flat, deltas = tree.flatten(params), pairs(adapters, scale, params)
-    whole = lora.parts(adapters or {})[1]
-    where = places(model, c)
+    whole, where = lora.parts(adapters or {})[1], places(model, c)
     if lost := sorted(set(deltas) - set(where)):
         raise ValueError(f"adapters of {lost} belong to no weight of the model")
     headers = source.headers() if source is not None else {}
     at_hand = base == ORIGINAL and all(n in headers and headers[n].format is None for n in deltas)
-
     if at_hand and initial is not None:
         deltas = pairs(lora.difference(adapters, initial), scale, params)
-
     trained = {name for name, place in where.items() if place.path in whole}
     packed = {n for n, p in where.items() if not at_hand and _packed(flat[p.path], p.layer)}
     small = () if at_hand else (n for n in headers if headers[n].format)
