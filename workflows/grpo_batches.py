@@ -130,6 +130,7 @@ class PolicyBatches:
     def _generation(self, number: int) -> Generation:
         a, m, clock = self.args, self.model, Stopwatch()
         prompts = self._prompts(number)
+        self.state.global_step = number * a.updates  # which a step ahead is not told yet
         base = (a.seed * 1_000_003 + number) % 2**32
         params = lora.attach(on_device(m.params), self.policy(), m.scale)
         drawn = rollout.run(
@@ -144,8 +145,9 @@ class PolicyBatches:
         seconds["rewards"] = clock() - seconds["rollout"]
         cut = np.asarray([one.finish_reason == "length" for one in completions])
         masked = a.mask_truncated_completions
+        left_out = masked and not a.truncated_in_statistics
         worth = advantages.advantages(
-            scores.rewards, self.rewards.weights, a.num_generations, ~cut if masked else None,
+            scores.rewards, self.rewards.weights, a.num_generations, ~cut if left_out else None,
             scale_rewards=a.scale_rewards,
             multi_objective_aggregation=a.multi_objective_aggregation,
         )  # fmt: skip

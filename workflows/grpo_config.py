@@ -78,6 +78,7 @@ class GRPOConfig(SFTConfig):
         reward_weights: of the reward functions; by default 1.
         reward_timeout: seconds that the functions may take for one batch; None for no limit.
         mask_truncated_completions: completions that the length ended are not learnt from.
+        truncated_in_statistics: whether these count in means and deviations, as in TRL.
         top_entropy_quantile: the share of tokens, those of highest entropy, that are learnt from.
         vllm_importance_sampling_correction, vllm_importance_sampling_mode,
             vllm_importance_sampling_clip_max, vllm_importance_sampling_clip_min: weights of the
@@ -117,6 +118,7 @@ class GRPOConfig(SFTConfig):
     reward_weights: list | tuple | None = None
     reward_timeout: float | None = None
     mask_truncated_completions: bool = False
+    truncated_in_statistics: bool = True
     top_entropy_quantile: float = 1.0
     vllm_importance_sampling_correction: bool = False
     vllm_importance_sampling_mode: str = "sequence_mask"

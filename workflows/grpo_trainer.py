@@ -148,7 +148,11 @@ class GRPOTrainer(Trainer):
                 "sampling": [*a.sampling.sampling, a.max_completion_length],
                 "prompts": [a.prompts_a_step, a.num_generations, a.updates, a.num_iterations],
                 "how": [a.scale_rewards, a.multi_objective_aggregation, a.kl_on_flat_groups],
-                "masks": [a.mask_truncated_completions, a.top_entropy_quantile],
+                "masks": [
+                    a.mask_truncated_completions,
+                    a.truncated_in_statistics,
+                    a.top_entropy_quantile,
+                ],
                 "shuffled": a.shuffle_dataset,
             },
         }
