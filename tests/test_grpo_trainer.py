@@ -20,15 +20,13 @@ import tiny_chat
 from grpo_runs import GROUP, LOOP, ROWS, RUNS, TEXTS
 
 from bridge.checkpoint import Checkpoints
-from unsloth_jax import decoder, lora
+from unsloth_jax import GRPOConfig, GRPOTrainer, decoder, lora
 from unsloth_jax.leaves import Hosted
 from unsloth_jax.optim import make
 from unsloth_jax.train import start
 from workflows import grpo_batches, grpo_objective, rollout
-from workflows.grpo_config import GRPOConfig
 from workflows.grpo_prompts import prompts
 from workflows.grpo_report import Alarms
-from workflows.grpo_trainer import GRPOTrainer
 from workflows.rollout import Completion, Counts, Rollout
 
 ROOT = Path(__file__).parents[1]
