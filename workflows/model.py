@@ -20,7 +20,9 @@ from bridge.source import Source
 from unsloth_jax import decoder, lora, quant, tree
 from unsloth_jax.dims import Params
 from unsloth_jax.remat import PLAIN, Memory
+from workflows import fast_generate as fast
 from workflows import generate, saving, vocabulary
+from workflows.fast_generate import LoRARequest, RequestOutput
 from workflows.generate import Answer
 from workflows.inputs import (
     GENERATE_IGNORED,
@@ -179,6 +181,26 @@ class Model:
             watched=streamer is not None,
             **settings,
         )
+
+    def fast_generate(
+        self, prompts: Any, sampling_params: Any = None, lora_request: Any = "live", **other: Any
+    ) -> list[RequestOutput]:
+        """Completions in slots that are refilled, with vLLM's names: `.outputs[0].text`.
+
+        Args:
+            prompts: texts, lists of token ids or {"prompt_token_ids": ids}, or one of them.
+            sampling_params: SamplingParams, one for all or one a prompt.
+            lora_request: what `load_lora` gave; None for the base alone. By default the model's
+                adapters as they are.
+            slots: completions that are sampled at once.
+            seed: of the draws of prompts whose SamplingParams have none.
+            weights: as in `generate`.
+        """
+        return fast.fast_generate(self, prompts, sampling_params, lora_request, **other)
+
+    def load_lora(self, folder: str | Path, load_tensors: bool = True) -> LoRARequest:
+        """A PEFT folder's adapters for one call of `fast_generate`; the model stays as it is."""
+        return fast.load_lora(self, folder)
 
     def stop_ids(self) -> list[int]:
         """Every token id that ends an answer."""
