@@ -85,7 +85,9 @@ def save(
         raise FileExistsError(f"{path} exists; remove it or choose another name")
     plan = _plan(config, list(weights), tokenizer_folder, gguf_blocks.format_named(fmt))
     check_space(path.parent, _needed(plan))
-    keys = lambda out: _metadata(out, plan, config, tokenizer_folder, name or path.stem)
+    name, told = gguf_metadata.loadable_name(name or path.stem, plan.tokens.texts)
+    plan = plan._replace(notes=plan.notes + told)
+    keys = lambda out: _metadata(out, plan, config, tokenizer_folder, name)
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         wide = _write(unfinished, plan, keys)

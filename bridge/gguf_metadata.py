@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,7 @@ import gguf
 import numpy as np
 
 from bridge.gguf_architectures import ARCHITECTURES, differences
+from bridge.gguf_tokens import END
 
 # Names in generation_config.json and in gguf's writer.
 SAMPLING = {"top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "temperature": "temp"}
@@ -22,6 +24,8 @@ ENUMERATED = {
 CONTEXTS = ("max_position_embeddings",)
 # Whose class in transformers doesn't fill head_dim in, where its architecture's other models do.
 WITHOUT_HEAD_DIM = ("mixtral",)
+# Of a model whose name has it, llama.cpp expects these tokens: it ends where one is missing.
+PHI3_NAME, PHI3_TOKENS = re.compile("phi-?3", re.IGNORECASE), ("</s>", "<unk>", "<s>", END)
 # The converter holds this one for what Command R was trained on.
 COHERE_CONTEXTS = ("model_max_length", *CONTEXTS)
 
@@ -66,6 +70,18 @@ def rope_attention(out: gguf.GGUFWriter, c: Any) -> None:
     """What longrope multiplies cos and sin by; the converter writes it before all else."""
     if c.rope.kind == "longrope":
         out.add_rope_scaling_attn_factors(c.rope.attention_factor)
+
+
+def loadable_name(name: str, texts: Iterable[str]) -> tuple[str, list[str]]:
+    """The name, changed where llama.cpp would look for Phi-3's tokens in vain, and what to tell."""
+    lacking = [text for text in PHI3_TOKENS if text not in set(texts)]
+    if not lacking or not PHI3_NAME.search(name):
+        return name, []
+    changed = PHI3_NAME.sub("phi_3", name)
+    return changed, [
+        f"general.name is {changed!r}, not {name!r}: llama.cpp does not load a model of that name "
+        f"without the tokens {lacking}"
+    ]
 
 
 def general(out: gguf.GGUFWriter, folder: str | Path, name: str, size_label: str) -> None:

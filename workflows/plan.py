@@ -33,11 +33,10 @@ from unsloth_jax.plan import UNBOUNDED, Budget, Job, Plan
 from unsloth_jax.remat import Memory
 from unsloth_jax.train import State, make_step, start
 from workflows import adapting, machine, objective
-from workflows.batching import Batches
+from workflows.batching import Steps
 from workflows.interrupts import uninterrupted
 from workflows.keywords import say
 from workflows.objective import SFT, Objective
-from workflows.streams import Streamed
 from workflows.widths import packed
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -154,7 +153,7 @@ def rungs(asked: Memory | str, job: Job) -> tuple[Memory, ...]:
 def job_of(
     model: Any,
     optimizer: optax.GradientTransformation,
-    batches: Batches | Streamed,
+    batches: Steps,
     keyed: bool = False,
 ) -> Job:
     """A trainer's run as shapes; where rows are not packed, its longest."""
@@ -177,7 +176,7 @@ def job_of(
 def prepared(
     model: Any,
     optimizer: optax.GradientTransformation,
-    batches: Batches | Streamed,
+    batches: Steps,
     total: int,
     asked: int | float | str | None = None,
     lowered: Objective = SFT,

@@ -231,6 +231,8 @@ def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
     by_four = tuple(not full for full in each(4))
     return {
         "layers with rope": (c.turned, by_four),
+        # Only such layers use what queries are scaled by; unused, it has no memory to be put in.
+        "a layer without rope": (not all(c.turned), True),
         "layers with chunks": (c.chunked, by_four),
         "attention_chunk_size": (c.chunk, 8192),
         "attn_scale and floor_scale": ((c.growth, c.floor), (0.1, 8192)),

@@ -298,7 +298,11 @@ def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
     sections = c.sections or SECTIONS
     # A frequency that no section has is not turned at all.
     turned = [i < 3 * sections[i % 3] for i in range(c.rope.width // 2)]
-    return delta_fixed(c) | {"frequencies beyond mrope_section": (turned.count(False), 0)}
+    return delta_fixed(c) | {
+        "frequencies beyond mrope_section": (turned.count(False), 0),
+        # ggml aborts where they are more than a head has numbers.
+        "frequencies in mrope_section beyond head_dim": (max(0, sum(sections) - c.head_width), 0),
+    }
 
 
 def delta_fixed(c: Config) -> dict[str, tuple[Any, Any]]:

@@ -1,0 +1,386 @@
+"""Reward functions: plain Python functions that score completions, with TRL 1.16's contract.
+
+A function is called with keywords: `prompts`, `completions`, `completion_ids`, `trainer_state`,
+`log_extra(column, values)`, `log_metric(name, value)` and each column of the data, all repeated to
+one entry a completion, and returns one number a completion, or None where it has none to give.
+`async def` works too. Beyond TRL: a function without `**kwargs` gets only the keywords that it
+names; functions run at the same time, each in a thread of its own (async ones in one event loop),
+under a time limit. Stricter than TRL: a NaN or infinite number is an error, not a missing reward.
+"""
+
+import asyncio
+import inspect
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from workflows.keywords import say
+
+OWN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+NOT_PASSED = ("prompt", "completion", "completion_ids")  # columns that have keywords of their own
+SHOWN = 300  # characters of a completion in a message
+
+
+class RewardError(RuntimeError):
+    """A reward function raised; says which, at which row, for which completion."""
+
+
+class Scores(NamedTuple):
+    """What the functions gave for a batch of completions."""
+
+    rewards: np.ndarray  # float64 [N, F]; NaN where a function gave None
+    metrics: dict[str, float]  # rewards/<name>/mean and /std (ddof 1), of what was given
+    logged: dict[str, list[float]]  # by log_metric
+    extra: dict[str, list]  # columns of N values by log_extra
+    unscored: int  # completions that no function gave a reward
+
+
+def text(completion: Any) -> str:
+    """A completion's text: itself, or its first message's content; TypeError for anything else."""
+    if isinstance(completion, str):
+        return completion
+    if isinstance(completion, Sequence) and len(completion) == 0:
+        return ""
+    first = completion[0] if isinstance(completion, Sequence) else None
+    content = first.get("content") if isinstance(first, Mapping) else None
+    if not isinstance(content, str):
+        raise TypeError(f"a completion is a string or messages with text, got {completion!r:.200}")
+    return content
+
+
+class Batch(NamedTuple):
+    """N completions with everything repeated to N."""
+
+    prompts: list
+    completions: list
+    completion_ids: list[list[int]]
+    columns: dict[str, list]
+    trainer_state: Any
+
+    def keywords(self, logs: "Logs", rows: slice = slice(None)) -> dict[str, Any]:
+        """Fresh lists each time: functions run side by side and may sort theirs."""
+        return {
+            "prompts": self.prompts[rows],
+            "completions": self.completions[rows],
+            "completion_ids": self.completion_ids[rows],
+            "trainer_state": self.trainer_state,
+            "log_extra": logs.log_extra,
+            "log_metric": logs.log_metric,
+        } | {name: values[rows] for name, values in self.columns.items()}
+
+
+class Logs:
+    """What one function logged."""
+
+    def __init__(self) -> None:
+        self.extra: dict[str, list] = {}
+        self.metrics: dict[str, list[float]] = {}
+
+    def log_extra(self, column: str, values: Iterable) -> None:
+        self.extra.setdefault(column, []).extend(values)
+
+    def log_metric(self, name: str, value: Any) -> None:
+        self.metrics.setdefault(name, []).append(float(value))
+
+
+class Call:
+    """A call under way; once `done` is set it has a value or an error.
+
+    As a context it keeps any error for the thread that waits, which raises it.
+    """
+
+    def __init__(self, function: Callable, keywords: dict[str, Any]) -> None:
+        self.function, self.keywords = function, keywords
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.done = threading.Event()
+        self.cancel: Callable[[], Any] = lambda: None  # a thread can't be stopped
+
+    def __enter__(self) -> "Call":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        self.error = error
+        self.done.set()
+        return True
+
+    def here(self) -> None:
+        with self:
+            value = self.function(**self.keywords)
+            # What a generator computes belongs to the call.
+            self.value = list(value) if isinstance(value, Iterator) else value
+
+    async def awaited(self) -> None:
+        with self:
+            self.value = await self.function(**self.keywords)
+
+
+class Rewards:
+    """The reward functions of a run; `score` calls them, `close` ends their event loop.
+
+    `timeout` is in seconds for one batch of completions, None for no limit.
+    Raises at once: TypeError for what is no function or has no name, ValueError for none at all,
+    for two of one name, and for weights that are not finite or not as many.
+    """
+
+    def __init__(
+        self,
+        reward_funcs: Callable | Sequence[Callable],
+        reward_weights: Sequence[float] | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        single = callable(reward_funcs) or isinstance(reward_funcs, str)
+        self.functions = [reward_funcs] if single else list(reward_funcs)
+        self.names = [_name(i, function) for i, function in enumerate(self.functions)]
+        self.weights = _weights(self.names, reward_weights)
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"timeout={timeout!r} of rewards must be positive seconds or None")
+        self.timeout = timeout
+        self._asked = [_asked(function) for function in self.functions]
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._told = False
+
+    def check(self, columns: Iterable[str]) -> None:
+        """Raises ValueError for columns with a keyword's name, and for columns that are missing."""
+        columns = set(columns)
+        taken = sorted(columns & set(OWN) - set(NOT_PASSED))
+        if taken:
+            raise ValueError(f"columns {taken} have names of reward keywords: rename them")
+        given = (columns - set(NOT_PASSED)) | set(OWN)
+        for name, (_, needed) in zip(self.names, self._asked, strict=True):
+            if needed - given:
+                missing, known = sorted(needed - given), sorted(columns - set(NOT_PASSED))
+                raise ValueError(
+                    f"reward function {name!r} needs {missing}, the data has columns {known}"
+                )
+
+    def score(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Any],
+        trainer_state: Any = None,
+    ) -> Scores:
+        """Scores of N completions, N / len(rows) of each row's prompt, which stand together.
+
+        Raises RewardError for a function's own error, TimeoutError naming the late ones, ValueError
+        for a wrong number of rewards and for NaN and infinite ones, TypeError for no numbers.
+        """
+        batch = _batch(rows, completions, completion_ids, trainer_state)
+        self.check(batch.columns)
+        logs = [Logs() for _ in self.functions]
+        calls = [self._start(i, batch.keywords(log)) for i, log in enumerate(logs)]
+        late = self._late(calls, self._end())
+        for i, call in enumerate(calls):
+            if call.done.is_set() and call.error is not None:
+                raise RewardError(self._told_of(i, call.error, batch)) from call.error
+        if late:
+            raise TimeoutError(
+                f"reward functions {[self.names[i] for i in late]} took more than "
+                f"{self.timeout} s for {len(completions)} completions"
+            )
+        each = zip(self.names, calls, strict=True)
+        given = [_numbers(name, call.value, batch.completions) for name, call in each]
+        rewards = np.array(given, np.float64).T
+        logged: dict[str, list[float]] = {}
+        for log in logs:
+            for name, values in log.metrics.items():
+                logged.setdefault(name, []).extend(values)
+        extra = _columns(self.names, logs, len(completions))
+        return Scores(
+            rewards, self._metrics(rewards), logged, extra, self._unscored(rewards, batch)
+        )
+
+    def close(self) -> None:
+        """Ends the event loop of async functions; the next `score` starts another."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop = None
+
+    def _start(self, i: int, keywords: dict[str, Any]) -> Call:
+        names, _ = self._asked[i]
+        if names is not None:
+            keywords = {name: value for name, value in keywords.items() if name in names}
+        call = Call(self.functions[i], keywords)
+        if _is_async(self.functions[i]):
+            call.cancel = asyncio.run_coroutine_threadsafe(call.awaited(), self._running()).cancel
+        else:
+            # A daemon, so that a function that hangs does not keep Python from ending.
+            threading.Thread(target=call.here, name=self.names[i], daemon=True).start()
+        return call
+
+    def _running(self) -> asyncio.AbstractEventLoop:
+        """One loop for a run: connections that functions keep belong to it."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=_forever, args=(self._loop,), daemon=True).start()
+        return self._loop
+
+    def _end(self) -> float | None:
+        return None if self.timeout is None else time.monotonic() + self.timeout
+
+    def _late(self, calls: list[Call], end: float | None) -> list[int]:
+        """Waits for all; numbers of those that are not done at `end`, which are cancelled."""
+        for call in calls:
+            call.done.wait(None if end is None else max(0.0, end - time.monotonic()))
+        late = [i for i, call in enumerate(calls) if not call.done.is_set()]
+        for i in late:
+            calls[i].cancel()
+        return late
+
+    def _told_of(self, i: int, error: BaseException, batch: Batch) -> str:
+        """The message of a failed batch; rows are tried one by one to find the one that fails."""
+        what = f"reward function {self.names[i]!r} raised {type(error).__name__}: {error}"
+        end, count = self._end(), len(batch.completions)
+        for row in range(count):
+            call = self._start(i, batch.keywords(Logs(), slice(row, row + 1)))
+            if self._late([call], end):
+                return f"{what}; tried one by one, {row} of {count} rows ended in time without it"
+            if type(call.error) is type(error):
+                return f"{what}; at row {row} of {count}, completion {shown(batch, row)}"
+        return f"{what}; none of the {count} rows raises it alone"
+
+    def _metrics(self, rewards: np.ndarray) -> dict[str, float]:
+        out = {}
+        for name, column in zip(self.names, rewards.T, strict=True):
+            given = column[~np.isnan(column)]
+            if given.size:
+                out[f"rewards/{name}/mean"] = float(given.mean())
+                out[f"rewards/{name}/std"] = float(given.std(ddof=1)) if given.size > 1 else 0.0
+        return out
+
+    def _unscored(self, rewards: np.ndarray, batch: Batch) -> int:
+        none = np.flatnonzero(np.isnan(rewards).all(axis=1))
+        if none.size and not self._told:
+            self._told = True
+            say(
+                f"no reward function gave row {none[0]} a reward, so it has advantage 0; such rows "
+                f"are counted. Its completion: {shown(batch, none[0])}"
+            )
+        return int(none.size)
+
+
+def shown(batch: Batch, row: int) -> str:
+    """A row's completion for a message, cut."""
+    return _cut(batch.completions[row])
+
+
+def _cut(completion: Any) -> str:
+    whole = repr(completion)
+    return whole if len(whole) <= SHOWN else f"{whole[:SHOWN]}... ({len(whole)} characters)"
+
+
+def _forever(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
+
+
+def _name(i: int, function: Any) -> str:
+    if not callable(function):
+        raise TypeError(
+            f"reward function {i} is {function!r:.80}; functions are taken, reward models are not"
+        )
+    while isinstance(function, partial):
+        function = function.func
+    name = getattr(function, "__name__", None)
+    if not isinstance(name, str):
+        raise TypeError(f"reward function {i}, a {type(function).__name__}, needs a __name__")
+    return name
+
+
+def _weights(names: list[str], given: Sequence[float] | None) -> np.ndarray:
+    if not names:
+        raise ValueError("no reward function was given")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"reward functions share the names {twice}: set another __name__")
+    weights = np.ones(len(names)) if given is None else np.asarray(given, np.float64)
+    if weights.shape != (len(names),):
+        raise ValueError(f"{weights.size} reward_weights for {len(names)} functions {names}")
+    if not np.isfinite(weights).all():
+        raise ValueError(f"reward_weights={weights.tolist()} must be finite")
+    return weights
+
+
+def _asked(function: Callable) -> tuple[set[str] | None, set[str]]:
+    """Keywords that a function takes (None: all) and those that it can't do without."""
+    parameters = inspect.signature(function).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    needed = {p.name for p in named if p.default is p.empty}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None, needed
+    return {p.name for p in named}, needed
+
+
+def _is_async(function: Any) -> bool:
+    call = getattr(function, "__call__", None)  # noqa: B004 - of an object, its class's method
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+
+
+def _batch(rows: Sequence, completions: Sequence, ids: Sequence, state: Any) -> Batch:
+    if not rows or not completions or len(completions) % len(rows):
+        raise ValueError(f"{len(completions)} completions are no whole groups of {len(rows)} rows")
+    if len(ids) != len(completions):
+        raise ValueError(f"{len(ids)} completion_ids for {len(completions)} completions")
+    for i, row in enumerate(rows):
+        if "prompt" not in row or set(row) != set(rows[0]):
+            raise ValueError(
+                f"row {i} has columns {sorted(row)}, expected 'prompt' and those of row 0, "
+                f"{sorted(rows[0])}"
+            )
+    repeated = [row for row in rows for _ in range(len(completions) // len(rows))]
+    return Batch(
+        [row["prompt"] for row in repeated],
+        list(completions),
+        [[int(token) for token in one] for one in ids],
+        {name: [row[name] for row in repeated] for name in rows[0] if name not in NOT_PASSED},
+        state,
+    )
+
+
+def _numbers(name: str, value: Any, completions: list) -> list[float]:
+    """A function's rewards, checked; NaN for None."""
+    if inspect.iscoroutine(value):
+        value.close()
+        raise TypeError(f"reward function {name!r} gave a coroutine: define it with `async def`")
+    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+        raise TypeError(f"reward function {name!r} must return a list, got {value!r:.80}")
+    value = list(value)
+    if len(value) != len(completions):
+        raise ValueError(
+            f"reward function {name!r} returned {len(value)} rewards for {len(completions)} "
+            "completions"
+        )
+    return [_number(name, i, x, completions[i]) for i, x in enumerate(value)]
+
+
+def _number(name: str, row: int, value: Any, completion: Any) -> float:
+    if value is None:
+        return math.nan
+    if hasattr(value, "item") and math.prod(value.shape) == 1:
+        value = value.item()  # a scalar of NumPy, torch or JAX
+    where = f"reward function {name!r} gave {value!r:.80} for row {row}, {_cut(completion)}"
+    if not isinstance(value, bool | int | float):
+        raise TypeError(f"{where}: expected a number or None")
+    if not math.isfinite(value):
+        raise ValueError(f"{where}: None is the way to give no reward")
+    return float(value)
+
+
+def _columns(names: list[str], logs: list[Logs], count: int) -> dict[str, list]:
+    """Columns that functions logged, each whole and of one function."""
+    out: dict[str, list] = {}
+    for name, log in zip(names, logs, strict=True):
+        for column, values in log.extra.items():
+            if column in out or len(values) != count:
+                raise ValueError(
+                    f"reward function {name!r} logged {len(values)} values of column {column!r}, "
+                    f"expected {count}, from one function"
+                )
+            out[column] = values
+    return out
