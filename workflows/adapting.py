@@ -42,12 +42,22 @@ def settings(
     check_names("modules_to_save", saved)
     if not isinstance(targets, str):
         saved = [*(saved or ()), *(name for name in TABLES if name in targets)]
-        targets = tuple(name for name in targets if name not in TABLES)
+        targets = _named(model, [name for name in targets if name not in TABLES])
     return Settings(
         _rank(r, model.config), alpha, targets=targets,
         layers=_layers(layers, last, model.config.layers), saved=_saved(model, saved or ()),
         revision=_commit(model), **other,
     )  # fmt: skip
+
+
+def _named(model: Model, targets: Sequence[str]) -> tuple[str, ...]:
+    """The targets that the model has, told where these are not what was listed."""
+    found = lora.named(model.params, targets)
+    if found.absent:
+        instead = f"; instead of them {', '.join(found.instead)}" if found.instead else ""
+        absent = f"{model.source.config['model_type']} has no {', '.join(found.absent)}{instead}"
+        say(f"target_modules: {absent}; adapted are {', '.join(found.targets)}")
+    return found.targets
 
 
 def _saved(model: Model, asked: Sequence[str]) -> tuple[str, ...]:

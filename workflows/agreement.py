@@ -17,7 +17,7 @@ from bridge import hf
 from bridge.safetensors_file import Weight
 from bridge.source import Header
 from workflows import divergence, llama_cpp
-from workflows.keywords import say
+from workflows.keywords import tell
 
 if TYPE_CHECKING:
     from workflows.model import Model
@@ -104,7 +104,7 @@ def run(
         return _told(files, str(error))
     for name, it in found.items():
         bound = "no bound here" if it.bound is None else f"at most {it.bound:.2f} is rounding"
-        say(
+        tell(
             f"{name}: llama.cpp's greedy tokens are the merged model's likeliest at {it.equal} of "
             f"{it.new_tokens} places, at worst {it.largest_gap:.3f} standard deviations below "
             f"({bound})" + (f"; {it.rerouted} more by other experts" if it.rerouted else "")
@@ -113,7 +113,7 @@ def run(
 
 
 def _told(files: Iterable[Path], why: str) -> dict[str, dict[str, Any]]:
-    say(f"{', '.join(path.name for path in files)}: not run in llama.cpp: {why}")
+    tell(f"{', '.join(path.name for path in files)}: not run in llama.cpp: {why}")
     return {path.name: {"llama_cpp_not_run": why} for path in files}
 
 

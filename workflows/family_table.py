@@ -12,6 +12,8 @@ from unsloth_jax.models import FAMILIES
 from workflows.marked import between
 
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
+LINES = "<!-- lines: begin -->", "<!-- lines: end -->"
+SIZED = ("ministral3", "cohere2", "mixtral", "qwen3_next")  # files whose lengths the page tells
 FIGURES = Path(__file__).parents[1] / "docs" / "results" / "parity.json"
 # Column -> how the figure's name begins; behind it stands the model_type.
 MEASURED = {
@@ -78,7 +80,9 @@ def table(path: Path = FIGURES) -> str:
 
 def filled(text: str, path: Path = FIGURES) -> str:
     """The page with its table anew; raises ValueError where it has no place."""
-    return between(text, BEGIN, END, f"\n\n{table(path)}\n")
+    count = lambda name: len(Path(FAMILIES[name].__file__).read_text("utf-8").splitlines())
+    lengths = ", ".join(f"{count(name)} lines (`{name}`)" for name in SIZED)
+    return between(between(text, BEGIN, END, f"\n\n{table(path)}\n"), *LINES, lengths)
 
 
 def main(line: list[str]) -> None:

@@ -28,8 +28,7 @@ from pallas_kernels import attention
 from unsloth_jax import layer_memory, lora, optim, plan, quant, tree
 from unsloth_jax.dims import Params
 from unsloth_jax.leaves import Hosted
-from unsloth_jax.models import family as family_of
-from unsloth_jax.models import tree_of
+from unsloth_jax.models import family_of, tree_of
 from unsloth_jax.plan import UNBOUNDED, Budget, Job, Plan
 from unsloth_jax.remat import Memory
 from unsloth_jax.train import State, make_step, start
@@ -100,9 +99,7 @@ def shapes(
 
     `stored` is the layers' format, of quant.FORMATS. Raises ValueError for an unknown model.
     """
-    if "model_type" not in fields:
-        raise ValueError(f"config.json names no model_type; it has {sorted(fields)}")
-    family = family_of(fields["model_type"])
+    family = family_of(fields)
     c = family.config(fields)
 
     def made() -> Params:

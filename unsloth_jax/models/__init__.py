@@ -31,7 +31,7 @@ and, where llama.cpp has the family,
                                      keys, Hugging Face names of weights and rope_parameters
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -102,9 +102,28 @@ def family(model_type: str) -> ModuleType:
     """The module of a family; raises ValueError naming the supported ones."""
     if model_type not in FAMILIES:
         raise ValueError(
-            f"model_type {model_type!r} is not supported; supported: {sorted(FAMILIES)}"
+            f"model_type {model_type!r} is not supported; supported: {sorted(FAMILIES)}; what a "
+            'new one takes: docs/families.md, "A new family"'
         )
     return FAMILIES[model_type]
+
+
+def family_of(fields: Mapping[str, Any]) -> ModuleType:
+    """The family of config.json's fields; raises ValueError where there is none.
+
+    A model around a supported text model, as for images, is refused with the text model's name.
+    """
+    if "model_type" not in fields:
+        raise ValueError(f"config.json names no model_type; it has {sorted(fields)}")
+    name, text = fields["model_type"], fields.get("text_config")
+    inner = text.get("model_type") if isinstance(text, Mapping) else None
+    if name not in FAMILIES and inner in FAMILIES:
+        raise ValueError(
+            f"model_type {name!r} is more than text, which is not supported yet; its text model, "
+            f'{inner!r}, is supported by itself: docs/families.md, "Text models inside others", '
+            "says how to save it"
+        )
+    return family(name)
 
 
 def layers_of(model: ModuleType, c: Any, path: str) -> tuple[int, ...]:
