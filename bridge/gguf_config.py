@@ -17,12 +17,15 @@ from unsloth_jax.models import FAMILIES
 
 # Of the classes in transformers, those that are not called as their model_type.
 CLASSES = {
+    "deepseek_v3": "DeepseekV3",
     "falcon_h1": "FalconH1",
     "gemma3_text": "Gemma3",
     "glm4_moe": "Glm4Moe",
+    "gpt_oss": "GptOss",
     "llama4_text": "Llama4",
     "qwen3_5_text": "Qwen3_5",
     "qwen3_moe": "Qwen3Moe",
+    "qwen3_next": "Qwen3Next",
     "smollm3": "SmolLM3",
 }
 # Architecture -> the family that reads it; of the three in llama's files keys decide.
@@ -70,6 +73,7 @@ NEUTRAL = {
     "tensor_data_layout": "Meta AI original pth",
 }
 ATTENTION = "rope.scaling.attn_factor"
+SIGNED = ("rope.scaling.yarn_log_multiplier",)
 FACTORS = "rope_freqs.weight"
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 YARN_NAMES = {
@@ -157,7 +161,9 @@ def config(
     head_dim = values.get("attention.key_length", width // heads)
     _consistent(file, values, head_dim, vocabulary, family.GGUF_READS)
     values = {k: decimal(v) if isinstance(v, float) else v for k, v in values.items()}
-    rope = _rope(file, values, values.get("rope.dimension_count", head_dim), rope_factors)
+    # Families that scale yarn by keys of their own take this one with those.
+    scaled = {k: v for k, v in values.items() if k != ATTENTION or k not in family.GGUF_READS}
+    rope = _rope(file, scaled, values.get("rope.dimension_count", head_dim), rope_factors)
     made = {
         "architectures": [f"{CLASSES.get(name, name.capitalize())}ForCausalLM"],
         "model_type": name,
@@ -203,7 +209,7 @@ def _numbers(file: GGUF, values: dict[str, Any], read: set[str], own: set[str]) 
 
     Of `own`, a family's, zeros and lists are for the family.
     """
-    for key in sorted((read | own) - {"rope.scaling.type"}):
+    for key in sorted((read | own) - {"rope.scaling.type", *SIGNED}):
         value = values.get(key, 1)
         if key in own and (isinstance(value, list) or value == 0):
             continue

@@ -20,6 +20,7 @@ from bridge import (
     gguf_blocks,
     gguf_experts,
     gguf_header,
+    gguf_layouts,
     gguf_metadata,
     gguf_tokens,
     hf,
@@ -179,10 +180,8 @@ def _reshaped(model: ModuleType, c: Any, w: Weight) -> Weight:
 
 
 def _without_ones(w: Weight) -> Weight:
-    """As llama-quantize has a tensor: without first axes of length one."""
-    shape = tuple(w.shape)
-    while len(shape) > 1 and shape[0] == 1:
-        shape = shape[1:]
+    """As llama-quantize has a tensor."""
+    shape = gguf_layouts.without_ones(tuple(w.shape))
     read = lambda: np.asarray(w.read()).reshape(shape)
     return w if shape == tuple(w.shape) else Weight(w.name, shape, w.dtype, read)
 

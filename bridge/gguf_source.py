@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from bridge import gguf_config, gguf_header, gguf_layouts
 from bridge.gguf_experts import CORRECTION
-from bridge.places import places
+from bridge.places import Place, places
 from bridge.source import Header
 from unsloth_jax.models import family
 
@@ -193,16 +193,15 @@ class GGUFSource(GGUFWeights):
             raise ValueError(f"{file.path}: {error}") from None
         self._places = places(self._family, self._c)
         self.stored, self.tensors = gguf_layouts.one_by_one(self._places, self.stored, self.tensors)
-        self._joined = gguf_layouts.joined(self._places, self.stored)
+        self._cut = gguf_layouts.cut(self._family, self._c, self._places, self.stored)
+        self._joined = gguf_layouts.joined(self._places, self.stored) | self._cut
 
     def headers(self) -> dict[str, Header]:
         """Every weight by its full Hugging Face name; quantised blocks count as float32."""
         found = {n: h._replace(shape=self._shape(n, h.shape)) for n, h in super().headers().items()}
         for name, (place, parts) in self._joined.items():
             each = [found.pop(part) for part in parts]
-            count, _, inputs = each[0].shape
-            rows = sum(h.shape[1] for h in each)
-            shape = (count, inputs, rows) if place.swapped else (count, rows, inputs)
+            shape = place.shape if name in self._cut else _below(place, each)
             dtype = np.result_type(*(np.dtype(h.dtype) for h in each)).name
             blocks = next((h.blocks for h in each if h.blocks), None)
             found[name] = Header(shape, dtype, blocks=blocks)
@@ -216,6 +215,8 @@ class GGUFSource(GGUFWeights):
         if name in self._joined:
             place, parts = self._joined[name]
             each = [GGUFWeights.read(self, part) for part in parts]
+            if name in self._cut:
+                return np.ascontiguousarray(self._family.from_gguf_parts(self._c, name, each))
             return place.oriented(np.concatenate(each, axis=1))
         w = super().read(name)
         if not hasattr(self._family, "gguf_shape"):
@@ -227,7 +228,15 @@ class GGUFSource(GGUFWeights):
         if name not in self._places or not hasattr(self._family, "gguf_shape"):
             return stored
         own = self._places[name].shape
-        return own if self._family.gguf_shape(self._c, name, own) == stored else stored
+        theirs = self._family.gguf_shape(self._c, name, own)
+        return own if stored in (theirs, gguf_layouts.without_ones(theirs)) else stored
+
+
+def _below(place: Place, each: list[Header]) -> tuple[int, ...]:
+    """The shape of experts' matrices one below another, as the family's files have them."""
+    count, _, inputs = each[0].shape
+    rows = sum(h.shape[1] for h in each)
+    return (count, inputs, rows) if place.swapped else (count, rows, inputs)
 
 
 def _permuted_heads(arch: str, values: dict[str, Any]) -> dict[str, int]:

@@ -20,16 +20,18 @@ from bridge.gguf_tokenizer import SPLITTINGS
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_GPT4O = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SHORT}"
-    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SHORT}|\p{{N}}{{1,3}}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+
+
+def _by_case(behind: str, digits: str) -> str:
+    """Words whose capitals come first, with what may follow each; so many digits; the rest."""
+    words = (f"{_UPPER}*{_LOWER}+", f"{_UPPER}+{_LOWER}*")
+    parts = [rf"[^\r\n\p{{L}}\p{{N}}]?{word}{behind}" for word in words]
+    rest = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    return "|".join([*parts, digits, rest])
+
+
+_TEKKEN = _by_case("", r"\p{N}")
+_GPT_4O = _by_case("(?i:'s|'t|'re|'ve|'m|'ll|'d)?", r"\p{N}{1,3}")
 
 
 class PreTokenizer(NamedTuple):
@@ -48,7 +50,7 @@ PRE_TOKENIZERS = {
     "llama-bpe": PreTokenizer((_WORDS + "{1,3}" + _REST, "bytes"), True, True),
     "dbrx": PreTokenizer((_WORDS + "{1,3}" + _REST, "bytes")),
     "tekken": PreTokenizer((_TEKKEN, "bytes"), True, True),
-    "gpt-4o": PreTokenizer((_GPT4O, "bytes")),
+    "gpt-4o": PreTokenizer((_GPT_4O, "bytes")),
     "deepseek-v3": PreTokenizer((*SPLITTINGS["deepseek-v3"].patterns, "bytes")),
 }
 GRANITE_VOCABULARY = 49152  # the converter turns the first token off for llama models of this size
@@ -61,6 +63,7 @@ OTHER_NAMES = {
     "exaone4": {"gpt-2": "exaone4"},
     "glm4": {"dbrx": "glm4"},
     "glm4moe": {"dbrx": "glm4"},
+    "llama4": {"gpt-4o": "llama4"},
 }
 END = "<|endoftext|>"
 # Architectures whose SentencePiece vocabularies are read, and what is particular to some.
@@ -233,8 +236,10 @@ def _steps(spec: dict[str, Any] | None) -> tuple[str, ...]:
         return ("bytes of words" if spec.get("use_regex", True) else "bytes",)
     if kind == "Digits" and spec.get("individual_digits"):
         return ("digits",)
-    isolated = spec.get("behavior") == "Isolated" and not spec.get("invert")
-    if kind == "Split" and isolated and "Regex" in spec["pattern"]:
+    # Parts that don't match are left out, where none are left isolated ones are the same.
+    ways = ("Isolated", False), ("Removed", True)
+    cut = (spec.get("behavior"), bool(spec.get("invert"))) in ways
+    if kind == "Split" and cut and "Regex" in spec["pattern"]:
         return (spec["pattern"]["Regex"].replace("\r", r"\r").replace("\n", r"\n"),)
     return (json.dumps(spec),)
 

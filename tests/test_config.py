@@ -20,7 +20,8 @@ PLAIN = tiny.PLAIN | dict(tie_word_embeddings=False)
 
 def parameters(module, c) -> int:
     """How many numbers the weights hold."""
-    each = lambda path: c.layers if ".*." in path else 1
+    held = getattr(module, "layers_of", lambda c, path: range(c.layers))
+    each = lambda path: len(held(c, path)) if ".*." in path else 1
     return sum(math.prod(s) * each(path) for path, (s, _) in module.weights(c).items())
 
 
@@ -144,6 +145,15 @@ def test_every_rope_field_changes_the_angles_of_the_kinds_that_read_it(kind):
         other = turn(dataclasses.replace(own, **{field.name: value}))
         same = other.shape == turn(own).shape and np.allclose(other, turn(own), atol=1e-4)
         assert same != (field.name in READ[kind].split()), field.name
+
+
+@pytest.mark.parametrize("field, value", [
+    ("attn_output_gate", False), ("output_gate_type", "sigmoid"), ("mamba_ssm_dtype", "bfloat16"),
+    ("mlp_only_layers", [1]),
+])  # fmt: skip
+def test_what_qwen3_5s_files_say_is_refused_where_it_says_something_else(field, value):
+    with pytest.raises(ValueError, match=f"{field}=.*is not supported"):
+        read("qwen3_5_text", **{field: value})
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4}

@@ -101,6 +101,7 @@ UNREAD = {
     "mixtral": OF_LOSS,
     "qwen3_moe": OF_LOSS | {"use_sliding_window": WINDOWS_OFF, "sliding_window": WINDOWS_OFF},
     "gpt_oss": OF_LOSS,
+    "qwen3_next": OF_LOSS,
     "glm4_moe": {"output_router_logits": "beside the scores"},
     "deepseek_v3": {"output_router_logits": "beside the scores"},
     "llama4_text": OF_LOSS | {

@@ -116,6 +116,39 @@ def test_llama_cpps_token_ids_equal_the_tokenizers(pre, tmp_path):
         assert ids == tokenizer.encode(text).ids, text
 
 
+# Phi-4-mini's file; models converted from OpenAI's vocabularies leave out what doesn't match.
+OPENAI = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize("arch, name", [("phi3", "gpt-4o"), ("llama4", "llama4")])
+@pytest.mark.parametrize("behavior, invert", [("Isolated", False), ("Removed", True)])
+def test_openais_splitting_has_the_converters_name(tmp_path, arch, name, behavior, invert):
+    split = {"type": "Split", "pattern": {"Regex": OPENAI}}
+    split |= {"behavior": behavior, "invert": invert}
+
+    def change(spec):
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, BYTES]}
+
+    folder = tokenizer_folder(tmp_path / "tokenizer", change)
+    assert gguf_tokens.read(folder, {"vocab_size": 49152}, arch).pre == name
+
+
+def test_a_splitting_that_removes_what_it_matches_has_no_name(tmp_path):
+    split = {"type": "Split", "pattern": {"Regex": OPENAI}, "behavior": "Removed", "invert": False}
+
+    def change(spec):
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, BYTES]}
+
+    folder = tokenizer_folder(tmp_path / "tokenizer", change)
+    with pytest.raises(ValueError, match="no name for this pre-tokenizer"):
+        gguf_tokens.read(folder, {"vocab_size": 49152})
+
+
 def test_no_bos_is_added_that_the_tokenizer_does_not_add(tmp_path):
     def change(spec):
         respell("llama-bpe")(spec)

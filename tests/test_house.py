@@ -38,7 +38,8 @@ ASIDE = {
     "advantages": set(),
     "adam8": set(),
     "data": {"dims"},
-    "plan": {"dims", "tree", "leaves", "remat", "train"},
+    "layer_memory": {"dims", "tree", "leaves", "remat", "train"},
+    "plan": {"dims", "tree", "leaves", "remat", "train", "layer_memory"},
 }
 LAZY = {"unsloth_jax/__init__.py", "unsloth_jax/chat_templates.py"}
 TORCH = "bridge/vllm.py"

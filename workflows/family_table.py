@@ -26,7 +26,7 @@ MEASURED = {
 TOLD = {
     "deepseek_v3": "whole keys and values in the cache, not the latent; heads of 192: on a GPU "
     "attention goes through XLA, with all scores in memory; layers that predict further tokens "
-    "are left out of files; no fp8 files; GGUF is written, not read; none of Moonlight's tokenizer",
+    "are left out of files; no fp8 files; no GGUF of Moonlight's tokenizer",
     "exaone4": "GGUF with windows for 64 layers alone, as llama.cpp has it",
     "falcon_h1": "no adapter for Mamba's `out_proj`, which PEFT refuses; read from GGUF with "
     "factors of 1",
@@ -35,15 +35,15 @@ TOLD = {
     "gemma3_text": "text only; heads of 256, as gemma",
     "glm4_moe": "layers that predict further tokens are left out of files",
     "gpt_oss": "MXFP4 is dequantized when read, and not written; Unsloth's bnb-4bit files, whose "
-    "experts are linear modules, are refused; GGUF is written, not read, and llama.cpp rounds the "
-    "ends of yarn's ramp, which is told",
+    "experts are linear modules, are refused; in GGUF no MXFP4, and llama.cpp rounds the ends "
+    "of yarn's ramp, which is told",
     "llama": "see [performance](performance.md)",
     "llama4_text": "text only; as transformers: experts in bitsandbytes' files one by one or in 16 "
     "bits; no adapters or 4 bits of routers",
     "ministral3": "text only",
     "phi3": "LongRoPE's factors by a document's length; no windows in GGUF, which is told",
     "qwen3_5_text": "text only; `mtp` weights are left alone, as in transformers",
-    "qwen3_next": "`mtp` weights are left alone, as in transformers; GGUF is written, not read",
+    "qwen3_next": "`mtp` weights are left alone, as in transformers",
     "starcoder2": "dropout of the base, 0.1 in its configs, is not applied; windows as phi3",
 }
 

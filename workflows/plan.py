@@ -25,7 +25,7 @@ from transformers.utils import cached_file
 from bridge import hf, safetensors_file
 from bridge.gguf_source import GGUFSource
 from pallas_kernels import attention
-from unsloth_jax import lora, optim, plan, quant, tree
+from unsloth_jax import layer_memory, lora, optim, plan, quant, tree
 from unsloth_jax.dims import Params
 from unsloth_jax.leaves import Hosted
 from unsloth_jax.models import family as family_of
@@ -233,7 +233,7 @@ def _table_in_place(model: Any, frozen: Params) -> Iterator[None]:
 
 def _say_attention(job: Job, documents: int) -> None:
     """One line where a GPU's attention holds every score, since no kernel takes these shapes."""
-    c, dtype = job.config, plan.activations(job)
+    c, dtype = job.config, layer_memory.activations(job)
     widest = max(c.head_width, c.v_width)
     shape = lambda heads: jax.ShapeDtypeStruct((job.batch, job.length, heads, widest), dtype)
     rules = {attention.Rule(1.0, w, c.attention_cap, documents, c.chunk) for w in c.windows}

@@ -22,6 +22,7 @@ and, where llama.cpp has the family,
     gguf_shape(c, path, shape)       theirs, where it has them in other shapes (optional)
     gguf_parts(c, name, shape)       the tensors that are one of its weights there: name -> (shape,
                                      what makes it of the weight), or none (optional)
+    from_gguf_parts(c, name, parts)  the weight of those tensors, where files are read
     gguf_keys(c)                     keys of its own, by the names of gguf's writer (optional)
     gguf_fixed(c)                    {what: (this model's, the only one of llama.cpp)} (optional)
     gguf_told(c)                     what a file's user should know, as sentences (optional)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
@@ -30,6 +31,17 @@ from unsloth_jax.models.llama import norm as norm
 from unsloth_jax.models.llama import scores as scores
 
 GGUF_ARCH = "deepseek2"
+LOG_MUL, ATTENTION = "rope.scaling.yarn_log_multiplier", "rope.scaling.attn_factor"
+# Config's field -> the file's key.
+SIZES = dict(
+    kv_lora_rank="attention.kv_lora_rank", qk_rope_head_dim="rope.dimension_count",
+    v_head_dim="attention.value_length_mla",
+)  # fmt: skip
+GGUF_READS = (
+    *(key for key in glm4_moe.GGUF_READS if not key.startswith("rope.")), *SIZES.values(),
+    "attention.key_length", "attention.value_length", "attention.key_length_mla",
+    "attention.q_lora_rank", LOG_MUL, ATTENTION,
+)  # fmt: skip
 DEFAULTS = dict(
     moe_intermediate_size=2048, num_experts_per_tok=8, n_routed_experts=256, n_group=8,
     topk_group=4, first_k_dense_replace=3, routed_scaling_factor=2.5, kv_lora_rank=512,
@@ -241,3 +253,46 @@ def gguf_parts(c: Config, name: str, shape: tuple[int, ...]) -> Parts:
         named("k_b_proj"): ((H, R, plain), lambda w: heads(w)[:, :plain].swapaxes(1, 2)),
         named("v_b_proj"): ((H, c.v_width, R), lambda w: heads(w)[:, plain:]),
     }
+
+
+def from_gguf_parts(c: Config, name: str, parts: list[np.ndarray]) -> np.ndarray:
+    """`kv_b_proj` of the keys' part and the values'."""
+    keys, values = parts
+    return np.concatenate([keys.swapaxes(1, 2), values], axis=1).reshape(-1, c.latent)
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    sizes = {name: values[key] for name, key in SIZES.items()}
+    turned = sizes["qk_rope_head_dim"]
+    # llama.cpp takes a file without this one for DeepSeek-V2's, which scores by softmax.
+    scored = {"expert_gating_func": values["expert_gating_func"]}
+    stated = {"expert_weights_norm": False} | dict(values) | scored
+    return (
+        glm4_moe.mixture_of(stated)
+        | sizes
+        | {
+            "attention_bias": False,
+            "head_dim": turned,
+            "qk_nope_head_dim": values["attention.key_length_mla"] - turned,
+            "num_key_value_heads": values["attention.head_count"],
+            "q_lora_rank": values.get("attention.q_lora_rank"),
+            "rope_interleave": True,
+            "scoring_func": "sigmoid",
+            "rope_parameters": rope | (_yarn_fields(values, rope) if "factor" in rope else {}),
+        }
+    )
+
+
+def _yarn_fields(values: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, float]:
+    """What `_yarn_keys` made these keys of."""
+    if rope["rope_type"] != "yarn":
+        return {}
+    growth = 0.1 * math.log(rope["factor"])
+    turned, by = values.get(ATTENTION, 1.0), values.get(LOG_MUL, 0.0) / 0.1
+    if by and turned == 1:
+        return {"mscale": by, "mscale_all_dim": by}
+    attention = turned if by else turned * (1 + growth)
+    own = (1 + by * growth) * attention
+    scores = {} if math.isclose(own, 1.0, rel_tol=1e-6) else {"mscale_all_dim": (own - 1) / growth}
+    return {"attention_factor": attention} | scores

@@ -210,11 +210,22 @@ def gguf_fixed(c: Mixed) -> dict[str, tuple[Any, Any]]:
 
 def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
     """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    return (
+        mixture_of(values)
+        | glm4.from_gguf(values, names, rope)
+        | {
+            "use_qk_norm": f"{LAYERS}.0.self_attn.q_norm.weight" in names,
+        }
+    )
+
+
+def mixture_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json's fields of DeepSeek-V3's kind of mixture."""
     if values.get("expert_gating_func", SIGMOID) != SIGMOID:
         raise ValueError(
             f"expert_gating_func is {values['expert_gating_func']!r}; only {SIGMOID} is supported"
         )
-    return glm4.from_gguf(values, names, rope) | {
+    return {
         "n_routed_experts": values["expert_count"],
         "num_experts_per_tok": values["expert_used_count"],
         "n_group": values.get("expert_group_count", 1),
@@ -224,5 +235,4 @@ def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) 
         "first_k_dense_replace": values["leading_dense_block_count"],
         "routed_scaling_factor": values["expert_weights_scale"],
         "norm_topk_prob": values["expert_weights_norm"],
-        "use_qk_norm": f"{LAYERS}.0.self_attn.q_norm.weight" in names,
     }

@@ -28,6 +28,9 @@ from unsloth_jax.models.llama import kinds as kinds
 from unsloth_jax.models.llama import scores as scores
 
 GGUF_ARCH = "gpt-oss"
+GGUF_READS = (
+    "expert_count", "expert_used_count", "expert_feed_forward_length", "attention.sliding_window"
+)  # fmt: skip
 EXPERTS = f"{LAYERS}.*.mlp.experts"
 MATRICES = ("gate_up_proj", "down_proj")
 TRANSPOSED = tuple(f"{EXPERTS}.{name}" for name in MATRICES)
@@ -206,4 +209,24 @@ def gguf_parts(c: Config, name: str, shape: tuple[int, ...]) -> Parts:
     return {
         f"{owner}.{n}.{kind}": ((E, O // 2, *I), lambda w, i=i: turned(w)[:, i::2])
         for i, n in gate_and_up
+    }
+
+
+def from_gguf_parts(c: Config, name: str, parts: list[np.ndarray]) -> np.ndarray:
+    """A weight of its parts: gate and up take turns."""
+    E, _, *inputs = parts[0].shape if len(parts) > 1 else (0, 0)
+    w = np.stack(parts, axis=2).reshape(E, -1, *inputs) if E else parts[0]
+    return w.swapaxes(1, 2) if name.endswith(MATRICES) else w
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    experts, chosen, width, window = (values[key] for key in GGUF_READS)
+    # What no key says is as llama.cpp has it: see `gguf_fixed`.
+    return {
+        "num_local_experts": experts,
+        "num_experts_per_tok": chosen,
+        "intermediate_size": width,
+        "sliding_window": window,
+        "attention_bias": True,
     }

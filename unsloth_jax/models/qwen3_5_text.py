@@ -46,6 +46,13 @@ DEFAULTS = dict(
     linear_key_head_dim=128, linear_value_head_dim=128, linear_num_key_heads=16,
     linear_num_value_heads=32,
 )  # fmt: skip
+# What files say of it and transformers does not read: heads that guess further tokens, and values
+# that are the only ones there is code for.
+OF_GUESSES = ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
+ONLY = {
+    "attn_output_gate": (True,), "output_gate_type": ("swish",), "mamba_ssm_dtype": ("float32",),
+    "mlp_only_layers": ([], None),
+}  # fmt: skip
 SCALARS = ("A_log", "dt_bias")  # one number for each of a delta net's value heads
 UNIT_EPS = 1e-6  # under the root of queries' and keys' lengths
 # Positions of images; those of text are alike on all three axes, so that neither matters.
@@ -71,7 +78,7 @@ class Config(llama.Config):
 def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
     hf = {"num_key_value_heads": 4} | DEFAULTS | dict(hf)
-    fields.check(hf, own=OWN)
+    fields.check(hf, (*OWN, *OF_GUESSES), ONLY)
     common, bias = fields.sizes(hf), hf.get("attention_bias", False)
     return Config(
         **common,

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from unsloth_jax.dims import Params, Parts
 from unsloth_jax.layers import Holds, Mixers, Mlp, feed_forward
 from unsloth_jax.leaves import linear, linears
-from unsloth_jax.models import fields, gemma, llama, qwen3_5_text, qwen3_moe
+from unsloth_jax.models import fields, gemma, glm4, llama, qwen3_5_text, qwen3_moe
 from unsloth_jax.models.gemma import norm as norm
 from unsloth_jax.models.llama import LAYERS as LAYERS
 from unsloth_jax.models.llama import angles as angles
@@ -27,6 +27,11 @@ from unsloth_jax.models.qwen3_5_text import gguf_shape as gguf_shape
 from unsloth_jax.models.qwen3_moe import routed as routed
 
 GGUF_ARCH = "qwen3next"
+GGUF_READS = (
+    "expert_count", "expert_used_count", "expert_feed_forward_length",
+    "expert_shared_feed_forward_length", "ssm.inner_size", qwen3_5_text.TURNED,
+    *qwen3_5_text.SIZES.values(),
+)  # fmt: skip
 to_gguf = qwen3_5_text.factors
 MLP, DELTA = f"{LAYERS}.*.mlp", f"{LAYERS}.*.linear_attn"
 SHARED, GATE = "shared_expert", "shared_expert_gate"
@@ -182,3 +187,29 @@ def gguf_parts(c: Config, name: str, shape: tuple[int, ...]) -> Parts:
         name.replace("qkvz", "qkv"): ((c.channels, c.width), lambda w: np.concatenate(cut(w)[:3])),
         name.replace("qkvz", "z"): ((c.value_heads * c.value_width, c.width), lambda w: cut(w)[3]),
     }
+
+
+def from_gguf_parts(c: Config, name: str, parts: list[np.ndarray]) -> np.ndarray:
+    """`in_proj_qkvz` of its two parts."""
+    by_head = lambda w: w.reshape(c.key_heads, -1, c.width)
+    keys = c.key_heads * c.key_width
+    each = [*np.split(parts[0], (keys, 2 * keys)), parts[1]]
+    return np.concatenate([by_head(w) for w in each], axis=1).reshape(-1, c.width)
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    experts, chosen, width, shared, inner = (values[key] for key in GGUF_READS[:5])
+    sizes = {name: values[key] for name, key in qwen3_5_text.SIZES.items()}
+    return (
+        glm4.from_gguf(values, names, rope)
+        | sizes
+        | {
+            "linear_value_head_dim": inner // max(1, sizes["linear_num_value_heads"]),
+            "num_experts": experts,
+            "num_experts_per_tok": chosen,
+            "moe_intermediate_size": width,
+            "shared_expert_intermediate_size": shared,
+            "norm_topk_prob": True,
+        }
+    )
