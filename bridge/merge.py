@@ -130,17 +130,19 @@ def merged(
     if base not in (ORIGINAL, trained_on):
         raise ValueError(f"base must be one of {[ORIGINAL, trained_on]}, got {base!r}")
     flat, deltas = tree.flatten(params), pairs(adapters, scale, params)
-    whole, where = lora.parts(adapters or {})[1], places(model, c)
+    whole = lora.parts(adapters or {})[1]
+    where = places(model, c)
     if lost := sorted(set(deltas) - set(where)):
         raise ValueError(f"adapters of {lost} belong to no weight of the model")
     headers = source.headers() if source is not None else {}
-    at_hand = base == ORIGINAL and all(n in headers and headers[n].format is None for n in deltas)
+    small = lambda name: name in headers and headers[name].format is not None
+    at_hand = base == ORIGINAL and all(n in headers and not small(n) for n in deltas)
     if at_hand and initial is not None:
         deltas = pairs(lora.difference(adapters, initial), scale, params)
+
     trained = {name for name, place in where.items() if place.path in whole}
     packed = {n for n, p in where.items() if not at_hand and _packed(flat[p.path], p.layer)}
-    small = () if at_hand else (n for n in headers if headers[n].format)
-    ours = {*trained, *packed, *small, *(() if at_hand else deltas)}
+    ours = trained | packed | {n for n in where if not at_hand and (n in deltas or small(n))}
 
     def original(name: str) -> np.ndarray:
         place = where[name]
