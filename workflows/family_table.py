@@ -73,7 +73,7 @@ def table(path: Path = FIGURES) -> str:
         models = FAMILIES[name].__doc__.splitlines()[0].partition(":")[0]
         gguf = getattr(FAMILIES[name], "GGUF_ARCH", "refused")
         cells = [f"{own[column]:.1e}" for column in MEASURED]
-        told = TOLD.get(name, "")
+        told = TOLD.get(name, "none known")
         lines.append("| " + " | ".join([f"`{name}`", models, *cells, gguf, told]) + " |")
     return "\n".join(lines) + "\n"
 
