@@ -11,19 +11,28 @@ under a time limit. Stricter than TRL: a NaN or infinite number is an error, not
 import asyncio
 import inspect
 import math
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from workflows.keywords import say
-
-OWN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-NOT_PASSED = ("prompt", "completion", "completion_ids")  # columns that have keywords of their own
-SHOWN = 300  # characters of a completion in a message
+from workflows.reward_calls import (
+    NOT_PASSED,
+    OWN,
+    Batch,
+    Call,
+    Logs,
+    asked,
+    batch_of,
+    cut,
+    forever,
+    is_async,
+)
 
 
 class RewardError(RuntimeError):
@@ -38,86 +47,6 @@ class Scores(NamedTuple):
     logged: dict[str, list[float]]  # by log_metric
     extra: dict[str, list]  # columns of N values by log_extra
     unscored: int  # completions that no function gave a reward
-
-
-def text(completion: Any) -> str:
-    """A completion's text: itself, or its first message's content; TypeError for anything else."""
-    if isinstance(completion, str):
-        return completion
-    if isinstance(completion, Sequence) and len(completion) == 0:
-        return ""
-    first = completion[0] if isinstance(completion, Sequence) else None
-    content = first.get("content") if isinstance(first, Mapping) else None
-    if not isinstance(content, str):
-        raise TypeError(f"a completion is a string or messages with text, got {completion!r:.200}")
-    return content
-
-
-class Batch(NamedTuple):
-    """N completions with everything repeated to N."""
-
-    prompts: list
-    completions: list
-    completion_ids: list[list[int]]
-    columns: dict[str, list]
-    trainer_state: Any
-
-    def keywords(self, logs: "Logs", rows: slice = slice(None)) -> dict[str, Any]:
-        """Fresh lists each time: functions run side by side and may sort theirs."""
-        return {
-            "prompts": self.prompts[rows],
-            "completions": self.completions[rows],
-            "completion_ids": self.completion_ids[rows],
-            "trainer_state": self.trainer_state,
-            "log_extra": logs.log_extra,
-            "log_metric": logs.log_metric,
-        } | {name: values[rows] for name, values in self.columns.items()}
-
-
-class Logs:
-    """What one function logged."""
-
-    def __init__(self) -> None:
-        self.extra: dict[str, list] = {}
-        self.metrics: dict[str, list[float]] = {}
-
-    def log_extra(self, column: str, values: Iterable) -> None:
-        self.extra.setdefault(column, []).extend(values)
-
-    def log_metric(self, name: str, value: Any) -> None:
-        self.metrics.setdefault(name, []).append(float(value))
-
-
-class Call:
-    """A call under way; once `done` is set it has a value or an error.
-
-    As a context it keeps any error for the thread that waits, which raises it.
-    """
-
-    def __init__(self, function: Callable, keywords: dict[str, Any]) -> None:
-        self.function, self.keywords = function, keywords
-        self.value: Any = None
-        self.error: BaseException | None = None
-        self.done = threading.Event()
-        self.cancel: Callable[[], Any] = lambda: None  # a thread can't be stopped
-
-    def __enter__(self) -> "Call":
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        self.error = error
-        self.done.set()
-        return True
-
-    def here(self) -> None:
-        with self:
-            value = self.function(**self.keywords)
-            # What a generator computes belongs to the call.
-            self.value = list(value) if isinstance(value, Iterator) else value
-
-    async def awaited(self) -> None:
-        with self:
-            self.value = await self.function(**self.keywords)
 
 
 class Rewards:
@@ -141,7 +70,7 @@ class Rewards:
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout={timeout!r} of rewards must be positive seconds or None")
         self.timeout = timeout
-        self._asked = [_asked(function) for function in self.functions]
+        self._asked = [asked(function) for function in self.functions]
         self._loop: asyncio.AbstractEventLoop | None = None
         self._told = False
 
@@ -171,7 +100,7 @@ class Rewards:
         Raises RewardError for a function's own error, TimeoutError naming the late ones, ValueError
         for a wrong number of rewards and for NaN and infinite ones, TypeError for no numbers.
         """
-        batch = _batch(rows, completions, completion_ids, trainer_state)
+        batch = batch_of(rows, completions, completion_ids, trainer_state)
         self.check(batch.columns)
         logs = [Logs() for _ in self.functions]
         calls = [self._start(i, batch.keywords(log)) for i, log in enumerate(logs)]
@@ -207,7 +136,7 @@ class Rewards:
         if names is not None:
             keywords = {name: value for name, value in keywords.items() if name in names}
         call = Call(self.functions[i], keywords)
-        if _is_async(self.functions[i]):
+        if is_async(self.functions[i]):
             call.cancel = asyncio.run_coroutine_threadsafe(call.awaited(), self._running()).cancel
         else:
             # A daemon, so that a function that hangs does not keep Python from ending.
@@ -218,7 +147,7 @@ class Rewards:
         """One loop for a run: connections that functions keep belong to it."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
-            threading.Thread(target=_forever, args=(self._loop,), daemon=True).start()
+            threading.Thread(target=forever, args=(self._loop,), daemon=True).start()
         return self._loop
 
     def _end(self) -> float | None:
@@ -242,7 +171,7 @@ class Rewards:
             if self._late([call], end):
                 return f"{what}; tried one by one, {row} of {count} rows ended in time without it"
             if type(call.error) is type(error):
-                return f"{what}; at row {row} of {count}, completion {shown(batch, row)}"
+                return f"{what}; at row {row} of {count}, completion {cut(batch.completions[row])}"
         return f"{what}; none of the {count} rows raises it alone"
 
     def _metrics(self, rewards: np.ndarray) -> dict[str, float]:
@@ -260,24 +189,9 @@ class Rewards:
             self._told = True
             say(
                 f"no reward function gave row {none[0]} a reward, so it has advantage 0; such rows "
-                f"are counted. Its completion: {shown(batch, none[0])}"
+                f"are counted. Its completion: {cut(batch.completions[none[0]])}"
             )
         return int(none.size)
-
-
-def shown(batch: Batch, row: int) -> str:
-    """A row's completion for a message, cut."""
-    return _cut(batch.completions[row])
-
-
-def _cut(completion: Any) -> str:
-    whole = repr(completion)
-    return whole if len(whole) <= SHOWN else f"{whole[:SHOWN]}... ({len(whole)} characters)"
-
-
-def _forever(loop: asyncio.AbstractEventLoop) -> None:
-    loop.run_forever()
-    loop.close()
 
 
 def _name(i: int, function: Any) -> str:
@@ -307,42 +221,6 @@ def _weights(names: list[str], given: Sequence[float] | None) -> np.ndarray:
     return weights
 
 
-def _asked(function: Callable) -> tuple[set[str] | None, set[str]]:
-    """Keywords that a function takes (None: all) and those that it can't do without."""
-    parameters = inspect.signature(function).parameters.values()
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    needed = {p.name for p in named if p.default is p.empty}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None, needed
-    return {p.name for p in named}, needed
-
-
-def _is_async(function: Any) -> bool:
-    call = getattr(function, "__call__", None)  # noqa: B004 - of an object, its class's method
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
-
-
-def _batch(rows: Sequence, completions: Sequence, ids: Sequence, state: Any) -> Batch:
-    if not rows or not completions or len(completions) % len(rows):
-        raise ValueError(f"{len(completions)} completions are no whole groups of {len(rows)} rows")
-    if len(ids) != len(completions):
-        raise ValueError(f"{len(ids)} completion_ids for {len(completions)} completions")
-    for i, row in enumerate(rows):
-        if "prompt" not in row or set(row) != set(rows[0]):
-            raise ValueError(
-                f"row {i} has columns {sorted(row)}, expected 'prompt' and those of row 0, "
-                f"{sorted(rows[0])}"
-            )
-    repeated = [row for row in rows for _ in range(len(completions) // len(rows))]
-    return Batch(
-        [row["prompt"] for row in repeated],
-        list(completions),
-        [[int(token) for token in one] for one in ids],
-        {name: [row[name] for row in repeated] for name in rows[0] if name not in NOT_PASSED},
-        state,
-    )
-
-
 def _numbers(name: str, value: Any, completions: list) -> list[float]:
     """A function's rewards, checked; NaN for None."""
     if inspect.iscoroutine(value):
@@ -364,10 +242,10 @@ def _number(name: str, row: int, value: Any, completion: Any) -> float:
         return math.nan
     if hasattr(value, "item") and math.prod(value.shape) == 1:
         value = value.item()  # a scalar of NumPy, torch or JAX
-    where = f"reward function {name!r} gave {value!r:.80} for row {row}, {_cut(completion)}"
+    where = f"reward function {name!r} gave {value!r:.80} for row {row}, {cut(completion)}"
     if not isinstance(value, bool | int | float):
         raise TypeError(f"{where}: expected a number or None")
-    if not math.isfinite(value):
+    if not abs(value) <= sys.float_info.max:  # nor NaN, nor an int past all floats
         raise ValueError(f"{where}: None is the way to give no reward")
     return float(value)
 

@@ -8,8 +8,9 @@ PermissionError. Time, memory, open files and output are limited.
 
 What it does not protect from: what you may read can be read, files and your other processes'
 memory in /proc alike (and printed, which only the reward sees), so keep secrets from the user who
-trains; a bug of the kernel; what the processor leaks. It is no container: run it as a user with few rights, not as root. `asyncio`, which needs
-sockets, does not run. Programs may use all cores for as long as their time lasts.
+trains; a bug of the kernel; what the processor leaks. It is no container: run it as a user with few
+rights, not as root. `asyncio`, which needs sockets, does not run. Programs may use all cores for as
+long as their time lasts.
 """
 
 import math
