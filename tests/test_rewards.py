@@ -261,9 +261,9 @@ def test_the_timeout_names_those_who_are_late():
             cancelled.set()
 
     began = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"\['slow', 'slow_too'\] took more than 0.2 s for 6"):
-        scored(some, slow, slow_too, timeout=0.2)
-    assert time.monotonic() - began < 5
+    with pytest.raises(TimeoutError, match=r"\['slow', 'slow_too'\] took more than 1.0 s for 6"):
+        scored(some, slow, slow_too, timeout=1.0)
+    assert time.monotonic() - began < 10
     assert cancelled.wait(5)
     free.set()
 

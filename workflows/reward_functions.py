@@ -28,8 +28,8 @@ def _named(function: Callable, name: str) -> Reward:
 def exact_format(
     pattern: str,
     *,
-    reward: float = 1.0,
-    otherwise: float = 0.0,
+    reward: float | int = 1.0,
+    otherwise: float | int = 0.0,
     flags: int = re.DOTALL,
     name: str = "exact_format_reward",
 ) -> Reward:
@@ -66,10 +66,10 @@ def numeric_answer(
     *,
     after: str | None = None,
     tag: str | None = None,
-    reward: float = 1.0,
-    wrong: float = 0.0,
-    missing: float = 0.0,
-    tolerance: float = 0.0,
+    reward: float | int = 1.0,
+    wrong: float | int = 0.0,
+    missing: float | int = 0.0,
+    tolerance: float | int = 0.0,
     name: str = "numeric_answer_reward",
 ) -> Reward:
     """`reward` where a completion's number is that of the data's `column`, exactly.
@@ -178,8 +178,8 @@ def code_reward(
     column: str = "tests",
     *,
     partial: bool = False,
-    missing: float = 0.0,
-    seconds: float = 5.0,
+    missing: float | int = 0.0,
+    seconds: float | int = 5.0,
     memory_bytes: int = 512 * sandbox.MiB,
     workers: int | None = None,
     name: str = "code_reward",
