@@ -14,7 +14,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -59,9 +59,9 @@ class Rewards:
 
     def __init__(
         self,
-        reward_funcs: Callable | Sequence[Callable],
-        reward_weights: Sequence[float] | None = None,
-        timeout: float | None = None,
+        reward_funcs: Any,
+        reward_weights: Sequence[float | int] | None = None,
+        timeout: float | int | None = None,
     ) -> None:
         single = callable(reward_funcs) or isinstance(reward_funcs, str)
         self.functions = [reward_funcs] if single else list(reward_funcs)
@@ -207,7 +207,7 @@ def _name(i: int, function: Any) -> str:
     return name
 
 
-def _weights(names: list[str], given: Sequence[float] | None) -> np.ndarray:
+def _weights(names: list[str], given: Sequence[float | int] | None) -> np.ndarray:
     if not names:
         raise ValueError("no reward function was given")
     twice = sorted({name for name in names if names.count(name) > 1})

@@ -41,7 +41,7 @@ def run(
     code: str,
     stdin: str = "",
     *,
-    seconds: float = 5.0,
+    seconds: float | int = 5,
     memory_bytes: int = 512 * MiB,
     output_bytes: int = MiB,
 ) -> Result:
@@ -76,7 +76,11 @@ def run(
 
 
 def _run(
-    folder: str, program: IO, streams: tuple[IO, IO, IO], seconds: float, limits: tuple[int, ...]
+    folder: str,
+    program: IO,
+    streams: tuple[IO, IO, IO],
+    seconds: float | int,
+    limits: tuple[int, ...],
 ) -> str:
     reading, writing = os.pipe()
     numbers = program.fileno(), writing
@@ -101,7 +105,7 @@ def _run(
     return _status(process.returncode)
 
 
-def _ended(process: subprocess.Popen, seconds: float) -> bool:
+def _ended(process: subprocess.Popen, seconds: float | int) -> bool:
     """Whether it ended by itself; it has ended after this, whatever came."""
     try:
         process.wait(seconds)
