@@ -24,6 +24,7 @@ PHI3 = ("context_length", "rope_context", *SIZES, "block_count", *HEADS, "eps", 
         "rope_freq_base")  # fmt: skip
 FALCON_H1 = ("context_length", *SIZES, "head_count", "block_count", "ssm", "eps")
 QWEN35 = (*USUAL[:7], "rope_sections", *USUAL[7:])
+DEEPSEEK = (*USUAL[:-1], "sigmoid", USUAL[-1])
 SCALINGS = ("default", "linear", "dynamic", "yarn")
 YARN = (32.0, 1.0, True)  # beta_fast, beta_slow, truncate
 
@@ -35,7 +36,9 @@ class Architecture(NamedTuple):
     activation: str = "silu"
     ropes: tuple[str, ...] = SCALINGS  # kinds that it computes as transformers does
     theta: float | None = None  # rope's base, where no key says it
-    tunes_yarn: bool = False  # whether it reads yarn's beta_fast, beta_slow and mscale_all_dim
+    tunes_yarn: bool = False  # whether it reads yarn's beta_fast and beta_slow
+    scales_yarn: bool = False  # whether it reads mscale_all_dim, which the family's keys are about
+    tells_truncate: bool = False  # whether yarn's ramp between broken dimensions is told
     period: int = 0  # each so many-th layer is full, the others have a window; 0: none has
     square: bool = False  # whether the heads together are as wide as the model
     tied: bool | None = None  # the only kind of head that it has
@@ -87,7 +90,13 @@ ARCHITECTURES = {
         biases=(*FFN, "ssm_conv1d", "ssm_dt"), ropes=("default", "dynamic"), keys=FALCON_H1
     ),
     "qwen35": Architecture(biases=("ssm_dt",), ropes=("default", "dynamic"), keys=QWEN35),
-    "mistral3": LLAMA._replace(ropes=("yarn",), tunes_yarn=True),
+    "qwen3next": Architecture(biases=("ssm_dt",)),
+    "deepseek2": Architecture(biases=("exp_probs_b",), scales_yarn=True, keys=DEEPSEEK),
+    "gpt-oss": Architecture(
+        biases=(*ATTENTION, "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
+        period=2, tied=False, tells_truncate=True,
+    ),
+    "mistral3": LLAMA._replace(ropes=("yarn",), tunes_yarn=True, scales_yarn=True),
 }  # fmt: skip
 
 
@@ -100,7 +109,7 @@ def differences(arch: str, c: Any, own: dict[str, tuple[Any, Any]]) -> Iterator[
     if r.kind not in a.ropes:
         yield f"has rope type {r.kind!r}, which llama.cpp has for none but {_with_rope(r.kind)}"
     betas = YARN[:2] if a.tunes_yarn else (r.beta_fast, r.beta_slow)
-    if r.kind == "yarn" and (*betas, r.truncate) != YARN:
+    if r.kind == "yarn" and (*betas, r.truncate or a.tells_truncate) != YARN:
         yield f"has yarn with other beta_fast, beta_slow, truncate than {YARN}"
     fixed = {"activation": (c.activation, a.activation)}
     if a.theta is not None:

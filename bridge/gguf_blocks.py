@@ -92,7 +92,10 @@ def choose(fmt: Format, shapes: Mapping[str, tuple[int, ...]], sizes: Sizes) -> 
 
 
 # Endings of matrices that stay in 32 bits.
-WHOLE = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d.weight")
+WHOLE = (
+    *("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight"),
+    "ssm_conv1d.weight",
+)
 # Names of tensors that some layers hold in more bits.
 MORE = (
     "attn_v.weight",
@@ -107,7 +110,7 @@ def _beside_eight(fmt: Format, name: str) -> Kind | None:
     """What attention gets beside eight experts, where llama-quantize spends more bits on it."""
     if fmt.base in PLAIN:
         return None
-    if name.endswith(("attn_k.weight", "attn_v.weight")):
+    if name.endswith(("attn_k.weight", "attn_v.weight", "attn_qkv.weight")):
         return Kind.Q8_0
     return Kind.Q5_K if name.endswith("attn_output.weight") and fmt.base == Kind.Q4_K else None
 

@@ -3,6 +3,7 @@
 Keys as llama.cpp's converter writes them; rope_parameters as transformers 5 spells them.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,16 +11,29 @@ from typing import Any
 import numpy as np
 
 from bridge import gguf_architectures
+from bridge.gguf_experts import MARK
 from bridge.gguf_header import GGUF
 from unsloth_jax.models import FAMILIES
 
 # Of the classes in transformers, those that are not called as their model_type.
-CLASSES = {"gemma3_text": "Gemma3", "smollm3": "SmolLM3"}
-# Architecture -> the family that reads it; of the two in llama's files a key decides.
+CLASSES = {
+    "deepseek_v3": "DeepseekV3",
+    "falcon_h1": "FalconH1",
+    "gemma3_text": "Gemma3",
+    "glm4_moe": "Glm4Moe",
+    "gpt_oss": "GptOss",
+    "llama4_text": "Llama4",
+    "qwen3_5_text": "Qwen3_5",
+    "qwen3_moe": "Qwen3Moe",
+    "qwen3_next": "Qwen3Next",
+    "smollm3": "SmolLM3",
+}
+# Architecture -> the family that reads it; of the three in llama's files keys decide.
+AS_LLAMA = ("mistral", "mixtral")
 FAMILY_OF = {
     module.GGUF_ARCH: name
     for name, module in FAMILIES.items()
-    if hasattr(module, "from_gguf") and name != "mistral"
+    if hasattr(module, "from_gguf") and name not in AS_LLAMA
 }
 ARCHITECTURES = tuple(FAMILY_OF)
 WINDOW = "attention.sliding_window"
@@ -53,11 +67,13 @@ NEUTRAL = {
     "attention.max_alibi_bias": 0,
     "expert_count": 0,
     "expert_used_count": 0,
+    "nextn_predict_layers": 0,
     "rope.scaling.finetuned": None,
     "rope.scaling.yarn_ext_factor": 1,
     "tensor_data_layout": "Meta AI original pth",
 }
 ATTENTION = "rope.scaling.attn_factor"
+SIGNED = ("rope.scaling.yarn_log_multiplier",)
 FACTORS = "rope_freqs.weight"
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 YARN_NAMES = {
@@ -67,6 +83,7 @@ YARN_NAMES = {
 }
 # Llama 3's constants; only original / low and original / high matter, so low stays 1.
 LOW, HIGH = 1.0, 4.0
+WITHOUT_RAMP = ("llama4",)  # architectures where both may be LOW
 ORIGINAL_CONTEXTS = (8192, *(2**power for power in range(4, 21) if power != 13))
 
 
@@ -81,6 +98,8 @@ def architecture(file: GGUF) -> str:
 def family_of(file: GGUF) -> str:
     """The model_type of the family that reads the file."""
     arch = architecture(file)
+    if arch == "llama" and file.metadata.get(f"{arch}.expert_count"):
+        return "mixtral"
     mistral = arch == "llama" and f"{arch}.{WINDOW}" in file.metadata
     return "mistral" if mistral else FAMILY_OF[arch]
 
@@ -104,7 +123,7 @@ def hyperparameters(file: GGUF) -> dict[str, Any]:
         raise ValueError(f"{file.path}: metadata not understood: {unknown}")
     _numbers(file, found, READ | {eps}, own)
     for key, neutral in NEUTRAL.items():
-        if neutral is not None and found.get(key, neutral) != neutral:
+        if neutral is not None and key not in own and found.get(key, neutral) != neutral:
             raise ValueError(
                 f"{file.path}: {prefix}{key} is {found[key]!r}; only {neutral!r} is supported"
             )
@@ -142,7 +161,9 @@ def config(
     head_dim = values.get("attention.key_length", width // heads)
     _consistent(file, values, head_dim, vocabulary, family.GGUF_READS)
     values = {k: decimal(v) if isinstance(v, float) else v for k, v in values.items()}
-    rope = _rope(file, values, values.get("rope.dimension_count", head_dim), rope_factors)
+    # Families that scale yarn by keys of their own take this one with those.
+    scaled = {k: v for k, v in values.items() if k != ATTENTION or k not in family.GGUF_READS}
+    rope = _rope(file, scaled, values.get("rope.dimension_count", head_dim), rope_factors)
     made = {
         "architectures": [f"{CLASSES.get(name, name.capitalize())}ForCausalLM"],
         "model_type": name,
@@ -165,6 +186,8 @@ def config(
     except KeyError as error:
         missing = f"{architecture(file)}.{error.args[0]}"
         raise ValueError(f"{file.path}: metadata keys are missing: {[missing]}") from None
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from None
     return made | own | _token_ids(file.metadata)
 
 
@@ -186,7 +209,7 @@ def _numbers(file: GGUF, values: dict[str, Any], read: set[str], own: set[str]) 
 
     Of `own`, a family's, zeros and lists are for the family.
     """
-    for key in sorted((read | own) - {"rope.scaling.type"}):
+    for key in sorted((read | own) - {"rope.scaling.type", *SIGNED}):
         value = values.get(key, 1)
         if key in own and (isinstance(value, list) or value == 0):
             continue
@@ -195,6 +218,12 @@ def _numbers(file: GGUF, values: dict[str, Any], read: set[str], own: set[str]) 
     if values.get("block_count", 0) > len(file.tensors):
         raise ValueError(
             f"{file.path}: corrupt: {values['block_count']} layers, {len(file.tensors)} tensors"
+        )
+    experts = values.get("expert_count", 0)
+    held = {t.shape[0] for name, t in file.tensors.items() if MARK in name}
+    if held != ({experts} if experts else set()):
+        raise ValueError(
+            f"{file.path}: expert_count is {experts}, tensors of experts have {sorted(held)}"
         )
 
 
@@ -294,23 +323,26 @@ def _llama3(file: GGUF, theta: float, head_dim: int, factors: np.ndarray) -> dic
             f"{file.path}: rope_freqs.weight has shape {factors.shape}, head_dim is {head_dim}"
         )
     factor = float(f"{factors.max():.6g}")
-    for original in ORIGINAL_CONTEXTS:
-        if np.allclose(llama3_factors(theta, head_dim, factor, original), factors, 1e-5, 0):
+    highs = (HIGH, LOW) if file.metadata.get("general.architecture") in WITHOUT_RAMP else (HIGH,)
+    for high, original in itertools.product(highs, ORIGINAL_CONTEXTS):
+        if np.allclose(llama3_factors(theta, head_dim, factor, original, high), factors, 1e-5, 0):
             return {
                 "factor": factor,
                 "low_freq_factor": LOW,
-                "high_freq_factor": HIGH,
+                "high_freq_factor": high,
                 "original_max_position_embeddings": original,
             }
     raise ValueError(
         f"{file.path}: rope_freqs.weight is not Llama 3's scaling by {factor} for any original "
-        f"context of {sorted(ORIGINAL_CONTEXTS)} with low_freq_factor {LOW}, high {HIGH}"
+        f"context of {sorted(ORIGINAL_CONTEXTS)} with low_freq_factor {LOW}, high {highs}"
     )
 
 
-def llama3_factors(theta: float, head_dim: int, factor: float, original: int) -> np.ndarray:
+def llama3_factors(
+    theta: float, head_dim: int, factor: float, original: int, high: float = HIGH
+) -> np.ndarray:
     """What Llama 3.1 divides each of the head_dim / 2 rope frequencies by."""
     frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     turns = original * frequencies / (2 * np.pi)
-    smooth = np.clip((turns - LOW) / (HIGH - LOW), 0, 1)
+    smooth = np.clip((turns - LOW) / max(high - LOW, 1e-6), 0, 1)
     return 1 / ((1 - smooth) / factor + smooth)

@@ -20,6 +20,7 @@ from bridge import (
     gguf_blocks,
     gguf_experts,
     gguf_header,
+    gguf_layouts,
     gguf_metadata,
     gguf_tokens,
     hf,
@@ -84,7 +85,9 @@ def save(
         raise FileExistsError(f"{path} exists; remove it or choose another name")
     plan = _plan(config, list(weights), tokenizer_folder, gguf_blocks.format_named(fmt))
     check_space(path.parent, _needed(plan))
-    keys = lambda out: _metadata(out, plan, config, tokenizer_folder, name or path.stem)
+    name, told = gguf_metadata.loadable_name(name or path.stem, plan.tokens.texts)
+    plan = plan._replace(notes=plan.notes + told)
+    keys = lambda out: _metadata(out, plan, config, tokenizer_folder, name)
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         wide = _write(unfinished, plan, keys)
@@ -135,6 +138,8 @@ def _plan(
     notes = gguf_metadata.refuse_unspeakable(model, c, config)
     tokens = gguf_tokens.read(folder, config, model.GGUF_ARCH)
     named = _named(model, c, weights)
+    if gguf_blocks.is_quantized(fmt):
+        named = {n: _without_ones(w) for n, w in named.items()}
     experts = getattr(c, "experts", 1)
     sizes = gguf_blocks.Sizes(model.GGUF_ARCH, c.layers, c.heads, c.kv_heads, experts)
     choices = gguf_blocks.choose(fmt, {n: w.shape for n, w in named.items()}, sizes)
@@ -151,7 +156,9 @@ def _named(model: ModuleType, c: Any, weights: list[Weight]) -> dict[str, Weight
     known, out = places(model, c), {}
     for name, w in gguf_metadata.rope_factors(c.rope).items():
         out[name] = Weight(name, w.shape, w.dtype, lambda w=w: w)
-    ordered = gguf_experts.merged([w for w in weights if w.name in known], known)
+    own = getattr(model, "gguf_parts", lambda c, name, shape: {})
+    parts_of = lambda w: own(c, w.name, tuple(w.shape))
+    ordered = gguf_experts.merged([w for w in weights if w.name in known], known, parts_of)
     named = gguf_names(model.GGUF_ARCH, c.layers, [w.name for w in ordered])
     out |= {named[w.name]: _reshaped(model, c, w) for w in ordered}
     biases, reads = [n for n in out if n.endswith(".bias")], ARCHITECTURES[model.GGUF_ARCH].biases
@@ -170,6 +177,13 @@ def _reshaped(model: ModuleType, c: Any, w: Weight) -> Weight:
     wide = lambda: np.asarray(w.read()).astype(np.float32, copy=False)
     shape = model.gguf_shape(c, w.name, tuple(w.shape))
     return Weight(w.name, shape, w.dtype, lambda: model.to_gguf(c, w.name, wide()))
+
+
+def _without_ones(w: Weight) -> Weight:
+    """As llama-quantize has a tensor."""
+    shape = gguf_layouts.without_ones(tuple(w.shape))
+    read = lambda: np.asarray(w.read()).reshape(shape)
+    return w if shape == tuple(w.shape) else Weight(w.name, shape, w.dtype, read)
 
 
 def _quantized_order(name: str) -> tuple[int, str]:

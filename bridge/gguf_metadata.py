@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,7 @@ import gguf
 import numpy as np
 
 from bridge.gguf_architectures import ARCHITECTURES, differences
+from bridge.gguf_tokens import END
 
 # Names in generation_config.json and in gguf's writer.
 SAMPLING = {"top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "temperature": "temp"}
@@ -22,13 +24,16 @@ ENUMERATED = {
 CONTEXTS = ("max_position_embeddings",)
 # Whose class in transformers doesn't fill head_dim in, where its architecture's other models do.
 WITHOUT_HEAD_DIM = ("mixtral",)
+# Of a model whose name has it, llama.cpp expects these tokens: it ends where one is missing.
+PHI3_NAME, PHI3_TOKENS = re.compile("phi-?3", re.IGNORECASE), ("</s>", "<unk>", "<s>", END)
 # The converter holds this one for what Command R was trained on.
 COHERE_CONTEXTS = ("model_max_length", *CONTEXTS)
 
 
 def refuse_unspeakable(model: ModuleType, c: Any, config: Mapping[str, Any]) -> list[str]:
     """Raises ValueError for what llama.cpp would compute differently; returns what to be told."""
-    arch, r, notes = model.GGUF_ARCH, c.rope, []
+    arch, r = model.GGUF_ARCH, c.rope
+    notes = getattr(model, "gguf_told", lambda c: [])(c)
     wrong = next(differences(arch, c, _declared(model, "gguf_fixed", c)), None)
     if wrong:
         raise ValueError(f"this model can't be a GGUF file of architecture {arch!r}: it {wrong}")
@@ -65,6 +70,18 @@ def rope_attention(out: gguf.GGUFWriter, c: Any) -> None:
     """What longrope multiplies cos and sin by; the converter writes it before all else."""
     if c.rope.kind == "longrope":
         out.add_rope_scaling_attn_factors(c.rope.attention_factor)
+
+
+def loadable_name(name: str, texts: Iterable[str]) -> tuple[str, list[str]]:
+    """The name, changed where llama.cpp would look for Phi-3's tokens in vain, and what to tell."""
+    lacking = [text for text in PHI3_TOKENS if text not in set(texts)]
+    if not lacking or not PHI3_NAME.search(name):
+        return name, []
+    changed = PHI3_NAME.sub("phi_3", name)
+    return changed, [
+        f"general.name is {changed!r}, not {name!r}: llama.cpp does not load a model of that name "
+        f"without the tokens {lacking}"
+    ]
 
 
 def general(out: gguf.GGUFWriter, folder: str | Path, name: str, size_label: str) -> None:
@@ -112,6 +129,10 @@ def _experts(out: gguf.GGUFWriter, c: Any, config: Mapping[str, Any]) -> None:
 
 def _head_lengths(out: gguf.GGUFWriter, c: Any, config: Mapping[str, Any]) -> None:
     writes = ARCHITECTURES[out.arch].head_lengths
+    if hasattr(c, "latent"):
+        out.add_key_length(c.latent + c.rope.width)
+        out.add_value_length(c.latent)
+        return
     if config["model_type"] in WITHOUT_HEAD_DIM:
         writes = None
     if writes or (writes is None and config.get("head_dim")):
@@ -148,8 +169,7 @@ def _rope_scaling(out: gguf.GGUFWriter, c: Any, config: Mapping[str, Any]) -> No
         out.add_rope_scaling_yarn_beta_fast(r.beta_fast)
     if stated.get("beta_slow") is not None:
         out.add_rope_scaling_yarn_beta_slow(r.beta_slow)
-    # One that reads yarn's options has a key of its own for this.
-    if not ARCHITECTURES[out.arch].tunes_yarn:
+    if not ARCHITECTURES[out.arch].scales_yarn:
         _yarn_attention(out, r)
 
 
@@ -177,13 +197,17 @@ STEPS = {
         getattr(c, "dense_width", c.mlp_width)
     ),
     "head_count": lambda out, c, config: out.add_head_count(c.heads),
-    "head_count_kv": lambda out, c, config: out.add_head_count_kv(c.kv_heads),
+    # To llama.cpp a latent vector is one head of keys and values.
+    "head_count_kv": lambda out, c, config: out.add_head_count_kv(
+        1 if hasattr(c, "latent") else c.kv_heads
+    ),
     "rope_scaling": _rope_scaling,
     "rope_freq_base": _rope_freq_base,
     "rope_context": _rope_context,
     "rope_dimensions": lambda out, c, config: out.add_rope_dimension_count(c.rope.width),
     "eps": _eps,
     "experts": _experts,
+    "sigmoid": lambda out, c, config: out.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID),
     "ssm": _ssm,
     "rope_sections": lambda out, c, config: (
         out.add_rope_dimension_sections(c.sections) if c.sections else None

@@ -12,9 +12,11 @@ import ml_dtypes
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
-from bridge import gguf_config, gguf_header
+from bridge import gguf_config, gguf_header, gguf_layouts
 from bridge.gguf_experts import CORRECTION
+from bridge.places import Place, places
 from bridge.source import Header
+from unsloth_jax.models import family
 
 FLOATS = {Kind.F32: np.float32, Kind.F16: np.float16, Kind.BF16: ml_dtypes.bfloat16}
 BLOCKS = (
@@ -59,14 +61,31 @@ OWN_MODULES = {
         "feed_forward.router",
         *(f"feed_forward.{p}{n}_proj" for p in ("", "shared_expert.", "experts.") for n in GATED),
     ),
+    "qwen3next": (
+        *(f"linear_attn.{n}" for n in ("in_proj_qkv", "in_proj_z", "in_proj_ba", "out_proj")),
+        *("linear_attn.conv1d", "linear_attn.norm", "mlp.gate", "mlp.shared_expert_gate"),
+        *(f"mlp.{kind}.{n}_proj" for kind in ("experts", "shared_expert") for n in GATED),
+    ),
+    "gpt-oss": (
+        *("mlp.router", "self_attn.sinks"),
+        *(f"mlp.experts.{n}_proj" for n in GATED),
+    ),
+    "deepseek2": (
+        *(f"self_attn.{n}_proj" for n in ("q_a", "q_b", "k_b", "v_b")),
+        *("self_attn.kv_a_proj_with_mqa", "self_attn.q_a_layernorm", "self_attn.kv_a_layernorm"),
+        *(f"mlp.{x}" for x in ("gate", "gate.e_score_correction")),
+        *(f"mlp.{kind}experts.{n}_proj" for kind in ("", "shared_") for n in GATED),
+    ),
     "qwen3moe": tuple(f"mlp.{x}" for x in ("gate", *(f"experts.{n}_proj" for n in GATED))),
 }
 # Modules outside layers, and weights within them, that gguf's map calls otherwise or not at all.
 OWN_MODEL = {"falcon-h1": ("model.final_layernorm",)}
 MAMBA = {"ssm_a": "mamba.A_log", "ssm_d": "mamba.D", "ssm_dt.bias": "mamba.dt_bias"}
+DELTA = {"ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"}
 OWN_WEIGHTS = {
     "falcon-h1": MAMBA | {"ffn_norm": "pre_ff_layernorm.weight"},
-    "qwen35": {"ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"},
+    "qwen35": DELTA,
+    "qwen3next": DELTA,
 }
 # Architectures whose rows of q and k are reordered, and those whose norms have 1 added.
 PAIRED = ("llama", "granite", "smollm3", "mistral3")
@@ -145,6 +164,7 @@ class GGUFWeights:
 class GGUFSource(GGUFWeights):
     """An opened GGUF file: `config` in config.json's words, weights read one at a time.
 
+    Weights are the family's: of experts that it holds one by one, `tensors` has each by itself.
     Raises ValueError for a file that is not GGUF, cut short, or of an unknown architecture,
     tensor type, tensor name or rope scaling.
     """
@@ -166,6 +186,57 @@ class GGUFSource(GGUFWeights):
             dtype=_dtype(embedding.kind),
             rope_factors={n: self.tensor(n) for n in NO_WEIGHTS if n in self.tensors},
         )
+        self._arch, self._family = gguf_config.architecture(file), family(self.config["model_type"])
+        try:
+            self._c = self._family.config(self.config)
+        except ValueError as error:
+            raise ValueError(f"{file.path}: {error}") from None
+        self._places = places(self._family, self._c)
+        self.stored, self.tensors = gguf_layouts.one_by_one(self._places, self.stored, self.tensors)
+        self._cut = gguf_layouts.cut(self._family, self._c, self._places, self.stored)
+        self._joined = gguf_layouts.joined(self._places, self.stored) | self._cut
+
+    def headers(self) -> dict[str, Header]:
+        """Every weight by its full Hugging Face name; quantised blocks count as float32."""
+        found = {n: h._replace(shape=self._shape(n, h.shape)) for n, h in super().headers().items()}
+        for name, (place, parts) in self._joined.items():
+            each = [found.pop(part) for part in parts]
+            shape = place.shape if name in self._cut else _below(place, each)
+            dtype = np.result_type(*(np.dtype(h.dtype) for h in each)).name
+            blocks = next((h.blocks for h in each if h.blocks), None)
+            found[name] = Header(shape, dtype, blocks=blocks)
+        return found
+
+    def read(self, name: str) -> np.ndarray:
+        """One weight as Hugging Face has it, quantised blocks as float32, possibly read-only.
+
+        Raises ValueError for a name the file does not have.
+        """
+        if name in self._joined:
+            place, parts = self._joined[name]
+            each = [GGUFWeights.read(self, part) for part in parts]
+            if name in self._cut:
+                return np.ascontiguousarray(self._family.from_gguf_parts(self._c, name, each))
+            return place.oriented(np.concatenate(each, axis=1))
+        w = super().read(name)
+        if not hasattr(self._family, "gguf_shape"):
+            return w
+        return gguf_layouts.weight(self._arch, self._c, name, w, self._shape(name, w.shape))
+
+    def _shape(self, name: str, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """A weight's shape, of the shape in the file."""
+        if name not in self._places or not hasattr(self._family, "gguf_shape"):
+            return stored
+        own = self._places[name].shape
+        theirs = self._family.gguf_shape(self._c, name, own)
+        return own if stored in (theirs, gguf_layouts.without_ones(theirs)) else stored
+
+
+def _below(place: Place, each: list[Header]) -> tuple[int, ...]:
+    """The shape of experts' matrices one below another, as the family's files have them."""
+    count, _, inputs = each[0].shape
+    rows = sum(h.shape[1] for h in each)
+    return (count, inputs, rows) if place.swapped else (count, rows, inputs)
 
 
 def _permuted_heads(arch: str, values: dict[str, Any]) -> dict[str, int]:

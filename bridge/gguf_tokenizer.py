@@ -30,10 +30,22 @@ SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 # llama.cpp has no classes for upper and lower case; these are its stand-ins.
 UPPER, LOWER = r"(?:(?=\p{L})[^a-z])", r"(?:(?=\p{L})[^A-Z])"
-WORDS_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*"
-    rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}"
+
+
+def _by_case(behind: str, digits: str) -> str:
+    """Words whose capitals come first, with what may follow each; so many digits; the rest."""
+    words = (f"{UPPER}*{LOWER}+", f"{UPPER}+{LOWER}*")
+    parts = [rf"[^\r\n\p{{L}}\p{{N}}]?{word}{behind}" for word in words]
+    return "|".join([*parts, digits, r" ?[^\s\p{L}\p{N}]+[\r\n/]*", SPACES])
+
+
+WORDS_TEKKEN = _by_case("", r"\p{N}")
+WORDS_GPT_4O = _by_case(rf"(?:{SHORT_FORMS})?", r"\p{N}{1,3}")
+WORDS_DEEPSEEK = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{SPACES}"
 )
+CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 
 
 class Splitting(NamedTuple):
@@ -52,6 +64,8 @@ LLAMA3 = Splitting(LLAMA3_PATTERNS, whole_words=True, add_bos=True)
 LLAMA3_BARE = Splitting(LLAMA3_PATTERNS)
 QWEN2 = Splitting((rf"(?:{SHORT_FORMS})|{LETTERS}|\p{{N}}|{SIGNS}|{SPACES}",))
 TEKKEN = Splitting((WORDS_TEKKEN,), whole_words=True, add_bos=True)
+GPT_4O = Splitting((WORDS_GPT_4O,))
+DEEPSEEK = Splitting((r"\p{N}{1,3}", CJK, WORDS_DEEPSEEK))
 
 # tokenizer.ggml.pre -> its rule
 SPLITTINGS = {
@@ -66,6 +80,8 @@ SPLITTINGS = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "kormo", "megrez"), QWEN2),
     **dict.fromkeys(("stablelm2", "hunyuan"), QWEN2),
     "tekken": TEKKEN,
+    **dict.fromkeys(("gpt-4o", "llama4"), GPT_4O),
+    "deepseek-v3": DEEPSEEK,
 }
 SPECIAL_NAMES = {
     "bos_token": "bos",

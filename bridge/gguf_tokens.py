@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import gguf
 from gguf import TokenType
+from tokenizers import models
 
 from bridge import gguf_sentencepiece
 from bridge.gguf_architectures import ARCHITECTURES
@@ -19,10 +20,18 @@ from bridge.gguf_tokenizer import SPLITTINGS
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+
+
+def _by_case(behind: str, digits: str) -> str:
+    """Words whose capitals come first, with what may follow each; so many digits; the rest."""
+    words = (f"{_UPPER}*{_LOWER}+", f"{_UPPER}+{_LOWER}*")
+    parts = [rf"[^\r\n\p{{L}}\p{{N}}]?{word}{behind}" for word in words]
+    rest = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    return "|".join([*parts, digits, rest])
+
+
+_TEKKEN = _by_case("", r"\p{N}")
+_GPT_4O = _by_case("(?i:'s|'t|'re|'ve|'m|'ll|'d)?", r"\p{N}{1,3}")
 
 
 class PreTokenizer(NamedTuple):
@@ -41,6 +50,8 @@ PRE_TOKENIZERS = {
     "llama-bpe": PreTokenizer((_WORDS + "{1,3}" + _REST, "bytes"), True, True),
     "dbrx": PreTokenizer((_WORDS + "{1,3}" + _REST, "bytes")),
     "tekken": PreTokenizer((_TEKKEN, "bytes"), True, True),
+    "gpt-4o": PreTokenizer((_GPT_4O, "bytes")),
+    "deepseek-v3": PreTokenizer((*SPLITTINGS["deepseek-v3"].patterns, "bytes")),
 }
 GRANITE_VOCABULARY = 49152  # the converter turns the first token off for llama models of this size
 # What the converter calls the same splitting in models of some architectures.
@@ -52,6 +63,7 @@ OTHER_NAMES = {
     "exaone4": {"gpt-2": "exaone4"},
     "glm4": {"dbrx": "glm4"},
     "glm4moe": {"dbrx": "glm4"},
+    "llama4": {"gpt-4o": "llama4"},
 }
 END = "<|endoftext|>"
 # Architectures whose SentencePiece vocabularies are read, and what is particular to some.
@@ -197,10 +209,16 @@ def pre_tokenizer(spec: dict[str, Any]) -> str:
     """llama.cpp's name for what tokenizer.json does before BPE; ValueError where it has none."""
     steps = _steps(spec.get("pre_tokenizer"))
     ignores = bool(spec["model"].get("ignore_merges"))
-    for name, known in PRE_TOKENIZERS.items():
-        read_from_gguf = (*SPLITTINGS[name].patterns, "bytes")
-        if steps in (known.steps, read_from_gguf) and known.ignores_merges == ignores:
-            return name
+    alike = {
+        known.ignores_merges: name
+        for name, known in PRE_TOKENIZERS.items()
+        if steps in (known.steps, (*SPLITTINGS[name].patterns, "bytes"))
+    }
+    if ignores and ignores not in alike and alike:
+        # It makes no difference where merges make every word that is a token.
+        ignores = not _merged(spec["model"], spec.get("added_tokens", []))
+    if ignores in alike:
+        return alike[ignores]
     known = "; ".join(f"{n}: {k.steps} {k.ignores_merges}" for n, k in PRE_TOKENIZERS.items())
     raise ValueError(
         f"llama.cpp has no name for this pre-tokenizer: {spec.get('pre_tokenizer')} with "
@@ -218,9 +236,11 @@ def _steps(spec: dict[str, Any] | None) -> tuple[str, ...]:
         return ("bytes of words" if spec.get("use_regex", True) else "bytes",)
     if kind == "Digits" and spec.get("individual_digits"):
         return ("digits",)
-    isolated = spec.get("behavior") == "Isolated" and not spec.get("invert")
-    if kind == "Split" and isolated and "Regex" in spec["pattern"]:
-        return (spec["pattern"]["Regex"],)
+    # Parts that don't match are left out, where none are left isolated ones are the same.
+    ways = ("Isolated", False), ("Removed", True)
+    cut = (spec.get("behavior"), bool(spec.get("invert"))) in ways
+    if kind == "Split" and cut and "Regex" in spec["pattern"]:
+        return (spec["pattern"]["Regex"].replace("\r", r"\r").replace("\n", r"\n"),)
     return (json.dumps(spec),)
 
 
@@ -306,6 +326,14 @@ def _notes(spec: dict[str, Any]) -> list[str]:
     if sticky:
         notes.append(f"llama.cpp takes no spaces into tokens as the tokenizer does: {sticky}")
     return notes
+
+
+def _merged(model: dict[str, Any], added: list[dict[str, Any]]) -> bool:
+    """Whether merges make of each whole word that is a token this one token."""
+    pairs = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+    merging = models.BPE(model["vocab"], pairs)
+    words = model["vocab"].keys() - {t["content"] for t in added}
+    return all(len(merging.tokenize(word)) == 1 for word in words)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from bridge.source import Header, Source
 from unsloth_jax import tree
 from unsloth_jax.dims import Params
 from unsloth_jax.leaves import Stacks
-from unsloth_jax.models import family
+from unsloth_jax.models import family_of
 from unsloth_jax.quant import FORMATS
 from unsloth_jax.quant.int8 import Int8
 
@@ -80,9 +80,7 @@ def is_linear(path: str) -> bool:
 
 def described(source: Source) -> tuple[ModuleType, Any]:
     """(family, config) of a checkpoint, from its config.json alone. Raises ValueError."""
-    if "model_type" not in source.config:
-        raise ValueError(f"config.json names no model_type; it has {sorted(source.config)}")
-    model = family(source.config["model_type"])
+    model = family_of(source.config)
     method = (source.config.get("quantization_config") or {}).get("quant_method", BITSANDBYTES)
     if method not in METHODS:
         raise ValueError(

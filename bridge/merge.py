@@ -117,14 +117,14 @@ def merged(
 ) -> Merged:
     """cast(W + what its adapter adds) of every weight, or cast(W as trained), made when read.
 
-    `base="original16"` adds to the checkpoint's own weights where `source` holds them in 16 or 32
-    bits, or in the blocks of a quantized GGUF (then `base` of the result is "checkpoint"),
-    "dequant4" (and bitsandbytes' 4-bit checkpoints) to the dequantized ones, "dequant8" where
-    these are int8. `dtype` None keeps 16-bit weights as they are and turns float32 into bfloat16;
-    what balances experts keeps its own in any case. `initial` holds the pairs that were taken out
-    of `params` before training: the checkpoint gets the difference to them. Raises ValueError for
-    an unknown base or an adapter that belongs to no weight, and while reading for a result not
-    finite.
+    `base="original16"` takes W from the checkpoint where `source` holds it in 16 or 32 bits, or in
+    the blocks of a quantized GGUF (then `base` of the result is "checkpoint"), whatever `params`
+    made of it. "dequant4" (and bitsandbytes' 4-bit checkpoints), "dequant8" for int8, takes every
+    weight that `params` hold quantized from there, adapted or not. `dtype` None keeps 16-bit
+    weights as they are and turns float32 into bfloat16; what balances experts keeps its own in any
+    case. `initial` holds the pairs that were taken out of `params` before training: the checkpoint
+    gets the difference to them. Raises ValueError for an unknown base or an adapter that belongs
+    to no weight, and while reading for a result not finite.
     """
     trained_on = dequantized(params)
     if base not in (ORIGINAL, trained_on):
@@ -132,24 +132,25 @@ def merged(
     flat, deltas = tree.flatten(params), pairs(adapters, scale, params)
     whole = lora.parts(adapters or {})[1]
     where = places(model, c)
-    lost = sorted(set(deltas) - set(where))
-    if lost:
+    if lost := sorted(set(deltas) - set(where)):
         raise ValueError(f"adapters of {lost} belong to no weight of the model")
     headers = source.headers() if source is not None else {}
-    at_hand = base == ORIGINAL and all(n in headers and headers[n].format is None for n in deltas)
-
+    small = lambda name: name in headers and headers[name].format is not None
+    at_hand = base == ORIGINAL and all(n in headers and not small(n) for n in deltas)
     if at_hand and initial is not None:
         deltas = pairs(lora.difference(adapters, initial), scale, params)
 
+    trained = {name for name, place in where.items() if place.path in whole}
+    packed = {n for n, p in where.items() if not at_hand and _packed(flat[p.path], p.layer)}
+    ours = trained | packed | {n for n in where if not at_hand and (n in deltas or small(n))}
+
     def original(name: str) -> np.ndarray:
         place = where[name]
-        if place.path in whole:
-            return held(whole[place.path], place)
         # A resized table is no longer the checkpoint's.
         kept = name in headers and headers[name].shape == place.shape
-        if kept and (at_hand or headers[name].format is None and name not in deltas):
+        if kept and name not in ours:
             return place.oriented(source.read(name))
-        return held(flat[place.path], place)
+        return held((whole if name in trained else flat)[place.path], place)
 
     weights, norms = [], {}
     for name in sorted(where):
@@ -160,10 +161,17 @@ def merged(
         read = _reader(name, original, deltas.get(name), kind, norms)
         weights.append(Weight(name, where[name].shape, kind, where[name].turned(read)))
     blocks = sorted({headers[n].blocks for n in deltas if n in headers} - {None})
-    trained = {name for name, place in where.items() if place.path in whole}
     used = (CHECKPOINT if blocks else ORIGINAL) if at_hand else trained_on
-    facts = _facts(used, blocks, len(deltas), len(trained), scale)
+    facts = _facts(used, blocks, len(deltas), len(trained), scale, len(packed - trained))
     return Merged(weights, facts["base"], frozenset(deltas) | trained, facts, norms)
+
+
+def _packed(leaf: Any, layer: int | None) -> bool:
+    """Whether the leaf holds this layer quantized."""
+    if not isinstance(leaf, leaves.Stacks):
+        return isinstance(leaf, leaves.Quantized)
+    both = zip(leaf.parts, leaf.layers, strict=True)
+    return any(layer in ids and isinstance(part, leaves.Quantized) for part, ids in both)
 
 
 def dequantized(params: Params) -> str:
@@ -171,9 +179,11 @@ def dequantized(params: Params) -> str:
     return DEQUANTIZED8 if quant.stored(params) == "int8" else DEQUANTIZED
 
 
-def _facts(used: str, blocks: list[str], adapted: int, trained: int, scale: float) -> dict:
+def _facts(
+    used: str, blocks: list[str], adapted: int, trained: int, scale: float, packed: int
+) -> dict:
     facts = {"base": used, "adapted": adapted, "scale": scale}
-    facts |= {"trained": trained} if trained else {}
+    facts |= {k: n for k, n in {"trained": trained, "dequantized": packed}.items() if n}
     return facts | ({"base_blocks": blocks} if used == CHECKPOINT else {})
 
 

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from bridge import modules_to_save, peft_experts, peft_fields
 from bridge.export import complete
-from bridge.peft_fields import STARTS, check
+from bridge.peft_fields import STARTS, Own, check
 from bridge.safetensors_file import check_space, listing, opened, read_json, settle_metadata
 from unsloth_jax import lora, tree
 from unsloth_jax.dims import Params
@@ -182,7 +182,7 @@ def config(
             f"{strays[:10] or f'{len(names)} modules'}; the settings say rank {s.rank}, targets "
             f"{s.targets!r}, layers {s.layers}, DoRA {s.dora}"
         )
-    parameters = sorted({".".join(path.split(".")[-3:]) for path in experts})
+    parameters = peft_experts.parameters(experts, s.targets)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -280,12 +280,12 @@ def _read(folder: Path, fields, chosen: Mapping[str, Module], params: Params):
     twice = sorted(named.keys() & {f"{name}.weight" for name in chosen})
     if twice:
         raise ValueError(f"{folder / CONFIG}: {twice} are in modules_to_save and target_modules")
-    ranks = {name: peft_fields.rank(fields, name, where) for name in chosen}
-    expected = _expected(chosen, ranks, dora)
+    own = {name: peft_fields.own(fields, name, str(folder / CONFIG)) for name in chosen}
+    expected = _expected(chosen, {name: x.rank for name, x in own.items()}, dora)
     expected |= {f"{PREFIX}{name}": place.shape for name, place in named.items()}
     values = _without_base(values, modules(params), params)
     _check_tensors(values, expected, where)
-    pairs = tree.flatten(_tree(values, chosen, params, dora))
+    pairs = tree.flatten(_tree(values, chosen, params, own, dora))
     return tree.unflatten(pairs | modules_to_save.arrays(values, named, where)), metadata
 
 
@@ -309,8 +309,8 @@ def _of_config(base, targets, layers, exclude, parameters=()) -> dict[str, Modul
     )
     out = {n: m for n, m in base.items() if wanted(n, m) and not excluded(n)}
     embeddings = [name for name in out if name.endswith(EMBEDDING)]
-    found = {m.path for m in out.values() if m.experts}
-    absent = [p for p in parameters if not any(path.endswith(p) for path in found)]
+    found = [n for n, m in out.items() if m.experts]
+    absent = [p for p in parameters if not any(map(tree.matcher((p,)), found))]
     if embeddings or absent or not out:
         what = f"the embedding {embeddings}" if embeddings else "no module of this model"
         known = sorted({m.path for m in base.values() if not m.path.endswith(EMBEDDING)})
@@ -369,20 +369,30 @@ def _check_tensors(values, expected: Mapping[str, tuple[int, ...]], where: str) 
         raise ValueError(f"{where} does not fit:\n  " + "\n  ".join(wrong[:30]) + more)
 
 
-def _tree(values, chosen: Mapping[str, Module], params: Params, dora: bool) -> Params:
+def _tree(
+    values, chosen: Mapping[str, Module], params: Params, own: Mapping[str, Own], dora: bool
+) -> Params:
+    """Pairs by path, layers of one rank in a stack. B takes what a module's scale is of all's."""
     out, every, keys = {}, tuple(range(layer_count(params))), _keys(chosen)
     by_path: dict[str, dict[int | None, str]] = {}
     for name, module in chosen.items():
         by_path.setdefault(module.path, {})[module.layer] = name
     for path, names in by_path.items():
-        ids = tuple(sorted(i for i in names if i is not None))
+        groups: dict[int, list[int]] = {}
+        for i in sorted(i for i in names if i is not None):
+            groups.setdefault(own[names[i]].rank, []).append(i)
+        ids = tuple(map(tuple, groups.values()))
         count = chosen[next(iter(names.values()))].experts
         for side in (*"ab", "magnitude") if dora else "ab":
 
             def read(i, path=path, names=names, side=side, count=count):
                 take = lambda side: values[f"{keys[names[i]]}.{SIDES[side]}"].astype(np.float32)
-                return peft_experts.read(path, side, take, count) if count else take(side)
+                x = peft_experts.read(path, side, take, count) if count else take(side)
+                return x * np.float32(own[names[i]].factor) if side == "b" else x
 
-            x = jnp.asarray(np.stack([read(i) for i in ids]) if ids else read(None))
-            out[f"{path}.{side}"] = x if ids in ((), every) else Stacks((x,), (ids,))
+            stacks = tuple(jnp.asarray(np.stack([read(i) for i in part])) for part in ids)
+            if ids in ((), (every,)):
+                out[f"{path}.{side}"] = stacks[0] if ids else jnp.asarray(read(None))
+            else:
+                out[f"{path}.{side}"] = Stacks(stacks, ids)
     return tree.unflatten(out)

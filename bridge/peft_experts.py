@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from unsloth_jax import tree
+from unsloth_jax.lora.targets import called
 
 ENDS = (".experts", ".experts.base_layer")  # of the keys
 # Owners whose matrices transformers keeps as [E, in, out] without the mark that tells PEFT so: it
@@ -20,6 +21,20 @@ def modules(pairs: Mapping[str, Any]) -> list[str]:
     """The modules among flat pairs whose pairs are one an expert."""
     ends = tuple(f"{name}.a" for name in tree.EXPERTS)
     return [path.removesuffix(".a") for path in pairs if path.endswith(ends)]
+
+
+def parameters(paths: Collection[str], targets: Collection[str] | str) -> list[str]:
+    """The names of `target_parameters` for experts' modules: of some layers where these are named.
+
+    A name without a layer stands for all, so it goes where any target means all of them.
+    """
+    out, listed = set(), () if isinstance(targets, str) else targets
+    for path in paths:
+        name = ".".join(path.split(".")[-3:])
+        some = {t for t in listed if t.endswith("." + name)}
+        tests = [tree.matcher((t,)) for t in listed if t not in some]
+        out |= {name} if not some or any(test(n) for test in tests for n in called(path)) else some
+    return sorted(out)
 
 
 def mirrored(module: str) -> bool:

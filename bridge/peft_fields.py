@@ -6,7 +6,7 @@ Names and meaning: peft 0.21 `LoraConfig`.
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 # Starts that leave the base as it is: the pair in the file is the whole difference.
 STARTS = (True, False, "gaussian", "orthogonal")
@@ -56,17 +56,26 @@ def names(pattern: str, module: str) -> bool:
     return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
 
 
-def rank(fields: Mapping[str, Any], module: str, where: str) -> int:
-    """The rank of one module's pair. Raises ValueError where its scale is not the adapter's."""
+class Own(NamedTuple):
+    """One module's rank, and its scale over that of the adapter's `r` and `lora_alpha`."""
+
+    rank: int
+    factor: float
+
+
+def own(fields: Mapping[str, Any], module: str, where: str) -> Own:
+    """What `rank_pattern` and `alpha_pattern` give a module by its full name.
+
+    Raises ValueError for a rank that is no positive integer, or an alpha that is no number.
+    """
     found = {}
     for name, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         hits = (v for key, v in (fields.get(name) or {}).items() if names(key, module))
-        found[usual] = next(hits, fields[usual])
+        found[usual] = value = next(hits, fields[usual])
+        kind = int if usual == "r" else int | float
+        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
+            said = f"{name} or {usual} gives {module} {value!r}, expected a number over 0"
+            raise ValueError(f"{where}: {said}")
     under = math.sqrt if fields.get("use_rslora") else float
     scale, usual = (x["lora_alpha"] / under(x["r"]) for x in (found, fields))
-    if not math.isclose(scale, usual):
-        raise ValueError(
-            f"{where}: rank_pattern and alpha_pattern give {module} the scale {scale}, the others "
-            f"have {usual}; supported: one scale for all"
-        )
-    return found["r"]
+    return Own(found["r"], 1.0 if math.isclose(scale, usual) else scale / usual)

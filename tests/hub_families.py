@@ -16,8 +16,8 @@ DENSE = (
     "granite", "cohere", "cohere2", "olmo2", "smollm3", "starcoder2", "glm4", "exaone4",
 )  # fmt: skip
 FURTHER = (
-    "mixtral", "qwen3_moe", "gpt_oss", "llama4_text", "qwen3_5_text", "falcon_h1", "glm4_moe",
-    "deepseek_v3",
+    "mixtral", "qwen3_moe", "gpt_oss", "llama4_text", "qwen3_5_text", "qwen3_next", "falcon_h1",
+    "glm4_moe", "deepseek_v3",
 )  # fmt: skip
 COMMON = dict(
     attention_dropout=0.0, hidden_act="silu", initializer_range=0.02, torch_dtype="bfloat16",
@@ -100,6 +100,19 @@ PHI_4_LONG = [
 ]  # fmt: skip
 
 
+# Text models of the hub's Qwen3.5, which have images beside them: its `text_config` as other
+# projects on GitHub have it in their tests (Qwen3.5-27B) or say that it is (0.8B).
+DELTAS = ["linear_attention"] * 3 + ["full_attention"]
+QWEN_3_5 = PLAIN | dict(
+    model_type="qwen3_5_text", attn_output_gate=True, bos_token_id=248044, eos_token_id=248044,
+    dtype="bfloat16", full_attention_interval=4, head_dim=256, linear_conv_kernel_dim=4,
+    linear_key_head_dim=128, linear_num_key_heads=16, linear_value_head_dim=128,
+    mamba_ssm_dtype="float32", max_position_embeddings=262144, mtp_num_hidden_layers=1,
+    mtp_use_dedicated_embeddings=False, rms_norm_eps=1e-6, vocab_size=248320,
+    rope_parameters=dict(
+        mrope_interleaved=True, mrope_section=[11, 11, 10], partial_rotary_factor=0.25,
+        rope_theta=10000000.0, rope_type="default"),
+)  # fmt: skip
 MORE: dict[str, Sample] = {
     "google/gemma-2b": Sample(
         GEMMA | dict(
@@ -338,5 +351,76 @@ MORE: dict[str, Sample] = {
         ),
         125_025_988_608,
         dict(kind="yarn", factor=64.0, beta=0.0, context=4096, beta_fast=4.0),
+    ),
+    "Qwen/Qwen3.5-27B, its text model": Sample(
+        QWEN_3_5 | dict(
+            architectures=["Qwen3_5ForConditionalGeneration"], hidden_size=5120,
+            intermediate_size=17408, layer_types=DELTAS * 16, linear_num_value_heads=48,
+            num_attention_heads=24, num_hidden_layers=64, num_key_value_heads=4,
+            output_gate_type="swish", pad_token_id=None, partial_rotary_factor=0.25,
+            tie_word_embeddings=False,
+        ),
+        26_895_998_464,
+        dict(
+            delta=(True, True, True, False) * 16, value_heads=48, taps=4, rope_width=64,
+            theta=1e7, sections=(11, 11, 10, 0), tied=False, qkv_bias=False,
+        ),
+    ),
+    "Qwen/Qwen3.5-0.8B, its text model": Sample(
+        QWEN_3_5 | dict(
+            hidden_size=1024, intermediate_size=3584, layer_types=DELTAS * 6,
+            linear_num_value_heads=16, mlp_only_layers=[], num_attention_heads=8,
+            num_hidden_layers=24, num_key_value_heads=2, tie_word_embeddings=True,
+        ),
+        752_393_024,
+        dict(delta=(True, True, True, False) * 6, value_heads=16, rope_width=64, tied=True),
+    ),
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": Sample(
+        PLAIN | dict(
+            architectures=["Qwen3NextForCausalLM"], model_type="qwen3_next", bos_token_id=151643,
+            decoder_sparse_step=1, eos_token_id=151645, full_attention_interval=4, head_dim=256,
+            hidden_size=2048, intermediate_size=5120, linear_conv_kernel_dim=4,
+            linear_key_head_dim=128, linear_num_key_heads=16, linear_num_value_heads=32,
+            linear_value_head_dim=128, max_position_embeddings=262144, mlp_only_layers=[],
+            moe_intermediate_size=512, norm_topk_prob=True, num_attention_heads=16,
+            num_experts=512, num_experts_per_tok=10, num_hidden_layers=48, num_key_value_heads=2,
+            output_router_logits=False, partial_rotary_factor=0.25, rms_norm_eps=1e-6,
+            rope_scaling=None, rope_theta=10000000, router_aux_loss_coef=0.001,
+            shared_expert_intermediate_size=512, tie_word_embeddings=False,
+            use_sliding_window=False, vocab_size=151936,
+        ),
+        79_674_391_296,
+        dict(
+            delta=(True, True, True, False) * 12, sparse=(True,) * 48, experts=512, chosen=10,
+            expert_width=512, shared_width=512, rope_width=64,
+        ),
+    ),
+    # As Megatron-Bridge on GitHub has it in its tests, where mamba_d_ssm is missing: heads times
+    # their width.
+    "tiiuae/Falcon-H1-0.5B-Base": Sample(
+        PLAIN | dict(
+            architectures=["FalconH1ForCausalLM"], model_type="falcon_h1",
+            attention_in_multiplier=1.0, attention_out_multiplier=0.9375, attn_layer_indices=None,
+            embedding_multiplier=5.656854249492381, head_dim=64, hidden_size=1024,
+            intermediate_size=2048, key_multiplier=0.39062499999999994,
+            lm_head_multiplier=0.0390625, mamba_chunk_size=128, mamba_conv_bias=True,
+            mamba_d_conv=4, mamba_d_head=64, mamba_d_ssm=1536, mamba_d_state=128, mamba_expand=2,
+            mamba_n_groups=1, mamba_n_heads=24, mamba_norm_before_gate=False,
+            mamba_proj_bias=False, mamba_rms_norm=False, mamba_use_mlp=True,
+            max_position_embeddings=16384, mlp_bias=False,
+            mlp_multipliers=[0.8838834764831844, 0.5859375], num_attention_heads=8,
+            num_hidden_layers=36, num_key_value_heads=2, projectors_bias=False, rms_norm_eps=1e-5,
+            rope_scaling=None, rope_theta=100000000000.0, ssm_in_multiplier=1.25,
+            ssm_multipliers=[
+                0.3535533905932738, 0.25, 0.3535533905932738, 0.5, 0.3535533905932738],
+            ssm_out_multiplier=0.23570226039551587, tie_word_embeddings=False, vocab_size=32784,
+        ),
+        521_411_104,
+        dict(
+            ssm_heads=24, ssm_head_width=64, state=128, groups=1, taps=4, conv_bias=True,
+            norm_first=None, key_scale=0.39062499999999994, logit_scale=0.0390625,
+            z_scale=0.3535533905932738, x_scale=0.25, c_scale=0.5, mlp_down_scale=0.5859375,
+            theta=1e11,
+        ),
     ),
 }  # fmt: skip

@@ -20,7 +20,8 @@ PLAIN = tiny.PLAIN | dict(tie_word_embeddings=False)
 
 def parameters(module, c) -> int:
     """How many numbers the weights hold."""
-    each = lambda path: c.layers if ".*." in path else 1
+    held = getattr(module, "layers_of", lambda c, path: range(c.layers))
+    each = lambda path: len(held(c, path)) if ".*." in path else 1
     return sum(math.prod(s) * each(path) for path, (s, _) in module.weights(c).items())
 
 
@@ -144,6 +145,15 @@ def test_every_rope_field_changes_the_angles_of_the_kinds_that_read_it(kind):
         other = turn(dataclasses.replace(own, **{field.name: value}))
         same = other.shape == turn(own).shape and np.allclose(other, turn(own), atol=1e-4)
         assert same != (field.name in READ[kind].split()), field.name
+
+
+@pytest.mark.parametrize("field, value", [
+    ("attn_output_gate", False), ("output_gate_type", "sigmoid"), ("mamba_ssm_dtype", "bfloat16"),
+    ("mlp_only_layers", [1]),
+])  # fmt: skip
+def test_what_qwen3_5s_files_say_is_refused_where_it_says_something_else(field, value):
+    with pytest.raises(ValueError, match=f"{field}=.*is not supported"):
+        read("qwen3_5_text", **{field: value})
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4}
@@ -332,6 +342,34 @@ def test_windows_start_at_max_window_layers():
     assert read("qwen2", **SLIDING, max_window_layers=2).windows == (None, None, 8)
     assert read("qwen2", **SLIDING).windows == (None, None, None)
     assert read("qwen3", **SLIDING, max_window_layers=0).windows == (8, 8, 8)
+
+
+def test_all_layers_of_qwen3_moe_have_the_window():
+    """transformers' `qwen3_moe` has neither max_window_layers nor layer_types."""
+    own = SLIDING | dict(max_window_layers=2)
+    assert read("qwen3_moe", **own).windows == (8, 8, 8)
+    assert read("qwen3_moe", **own, layer_types=["sliding_attention"] * 3).windows == (8, 8, 8)
+    assert read("qwen3_moe", use_sliding_window=True).windows == (4096,) * 3
+    assert read("qwen3_moe", sliding_window=8).windows == (None,) * 3
+    assert read("qwen2", use_sliding_window=True, max_window_layers=1).windows[1:] == (4096,) * 2
+    with pytest.raises(ValueError, match="'full_attention'.* expected all layers alike"):
+        read("qwen3_moe", **own, layer_types=["sliding_attention"] * 2 + ["full_attention"])
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_next"])
+@pytest.mark.parametrize("given", ["0", 1, ["0"], [True]])
+def test_layers_without_a_mixture_are_named_by_number(name, given):
+    with pytest.raises(ValueError, match="mlp_only_layers=.*expected a list"):
+        read(name, mlp_only_layers=given)
+
+
+@pytest.mark.parametrize("name, field", [
+    ("qwen3_moe", "layer_types"), ("qwen3_5_text", "layer_types"), ("gemma2", "layer_types"),
+    ("llama4_text", "moe_layers"), ("smollm3", "no_rope_layers"), ("qwen3_next", "mlp_only_layers"),
+])  # fmt: skip
+def test_what_is_said_of_layers_is_a_list(name, field):
+    with pytest.raises(ValueError, match=f"{field}=7, expected a list"):
+        read(name, **{field: 7})
 
 
 def test_document_lengths_count_each_segment_of_each_row():

@@ -101,6 +101,7 @@ UNREAD = {
     "mixtral": OF_LOSS,
     "qwen3_moe": OF_LOSS | {"use_sliding_window": WINDOWS_OFF, "sliding_window": WINDOWS_OFF},
     "gpt_oss": OF_LOSS,
+    "qwen3_next": OF_LOSS,
     "glm4_moe": {"output_router_logits": "beside the scores"},
     "deepseek_v3": {"output_router_logits": "beside the scores"},
     "llama4_text": OF_LOSS | {
@@ -154,7 +155,7 @@ def test_no_field_is_named_unread_that_is_read():
 NO_DEFAULT = (*fields.REQUIRED, "model_type", "num_key_value_heads")
 WINDOW = ("use_sliding_window", "sliding_window")  # which layer_types with windows ask for
 NEEDED = {
-    "qwen2_yarn_window": WINDOW, "qwen3_biased": WINDOW, "smollm3": WINDOW,
+    "qwen2_yarn_window": WINDOW[:1], "qwen3_biased": WINDOW[:1], "smollm3": WINDOW,
     "ministral3": ("rope_parameters",),
     # Transformers' defaults beside the other sizes are no model there either.
     "falcon_h1": ("mamba_d_ssm", "mamba_n_heads"),

@@ -13,6 +13,7 @@ import tiny
 from pallas_kernels import _choice
 from unsloth_jax import decoder, decoding, leaves, lora, quant, sample, tree, unstack
 from unsloth_jax.models import family as family_of
+from unsloth_jax.models import qwen3_moe
 from unsloth_jax.sample import Sampling
 
 prefill = tiny.shared_jit(decoding.prefill, static_argnames=("slots", "dtype"))
@@ -125,6 +126,17 @@ def test_projections_that_share_their_input_are_one_array_and_one_product():
             np.testing.assert_allclose(y, x @ nodes[n]["weight"].dequantize().T, atol=1e-5)
     with pytest.raises(ValueError, match="those of one layer, asked for layer 0"):
         leaves.layer(q, 0)
+
+
+def test_experts_of_a_materialized_layer_are_read_by_their_numbers():
+    family, c, params = tiny.pair("qwen3_moe")[1:]
+    node = unstack.materialized(family, c, params).layers[0]["mlp"]["experts"]["*"]
+    x = jnp.asarray(np.random.default_rng(0).normal(0, 1, (2, 64)), jnp.float32)
+    groups = leaves.Groups(jnp.asarray([1, 4]), jnp.asarray([0, 1, 0, 0, 1, 0], jnp.int32))
+    for name in qwen3_moe.NAMES[:2]:
+        w = params["model"]["layers"]["*"]["mlp"]["experts"]["*"][name]["weight"].parts[0][0]
+        want = jnp.einsum("ni,noi->no", x, w[jnp.asarray([1, 4])])
+        np.testing.assert_allclose(leaves.grouped(node[name], x, groups), want, atol=1e-5)
 
 
 def test_the_bytes_of_materialized_layers_are_known_before():

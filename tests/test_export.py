@@ -161,6 +161,22 @@ def test_a_4bit_model_merges_into_the_original_or_the_dequantized_weights(
         in_4bit.save_pretrained_merged(tmp_path / "x", base="nf4")
 
 
+@pytest.mark.parametrize("adapted", [True, False])
+def test_a_base_that_was_trained_on_has_its_other_matrices_dequantized_too(
+    in_4bit, folder, adapted
+):
+    m, base = in_4bit, tensors(folder)
+    queries = {p: x for p, x in tree.flatten(m.adapters).items() if "q_proj" in p and adapted}
+    some = (m.family, m.config, m.params, tree.unflatten(queries), m.scale, m.source, None)
+    found = merge.merged(*some, "dequant4")
+    assert found.facts["dequantized"] == 7 * tiny_chat.LAYERS
+    for w in found.weights:
+        if "q_proj" not in w.name or not adapted:
+            held = dequantized(m, w.name, base[w.name]).astype(BFLOAT16)
+            assert w.read().tobytes() == held.tobytes(), w.name
+    assert "dequantized" not in merge.merged(*some, "original16").facts
+
+
 def dequantized(model, name: str, base: np.ndarray) -> np.ndarray:
     parts = name.split(".")
     if "layers" not in parts:

@@ -278,6 +278,7 @@ BAD_ADAPTERS = [
     (dict(lora_dropout=1), ValueError, "lora_dropout must be from 0 to below 1, got 1"),
     (dict(lora_dropout="no"), TypeError, "lora_dropout"),
     (dict(modules_to_save="lm_head"), TypeError, "modules_to_save must be a list of names"),
+    (dict(target_parameters="down_proj"), TypeError, "target_parameters must be a list of names"),
     (dict(modules_to_save=["heads"]), ValueError, "modules_to_save=.*there is no module .'heads'"),
     (dict(modules_to_save=["q_proj"]), ValueError, "q_proj.*have adapters: choose one"),
     (dict(use_gradient_checkpointing="never"), ValueError, "unsloth.*'never'"),

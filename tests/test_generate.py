@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import torch
 
 from unsloth_jax import lora, quant, sample
 from unsloth_jax.sample import Sampling
@@ -92,3 +93,24 @@ def test_weights_stay_stored_where_plain_ones_do_not_fit_and_it_is_said(capsys):
     assert isinstance(read("materialized", 2**60), Unstacked)
     with pytest.raises(ValueError, match="weights must be one of .*'stored'.*, got 'fp8'"):
         generate.answers(*model(), PROMPTS, stop_ids=[], max_new_tokens=2, weights="fp8")
+
+
+# Fewer rows times experts of a token than experts, so that only the experts in use are read.
+MIXTURES = (
+    "mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3", "qwen3_next", "gpt_oss", "llama4_text"
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIXTURES)
+def test_one_row_of_a_mixture_is_continued_as_in_transformers_from_all_weights(name):
+    pair, row = tiny.pair(name), tiny.draw(71, 9)
+    assert pair.config.chosen < pair.config.experts
+    with torch.no_grad():
+        want = pair.model.generate(
+            torch.tensor([row]), max_new_tokens=5, min_new_tokens=5, do_sample=False
+        )[0, 9:].tolist()
+    settings = dict(stop_ids=[1, 2], max_new_tokens=5, sampling=GREEDY)
+    for weights in generate.WEIGHTS:
+        answers = generate.answers(*pair[1:], [row], weights=weights, **settings)
+        assert answers[0].tokens == want, weights

@@ -9,7 +9,7 @@ from gguf import GGUFReader, TokenType
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bridge import gguf_file, gguf_tokens
+from bridge import gguf_file, gguf_metadata, gguf_tokens
 from bridge.safetensors_file import Weight
 from tests import llama_server
 from tests.gguf_writing import serving, tokenizer_folder
@@ -26,7 +26,9 @@ LENGTHS = {"phi3": WITHIN_WINDOW, "phi3_long": (5, 120), "starcoder2": WITHIN_WI
 TOLERANCE = 1e-2  # nats
 DEEP = ("cohere_plus", "exaone4_windows")
 SLOW = pytest.mark.slow
-NAMES = [pytest.param(n, marks=[SLOW] * (n in (*DEEP, *made.QUANTIZED))) for n in made.CONFIGS]
+LATER = tuple(n for n in made.CONFIGS if n.startswith(("qwen3_next", "gpt_oss", "deepseek")))
+AFTER = (*DEEP, *LATER, *made.QUANTIZED)
+NAMES = [pytest.param(n, marks=[SLOW] * (n in AFTER)) for n in made.CONFIGS]
 SPOKEN = [one for one in NAMES if one.values[0] not in made.QUANTIZED]
 
 
@@ -131,6 +133,12 @@ OTHERWISE = {
         dict(layer_types=["full_attention"] * 5),
         r"layers with chunks \(False",
     ),
+    # llama.cpp ends where no layer uses what it scales queries of such layers by.
+    "few layers": (
+        "llama4",
+        dict(num_hidden_layers=2, no_rope_layers=[1, 1], layer_types=["chunked_attention"] * 2),
+        "a layer without rope False where .* True",
+    ),
     "other steps": ("llama4", dict(moe_layers=[1, 2]), r"mixtures of experts \(False, True, True"),
     "no growth": ("llama4", dict(attn_temperature_tuning=False), r"floor_scale \(None, None\)"),
     "plain queries": ("llama4", dict(use_qk_norm=False), "use_qk_norm False where .* True"),
@@ -173,6 +181,11 @@ OTHERWISE = {
         dict(rope_parameters=made.rope(1e7, mrope_section=[1, 1, 1], partial_rotary_factor=0.25)),
         "frequencies beyond mrope_section 1 where",
     ),
+    "many sections": (
+        "qwen3_5",
+        dict(rope_parameters=made.rope(1e7, mrope_section=[100] * 3, partial_rotary_factor=0.25)),
+        r"frequencies in mrope_section beyond head_dim \d+ where llama.cpp has 0",
+    ),
     "truncate": (
         "ministral3",
         dict(rope_parameters=made.CONFIGS["ministral3"]["rope_parameters"] | dict(truncate=False)),
@@ -189,9 +202,22 @@ def test_models_that_llama_cpp_would_compute_otherwise_are_refused(case, tmp_pat
     assert not (tmp_path / "model.gguf").exists()
 
 
-@pytest.mark.parametrize("name", ["phi3", "starcoder2"])
+def test_a_name_that_makes_llama_cpp_look_for_phi3s_tokens_is_written_otherwise(tmp_path):
+    config, file = made.CONFIGS["olmo2"], tmp_path / "model.gguf"
+    folder = made.tokenizer(config, tmp_path / "tokenizer")
+    how = (file, config, weights_of(config), folder, "f32")
+    (note,) = gguf_file.save(*how, name="tuned/Our-Phi-3-mini").notes
+    assert "'tuned/Our-phi_3-mini', not 'tuned/Our-Phi-3-mini'" in note and "'</s>'" in note
+    speaking(file)  # it ends where tokens are missing
+    known = gguf_metadata.PHI3_TOKENS
+    assert gguf_metadata.loadable_name("phi3", known) == ("phi3", [])
+    assert gguf_metadata.loadable_name("phi-4", []) == ("phi-4", [])
+
+
+@pytest.mark.parametrize("name", ["phi3", "starcoder2", "qwen3_moe"])
 def test_windows_that_llama_cpp_lacks_are_told(name, tmp_path):
-    (note,) = written(tmp_path, made.CONFIGS[name]).notes
+    own = dict(use_sliding_window=True, sliding_window=32) if name == "qwen3_moe" else {}
+    (note,) = written(tmp_path, made.CONFIGS[name] | own).notes
     assert "no sliding window" in note and "beyond 32" in note
 
 

@@ -91,8 +91,9 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, 
 def respell(pre):
     """tokenizer.json as models of that pre-tokenizer have it, on the tiny vocabulary."""
     known = gguf_tokens.PRE_TOKENIZERS[pre]
-    split = {"type": "Split", "pattern": {"Regex": known.steps[0]}, "behavior": "Isolated"}
-    steps = SPLITS.get(pre, (split | {"invert": False}, BYTES))
+    split = lambda step: {"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated"}
+    splits = [split(step) | {"invert": False} for step in known.steps[:-1]]
+    steps = SPLITS.get(pre, (*splits, BYTES))
 
     def change(spec):
         spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": list(steps)}
@@ -113,6 +114,39 @@ def test_llama_cpps_token_ids_equal_the_tokenizers(pre, tmp_path):
     for text in strings:
         ids = llama_server.token_ids(server, text, add_special=True)
         assert ids == tokenizer.encode(text).ids, text
+
+
+# Phi-4-mini's file; models converted from OpenAI's vocabularies leave out what doesn't match.
+OPENAI = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize("arch, name", [("phi3", "gpt-4o"), ("llama4", "llama4")])
+@pytest.mark.parametrize("behavior, invert", [("Isolated", False), ("Removed", True)])
+def test_openais_splitting_has_the_converters_name(tmp_path, arch, name, behavior, invert):
+    split = {"type": "Split", "pattern": {"Regex": OPENAI}}
+    split |= {"behavior": behavior, "invert": invert}
+
+    def change(spec):
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, BYTES]}
+
+    folder = tokenizer_folder(tmp_path / "tokenizer", change)
+    assert gguf_tokens.read(folder, {"vocab_size": 49152}, arch).pre == name
+
+
+def test_a_splitting_that_removes_what_it_matches_has_no_name(tmp_path):
+    split = {"type": "Split", "pattern": {"Regex": OPENAI}, "behavior": "Removed", "invert": False}
+
+    def change(spec):
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, BYTES]}
+
+    folder = tokenizer_folder(tmp_path / "tokenizer", change)
+    with pytest.raises(ValueError, match="no name for this pre-tokenizer"):
+        gguf_tokens.read(folder, {"vocab_size": 49152})
 
 
 def test_no_bos_is_added_that_the_tokenizer_does_not_add(tmp_path):
@@ -194,6 +228,7 @@ def other_digits(spec):
 
 def whole_words(spec):
     spec["model"]["ignore_merges"] = True
+    spec["model"]["merges"] = spec["model"]["merges"][:-5]
 
 
 def lowercase(spec):
@@ -219,6 +254,20 @@ def test_tokenizers_that_llama_cpp_lacks_are_refused(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         written(tmp_path / "model.gguf", small(), folder=folder)
     assert not list(tmp_path.glob("model*"))
+
+
+def test_whole_words_that_merges_make_too_are_llama_cpps(tmp_path):
+    def change(spec):
+        respell("gpt-4o")(spec)
+        spec["model"]["ignore_merges"] = True
+
+    folder = tokenizer_folder(tmp_path / "tokenizer", change)
+    written(tmp_path / "model.gguf", small(), folder=folder)
+    assert gguf_tokens.read(folder, ROWS).pre == "gpt-4o"
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    server = serving(tmp_path / "model.gguf")
+    for text in PIECES:
+        assert llama_server.token_ids(server, text, add_special=True) == tokenizer.encode(text).ids
 
 
 def test_sentencepiece_is_refused_for_architectures_whose_converter_reads_none(tmp_path):

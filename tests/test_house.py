@@ -26,7 +26,7 @@ ALLOWED = {
 }
 # The core from the bottom up: a module imports earlier ones only.
 CORE = ["dims", "tree", "leaves", "rope", "layers", "experts", "quant", "lora", "models"]
-CORE += ["remat", "decoder", "unstack", "decoding", "sample"]
+CORE += ["remat", "decoder", "unstack", "decoding", "sample", "rollout"]
 ASIDE = {
     "losses": {"dims", "leaves"},
     "train": {"dims"},
@@ -38,7 +38,8 @@ ASIDE = {
     "advantages": set(),
     "adam8": set(),
     "data": {"dims"},
-    "plan": {"dims", "tree", "leaves", "remat", "train"},
+    "layer_memory": {"dims", "tree", "leaves", "remat", "train"},
+    "plan": {"dims", "tree", "leaves", "remat", "train", "layer_memory"},
 }
 LAZY = {"unsloth_jax/__init__.py", "unsloth_jax/chat_templates.py"}
 TORCH = "bridge/vllm.py"

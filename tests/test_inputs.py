@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import transformers
 
-from workflows import inputs, keywords
+from workflows import adapting, inputs, keywords
 
 GIVEN = (None, None, None, None, None, None)
 
@@ -29,6 +29,23 @@ def test_a_setting_of_another_kind_is_refused_with_the_kind_it_has(setting, valu
     with pytest.raises(TypeError) as error:
         inputs.check_settings("generate", {setting: value})
     assert str(error.value) == f"generate: {setting} must be {kind}, got {value!r}"
+
+
+@pytest.mark.parametrize("given", [7, 0, "down_proj", [7], {"a": 1}])
+def test_names_that_are_no_list_are_refused_with_their_keyword(given):
+    """The shape checks of the tests come before it in get_peft_model."""
+    with pytest.raises(TypeError, match="target_parameters must be a list of names, got"):
+        adapting.check_names("target_parameters", given)
+    adapting.check_names("target_parameters", None)
+
+
+def test_padding_on_the_left_and_inside_goes_last():
+    tokens = np.asarray([[0, 0, 5, 6], [7, 0, 8, 0], [1, 2, 3, 4]], np.int32)
+    front, mask, at = inputs.padded_last(tokens, (tokens > 0).astype(np.int32))
+    assert front.tolist() == [[5, 6, 0, 0], [7, 8, 0, 0], [1, 2, 3, 4]]
+    assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+    assert (np.take_along_axis(front, at, axis=1) == tokens).all()
+    assert inputs.padded_last(front, mask)[2] is None
 
 
 @pytest.mark.parametrize("seed", [2**63, -(2**63) - 1])

@@ -254,7 +254,7 @@ def test_scaling_is_alpha_by_rank_or_by_its_root(alpha, rank, rslora, expected):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(targets=("q_proj", "qq_proj")), r"qq_proj.*match nothing; there are .*q_proj"),
+        (dict(targets=("q_proj", "qq_proj")), r"qq_proj.*match nothing; nearest known: .*q_proj"),
         (dict(targets="nothing"), "'nothing'.*match nothing"),
         (dict(targets=()), "match nothing"),
         (dict(layers=(3,)), r"names \[3\]; there are 0 to 2"),

@@ -95,6 +95,46 @@ def test_pissa_begins_with_the_model_as_it_was():
     assert np.abs(scores(got.params) - want).max() > 0.1 * want.std()
 
 
+# Targets that some layers have, beside ones that all have.
+UNLIKE = {
+    "qwen3_5_text": lora.TARGETS,
+    "qwen3_next": ("q_proj", "in_proj_ba", "out_proj"),
+    "llama4_text": ("q_proj", "shared_expert.up_proj"),
+}
+
+
+SLOW = [(name, start) for name in UNLIKE for start in ("loftq", "pissa")][1:]
+
+
+@pytest.mark.parametrize(("name", "start"), [
+    ("qwen3_5_text", "loftq"), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)
+])  # fmt: skip
+def test_layers_that_differ_start_as_each_does_alone(name, start):
+    params, rank, by = tiny.pair(name).params, 3, 2.0
+    got = starts.begin(jax.random.key(2), params, rank, UNLIKE[name], None, start, scale=by)
+    flat, was, pairs = *map(tree.flatten, (got.params, params)), tree.flatten(got.adapters)
+    modules = lora.modules(params, UNLIKE[name])
+    assert any(isinstance(pairs[f"{path}.a"], Stacks) for path in modules)
+    for path, ids in modules.items():
+        for i in ids:
+            w, new = (np.asarray(dense(layer(x[f"{path}.weight"], i))) for x in (was, flat))
+            a, b = (np.asarray(layer(pairs[f"{path}.{x}"], i)) for x in "ab")
+            rest = nf4.quantize(jnp.asarray(w), double=False).dequantize()
+            best = w if start == "pissa" else w - np.asarray(rest)
+            u, s, v = np.linalg.svd(best, full_matrices=False)
+            product = (u[:, :rank] * s[:rank]) @ v[:rank]
+            made = by * b @ a if start == "pissa" else b @ a
+            np.testing.assert_allclose(made, product, atol=5e-5)
+            np.testing.assert_allclose(new, w - product if start == "pissa" else rest, atol=5e-5)
+    for path in set(was) - {f"{path}.weight" for path in modules}:
+        assert jax.tree.all(jax.tree.map(np.array_equal, flat[path], was[path])), path
+    if start == "pissa":
+        pair, rows = tiny.pair(name), tiny.padded(ROWS, LENGTH)
+        attached = lora.attach(got.params, got.adapters, by)
+        want, found = (tiny.logits(*pair[1:3], p, *rows) for p in (params, attached))
+        assert np.abs(found - want).max() <= 1e-4 * np.asarray(want).std()
+
+
 def decaying(height: int, width: int) -> np.ndarray:
     """A matrix whose singular values halve from one to the next."""
     rng = np.random.default_rng(7)

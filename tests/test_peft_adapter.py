@@ -78,8 +78,9 @@ def spoil_config(folder: Path, **fields):
 @pytest.mark.parametrize(
     "fields",
     [
-        dict(use_dora="yes"), dict(modules_to_save=["nothing"]), dict(alpha_pattern={"q_proj": 2}),
-        dict(rank_pattern={"q_proj": 4}), dict(bias="all"), dict(lora_bias=True), dict(r="four"),
+        dict(use_dora="yes"), dict(modules_to_save=["nothing"]),
+        dict(alpha_pattern={"q_proj": "2"}),
+        dict(rank_pattern={"q_proj": 0}), dict(bias="all"), dict(lora_bias=True), dict(r="four"),
         dict(fan_in_fan_out=True), dict(target_parameters=["experts.w"]),
         dict(corda_config={"x": 1}),
         dict(eva_config={"rho": 2.0}), dict(trainable_token_indices=[1]), dict(peft_type="IA3"),

@@ -25,7 +25,7 @@ from unsloth_jax import sample
 from unsloth_jax.sample import Sampling
 from workflows import generate
 
-filtered, draw = jax.jit(sample.filtered), jax.jit(sample.draw)
+filtered, drawn = jax.jit(sample.filtered), jax.jit(sample.draw)
 on_device = generate.on_device
 GREEDY = Sampling(temperature=0.0)
 NEW = 16
@@ -145,20 +145,45 @@ def test_the_defaults_drop_no_token_however_unlikely():
     np.testing.assert_array_equal(got, scores)
 
 
+def draw(seed: int, scores: Any, seen: Any, s: Sampling) -> sample.Drawn:
+    return drawn(jax.random.split(jax.random.key(seed), len(scores)), scores, seen, on_device(s))
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.6])
-def test_a_draws_log_probability_is_of_the_unfiltered_distribution(temperature):
+def test_a_draw_tells_its_chance_before_and_after_penalty_and_filters(temperature):
     s = Sampling(temperature, top_k=3, top_p=0.5, repetition_penalty=1.5)
     scores, ids = scores_and_seen(6)
     seen = np.zeros(scores.shape, bool)
     np.put_along_axis(seen, ids, True, axis=1)
-    key = jax.random.key(5)
-    token, logprob = draw(key, jnp.asarray(scores), jnp.asarray(seen), on_device(s))
-    plain = Sampling(temperature or 1.0, repetition_penalty=1.5)
-    whole = torch.tensor(theirs(scores, ids, plain)).log_softmax(-1).numpy()
-    want = np.take_along_axis(whole, np.asarray(token)[:, None], axis=1)[:, 0]
-    np.testing.assert_allclose(logprob, want, atol=2e-6)
+    found = draw(5, jnp.asarray(scores), jnp.asarray(seen), s)
+    at = lambda scores: np.take_along_axis(
+        torch.tensor(scores).log_softmax(-1).numpy(), np.asarray(found.token)[:, None], axis=1
+    )[:, 0]
+    np.testing.assert_allclose(found.logprob, at(scores / (temperature or 1.0)), atol=2e-6)
     if temperature == 0:
-        np.testing.assert_array_equal(token, whole.argmax(-1))
+        penalized = theirs(scores, ids, Sampling(repetition_penalty=1.5))
+        np.testing.assert_array_equal(found.token, penalized.argmax(-1))
+        assert not found.sampled_logprob.any()
+    else:
+        np.testing.assert_allclose(found.sampled_logprob, at(theirs(scores, ids, s)), atol=2e-6)
+        assert np.abs(found.sampled_logprob - found.logprob).max() > 0.1
+
+
+def test_each_row_is_drawn_by_its_own_settings_and_key():
+    scores, ids = scores_and_seen(6)
+    seen = np.zeros(scores.shape, bool)
+    np.put_along_axis(seen, ids, True, axis=1)
+    rows = [Sampling(), GREEDY, *(Sampling(**FILTERS[n]) for n in ("hot", "top_k", "top_p", "all"))]
+    rows += [Sampling(**FILTERS["penalty"]), Sampling(**FILTERS["min_p"])]
+    mixed = Sampling(*(jnp.asarray(x, jnp.float32) for x in zip(*rows, strict=True)))
+    keys = jax.random.split(jax.random.key(2), len(rows))
+    together = drawn(keys, jnp.asarray(scores), jnp.asarray(seen), mixed)
+    for n, s in enumerate(rows):
+        one = slice(n, n + 1)
+        alone = drawn(keys[one], jnp.asarray(scores[one]), jnp.asarray(seen[one]), on_device(s))
+        assert alone.token[0] == together.token[n]
+        for field in ("logprob", "sampled_logprob"):
+            assert abs(getattr(alone, field)[0] - getattr(together, field)[n]) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -173,8 +198,7 @@ def test_a_draws_log_probability_is_of_the_unfiltered_distribution(temperature):
 def test_draws_follow_the_filtered_distribution(settings, kept):
     chances = np.asarray([0.35, 0.08, 0.25, 0.02, 0.3])
     scores = jnp.broadcast_to(jnp.log(jnp.asarray(chances, jnp.float32)), (4000, 5))
-    s = on_device(Sampling(**settings))
-    token, _ = draw(jax.random.key(0), scores, jnp.zeros(scores.shape, bool), s)
+    token, *_ = draw(0, scores, jnp.zeros(scores.shape, bool), Sampling(**settings))
     counts = np.bincount(np.asarray(token), minlength=5)
     want = chances[kept] ** (1 / settings.get("temperature", 1.0))
     assert counts[kept].sum() == 4000
@@ -280,12 +304,12 @@ def test_short_pieces_join_to_the_whole_answer(s):
 def test_only_a_filter_sorts_the_vocabulary():
     scores = jnp.zeros((2, 7000))
     closed = jax.make_jaxpr(sample.draw)(
-        jax.random.key(0), scores, scores > 0, on_device(Sampling())
+        jax.random.split(jax.random.key(0), 2), scores, scores > 0, on_device(Sampling())
     )
     made = lambda jaxpr: {eqn.primitive.name for eqn in programs.equations(jaxpr)}
     (choice,) = [e for e in programs.equations(closed.jaxpr) if e.primitive.name == "cond"]
-    greedy, plain, filters = (made(branch.jaxpr) for branch in choice.params["branches"])
-    assert "sort" in filters and "sort" not in greedy | plain
+    greedy, plain, penalized, filters = (made(branch.jaxpr) for branch in choice.params["branches"])
+    assert "sort" in filters and "sort" not in greedy | plain | penalized
     assert "sort" not in {eqn.primitive.name for eqn in closed.jaxpr.eqns}
 
 

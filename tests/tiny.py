@@ -139,7 +139,8 @@ TINY: dict[str, tuple[str, dict]] = {
     ),
     "qwen3_moe_unnormed": (
         "Qwen3Moe", SMALL | MIXED | dict(
-            num_experts=4, moe_intermediate_size=32, tie_word_embeddings=True),
+            num_experts=4, moe_intermediate_size=32, tie_word_embeddings=True,
+            use_sliding_window=True, sliding_window=8),
     ),
     "glm4_moe": (
         # A dict of its own: transformers writes into it.

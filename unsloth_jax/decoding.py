@@ -4,6 +4,7 @@ A prompt goes through scanned layers like a training row. A token goes through u
 each with a cache of its own, which is written in place where it is donated.
 """
 
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -66,6 +67,26 @@ def empty(family: ModuleType, c: Any, batch: int, slots: int, dtype: Any) -> Cac
     }
     none = lambda: jnp.zeros((batch,), jnp.int32)
     return Cache(**arrays, used=none(), context=none())
+
+
+def roomier(cache: Cache, slots: int) -> Cache:
+    """The cache with room for `slots` tokens a row; the given one's keys and values are deleted.
+
+    One array at a time, so that no more than one is held twice. Not for use inside jit.
+    """
+
+    def wider(x):
+        new = _padded(x, slots)
+        x.delete()
+        return new
+
+    keys, values = (jax.tree.map(wider, xs) for xs in (cache.keys, cache.values))
+    return cache.replace(keys=keys, values=values)
+
+
+@partial(jax.jit, static_argnums=1)
+def _padded(x, slots):
+    return jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)))
 
 
 def prefill(

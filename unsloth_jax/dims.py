@@ -5,12 +5,16 @@ H query heads   K key/value heads   h head width   u width of a head's values   
 r LoRA rank   N rows (B*T)   E experts   O, I the two sides of a weight [out, in]   M micro-batches
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 Params = dict[str, Any]  # nested dict of leaves: arrays, quantized weights, Lora and Stacks nodes
+# Name of a tensor -> (its shape, what makes it of a weight).
+Parts = dict[str, tuple[tuple[int, ...], Callable[[np.ndarray], np.ndarray]]]
 
 
 class Batch(NamedTuple):

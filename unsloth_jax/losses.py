@@ -28,37 +28,61 @@ def token_logprobs(
     and the head alike. `smoothing` is the share of the mean log-probability over the vocabulary,
     so that `sft` of what returns is transformers' `LabelSmoother`; `scores` is the family's.
     """
+    return _found(hidden, head, targets, chunk, weights, smoothing, scores, False)[0]
+
+
+def token_logprobs_and_entropies(
+    hidden: Float[Array, "B T D"],
+    head: Params,
+    targets: Int[Array, "B T"],
+    chunk: int = CHUNK,
+    weights: Float[Array, "B T"] | None = None,
+    scores: Scores = PLAIN,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """`token_logprobs`, and each token's entropy in nats, which has no gradient."""
+    return _found(hidden, head, targets, chunk, weights, 0.0, scores, True)
+
+
+def _found(hidden, head, targets, chunk, weights, smoothing, scores, entropy):
     batch, length, width = hidden.shape
     x, y = hidden.reshape(-1, width), targets.reshape(-1)
     if isinstance(head["weight"], jax.Array) and "bias" not in head:
         wanted = None if weights is None else weights.reshape(-1) != 0
-        rule = cross_entropy.Rule(chunk, *scores, smoothing=smoothing)
-        logps = cross_entropy.token_logprobs(x, head["weight"], y, wanted, rule).logps
+        rule = cross_entropy.Rule(chunk, *scores, entropy=entropy, smoothing=smoothing)
+        found = tuple(cross_entropy.token_logprobs(x, head["weight"], y, wanted, rule))
     else:
-        logps = _recomputed(x, head, y, chunk, smoothing, scores)
-    return logps.reshape(batch, length)
+        found = _recomputed(x, head, y, chunk, smoothing, scores, entropy)
+    return tuple(one if one is None else one.reshape(batch, length) for one in found)
 
 
 def _recomputed(
-    x: Array, head: Params, y: Array, chunk: int, smoothing: float | int, how: Scores
-) -> Array:
-    """`token_logprobs` [N] under a head of any kind, by computing each chunk again backward."""
+    x: Array, head: Params, y: Array, chunk: int, smoothing: float | int, how: Scores, entropy: bool
+) -> tuple[Array, Array | None]:
+    """`_found` [N] under a head of any kind, by computing each chunk again backward."""
     rows = x.shape[0]
     chunk = min(chunk, rows)
     pad = -rows % chunk
 
     @jax.checkpoint
-    def one(head: Any, x: Array, y: Array) -> Array:
+    def one(head: Any, x: Array, y: Array) -> tuple[Array, Array]:
         scores = leaves.scores(head, x, how)
         picked = jnp.take_along_axis(scores, y[:, None], axis=-1)[:, 0]
         picked = (1 - smoothing) * picked + smoothing * scores.mean(-1)
-        return picked - jax.nn.logsumexp(scores, axis=-1)
+        whole = jax.nn.logsumexp(scores, axis=-1)
+        return picked - whole, (_entropies(scores, whole) if entropy else whole)
 
     x = jnp.pad(x, ((0, pad), (0, 0))).reshape(-1, chunk, x.shape[1])
     y = jnp.pad(y, (0, pad)).reshape(-1, chunk)
     numbers = jnp.arange(len(x)) if leaves.draws(head) else None
     part = lambda n, x, y: one(leaves.folded(head, n), x, y)
-    return jax.lax.map(lambda xs: part(*xs), (numbers, x, y)).reshape(-1)[:rows]
+    logps, more = jax.lax.map(lambda xs: part(*xs), (numbers, x, y))
+    return logps.reshape(-1)[:rows], more.reshape(-1)[:rows] if entropy else None
+
+
+def _entropies(scores: Array, whole: Array) -> Array:
+    """Entropies [N] of scores whose logsumexp is `whole`."""
+    scores = jax.lax.stop_gradient(scores)
+    return jax.lax.stop_gradient(whole) - (jax.nn.softmax(scores, axis=-1) * scores).sum(-1)
 
 
 def sft(logps: Float[Array, "B T"], weights: Float[Array, "B T"]) -> Total:

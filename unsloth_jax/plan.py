@@ -9,19 +9,28 @@ import bisect
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import attention, recurrence
 from unsloth_jax import remat, tree
 from unsloth_jax.dims import Batch, Params
+from unsloth_jax.layer_memory import (
+    Job,
+    copies,
+    embedding,
+    feed,
+    gaps,
+    item,
+    live,
+    residuals,
+    size,
+    table,
+)
 from unsloth_jax.leaves import Hosted, Quantized, Vacant
-from unsloth_jax.remat import KEPT, Memory
-from unsloth_jax.train import State
+from unsloth_jax.remat import Memory
 
 GIB = 2**30
 UNBOUNDED = 2**62
@@ -29,27 +38,6 @@ ERROR = 1.15  # an estimate is at most this factor off
 TILE = 8192  # tokens that pass through the MLP at once where there are more
 BUCKET = 64  # rows are padded to a multiple of this
 RANKS = (64, 32, 16, 8, 4, 2, 1)
-
-
-class Job(NamedTuple):
-    """What is trained. Nothing here needs values: shapes do."""
-
-    family: ModuleType
-    config: Any
-    params: Params
-    states: Callable[[int], State]  # shapes of adapters and optimizer by rank
-    rank: int
-    batch: int
-    length: int
-    accumulation: int = 1
-    platform: str = "gpu"
-    keyed: bool = False  # whether batches bring a random key
-    beside: dict[str, Any] | None = None  # shapes of a batch's `beside`
-
-    @property
-    def tokens(self) -> int:
-        """Of one micro-batch."""
-        return self.batch * self.length
 
 
 class Budget(NamedTuple):
@@ -127,33 +115,6 @@ def named(title: str) -> Memory:
     return Memory(**found)
 
 
-def size(node: Any) -> int:
-    """Bytes of all arrays of a tree, or of the shapes in their place."""
-    leaves = jax.tree.leaves(node)
-    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in leaves)
-
-
-def table(params: Params) -> tuple[str, Any]:
-    """(path, the embedding table [V, D]: an array, a shape, a quantized or a `Hosted` one)."""
-    flat = tree.flatten(params)
-    return next((p, leaf) for p, leaf in flat.items() if p.endswith("embed_tokens.weight"))
-
-
-def _rows(job: Job) -> Any:
-    """The embedding table, wherever it is: its rows are the first activations."""
-    leaf = table(job.params)[1]
-    return leaf.table if isinstance(leaf, Hosted) else leaf
-
-
-def activations(job: Job) -> jnp.dtype:
-    """The dtype of what passes through the layers: the embedding table's."""
-    return jnp.dtype(_rows(job).dtype)
-
-
-def _item(job: Job) -> int:
-    return activations(job).itemsize
-
-
 def hostable(params: Params) -> bool:
     """Whether the embedding table may stay in host memory: frozen and plain, the head its own."""
     needed = isinstance(table(params)[1], Quantized | Vacant)
@@ -174,7 +135,7 @@ def batches(job: Job, memory: Memory) -> Batch:
     """Shapes of what a step is given."""
     lead = (job.accumulation, job.batch, job.length)
     whole, real = (jax.ShapeDtypeStruct(lead, d) for d in (jnp.int32, jnp.float32))
-    first = _rows(job)
+    first = embedding(job)
     rows = jax.ShapeDtypeStruct((*lead, first.shape[1]), first.dtype)
     embedded = rows if memory.host_embedding else None
     key = jax.ShapeDtypeStruct((job.accumulation, 2), jnp.uint32) if job.keyed else None
@@ -187,93 +148,22 @@ def _fixed(job: Job, memory: Memory) -> dict[str, int]:
     if memory.host_embedding:
         job = _table_apart(job)
     grads = size(state.trainable)
-    inputs = job.config.layers * job.tokens * job.config.width * _item(job)
-    left_behind = size(_rows(job)) if memory.host_embedding else 0
+    inputs = job.config.layers * job.tokens * job.config.width * item(job)
+    left_behind = size(embedding(job)) if memory.host_embedding else 0
     return dict(
         parameters=size(job.params),
         adapters=grads,
         optimizer=size(state.opt),
         gradients=grads * (1 if job.accumulation == 1 else 2),
-        residuals=_residuals(job, memory),
+        residuals=residuals(job, memory),
         batch=size(batches(job, memory)),
         host=left_behind + (inputs if memory.keep == "offload" else 0),
     )
 
 
-def _kept(memory: Memory) -> tuple[str, ...]:
-    """Names that layers keep; tiles compute their own again, whatever the policy says."""
-    names = KEPT[memory.keep]
-    return names if memory.tiles == 1 else tuple(n for n in names if n not in ("gate", "up"))
-
-
-def _flash(job: Job) -> bool:
-    """Whether attention runs without its scores in memory."""
-    width = max(job.config.head_width, job.config.v_width)
-    fits = width % 8 == 0 and width <= 128 and job.config.attention_cap is None
-    return job.platform == "gpu" and _item(job) == 2 and fits
-
-
-def _residuals(job: Job, memory: Memory) -> int:
-    c, names = job.config, _kept(memory)
-    q, k = c.heads * c.head_width, c.kv_heads * c.head_width
-    v = c.kv_heads * c.v_width
-    widths = dict(q=q, k=k, v=v, mid=c.width, gate=c.mlp_width, up=c.mlp_width)
-    widths[attention.KEPT] = c.heads * c.v_width
-    row = sum(widths.pop(n) for n in ("mid", "gate", "up") if n in names)
-    row = _item(job) * (row + c.width * (memory.keep != "offload"))
-    mixed = _item(job) * sum(widths[n] for n in names if n in widths)
-    # The softmax' float32 statistics.
-    mixed += 4 * c.heads * (attention.KEPT in names and _flash(job))
-    return job.tokens * (c.layers * row + mixed * sum(not x or x.attends for x in _held(job)))
-
-
-def _held(job: Job) -> list[Any]:
-    """What a cache holds of each layer, None where that is keys and values alone."""
-    own = getattr(job.family, "holds", None)
-    return [own and own(job.config, kind) for kind in job.family.kinds(job.config)]
-
-
-def _mlp(job: Job, memory: Memory) -> int:
-    """Live in the backward pass of a layer's MLP, beside residuals and gradients."""
-    c, b, part = job.config, _item(job), job.tokens // memory.tiles
-    kept = "gate" in _kept(memory)
-    # Their product, three cotangents and, computed again, gate and up less what they replace.
-    wide = part * c.mlp_width * b * (4 if kept else 5)
-    rows = job.tokens * c.width * b * ((2 if kept else 3) + (2 if memory.tiles > 1 else 0))
-    return wide + rows + 2 * c.mlp_width * c.width * b
-
-
-def _attention(job: Job) -> int:
-    """Live in the backward pass of a layer's attention, beside residuals and gradients."""
-    c, b = job.config, _item(job)
-    q, kv = c.heads * c.head_width, c.kv_heads * c.head_width
-    # Inputs, result and their cotangents; cuDNN adds dq's parts in float32.
-    rows = job.tokens * (b * (4 * q + 4 * kv + 3 * c.width) + 4 * q)
-    if any(path.endswith("q_norm.weight") for path in tree.flatten(job.params)):
-        rows += job.tokens * 14 * (q + kv)  # float32 inputs, results and cotangents of the norms
-    scores = 0 if _flash(job) else 3 * 4 * job.batch * c.heads * job.length**2
-    return rows + scores + c.width * (q + 2 * kv) * b
-
-
-def _recurrence(job: Job) -> int:
-    """Live in a recurrence's backward pass: its rows and each chunk's state, with cotangents."""
-    chunks, b = job.batch * -(-job.length // recurrence.CHUNK), _item(job)
-    row = lambda C, H, V: (16 + 8 * b) * C + 16 * H * V
-    held = ((one.tail[1], *one.state) for one in _held(job) if one and one.state)
-    every = (job.tokens * row(C, H, V) + 8 * chunks * H * K * V for C, H, K, V in held)
-    return max(every, default=0)
-
-
-def _layer(job: Job, memory: Memory) -> int:
-    # Inputs on their way, both directions; none are when attention's rows come to life.
-    in_flight = 4 if memory.keep == "offload" else 0
-    moving = in_flight * job.tokens * job.config.width * _item(job)
-    return max(_mlp(job, memory) + moving, _attention(job), _recurrence(job))
-
-
 def _loss(job: Job, memory: Memory) -> int:
     """Live while the loss finds its scores and the hidden states' cotangents."""
-    c, b = job.config, _item(job)
+    c, b = job.config, item(job)
     chunk = min(memory.chunk, max(64, job.tokens // 4), job.tokens)
     return chunk * c.vocab * (4 + b) + 3 * job.tokens * c.width * b
 
@@ -281,8 +171,9 @@ def _loss(job: Job, memory: Memory) -> int:
 def estimate(job: Job, memory: Memory) -> Plan:
     """The plan by a closed form, from compiled GPU steps: the loss or a layer has the peak."""
     fixed = _fixed(job, memory)
-    live = max(fixed["gradients"] + _layer(job, memory), _loss(job, memory))
-    return Plan(**fixed, temporaries=max(live - fixed["gradients"], 0), source="estimated")
+    most = max(fixed["gradients"] + live(job, memory), _loss(job, memory))
+    extra = max(most - fixed["gradients"], 0) + copies(job, memory) + gaps(job, memory)
+    return Plan(**fixed, temporaries=extra, source="estimated")
 
 
 def compiled(step: Any, job: Job, memory: Memory) -> Plan:
@@ -301,7 +192,7 @@ def laid_out(program: Any, job: Job, memory: Memory) -> Plan:
     total += sizes.temp_size_in_bytes
     fixed["host"] = sizes.host_temp_size_in_bytes
     if memory.host_embedding:
-        fixed["host"] += size(_rows(job))
+        fixed["host"] += size(embedding(job))
     known = sum(x for name, x in fixed.items() if name != "host")
     return Plan(**fixed, temporaries=total - known, source="compiled")
 
@@ -315,10 +206,13 @@ def ladder(job: Job) -> tuple[Memory, ...]:
     tiles = _tiles(job)
     # Only a layer that keeps most of what it makes gains enough by being written out.
     rungs = [Memory("none", unroll=True), Memory("none", unroll=True, host_embedding=host)]
-    rungs += [Memory(keep, host_embedding=host) for keep in ("mlp", "attention", "full")]
+    # Experts keep nothing: a mixture's "mlp" is leaner than its "attention", or no rung at all.
+    names = ("mlp",) * bool(feed(job).ups) + ("attention", "full")
+    keeps = [Memory(keep, host_embedding=host) for keep in names]
+    rungs += sorted(keeps, key=lambda memory: -estimate(job, memory).total)
     rungs.append(Memory("full", tiles, host_embedding=host))
     lean = Memory("offload", tiles, host_embedding=host)
-    while _loss(job, lean) > _layer(job, lean) and lean.chunk > remat.PLAIN.chunk // 4:
+    while _loss(job, lean) > live(job, lean) and lean.chunk > remat.PLAIN.chunk // 4:
         lean = lean._replace(chunk=lean.chunk // 2)
     kept = rungs[:1]
     for memory in [*rungs[1:], lean]:

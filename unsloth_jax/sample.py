@@ -5,7 +5,6 @@ transformers: repetition penalty, temperature, top-k, top-p, min-p.
 """
 
 from collections.abc import Callable
-from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ OUT = -1e30  # the score of a token that can't be drawn
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn, one value for the whole batch; the defaults change nothing."""
+    """How tokens are drawn, one value for all rows or one a row; the defaults change nothing."""
 
     temperature: Any = 1.0  # 0 takes the likeliest token
     top_k: Any = 0  # 0 keeps all
@@ -51,50 +50,81 @@ def penalize(
     return jnp.where(seen, worse, scores)
 
 
+def columns(s: Sampling, rows: int) -> Sampling:
+    """Each setting as [B, 1], whether it was one value or one a row."""
+    return Sampling(*(jnp.broadcast_to(jnp.asarray(x).reshape(-1, 1), (rows, 1)) for x in s))
+
+
 def filtered(scores: Float[Array, "B V"], s: Sampling) -> Float[Array, "B V"]:
     """Tempered scores with the tokens that may not be drawn at -1e30; `temperature` is over 0."""
+    s = columns(s, scores.shape[0])
     scores = scores / s.temperature
     order = jnp.sort(scores, axis=-1, descending=True)
     count = scores.shape[-1]
     k = jnp.where(s.top_k > 0, jnp.minimum(s.top_k, count), count).astype(jnp.int32)
-    least = jnp.take_along_axis(order, jnp.broadcast_to(k - 1, (scores.shape[0], 1)), axis=-1)
+    least = jnp.take_along_axis(order, k - 1, axis=-1)
     scores = jnp.where(scores < least, OUT, scores)
     order = jnp.where(order < least, OUT, order)
     chance = jax.nn.softmax(order, axis=-1)
     # A rounded sum reaches 1 before the last token, which top_p = 1 must not drop.
-    kept = (jnp.cumsum(chance, axis=-1) - chance < s.top_p) | (jnp.asarray(s.top_p) >= 1)
+    kept = (jnp.cumsum(chance, axis=-1) - chance < s.top_p) | (s.top_p >= 1)
     least = jnp.min(jnp.where(kept, order, jnp.inf), axis=-1, keepdims=True)
     scores = jnp.where(scores < least, OUT, scores)
     chance = jax.nn.softmax(scores, axis=-1)
     return jnp.where(chance < s.min_p * chance.max(-1, keepdims=True), OUT, scores)
 
 
-def draw(
-    key: jax.Array, scores: Float[Array, "B V"], seen: Bool[Array, "B V"], s: Sampling
-) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """A token a row and its log-probability under the unfiltered, tempered distribution.
+class Drawn(NamedTuple):
+    """A token a row, and how likely it was."""
 
-    The vocabulary is sorted only where a filter is on.
+    token: Any  # int32 [B]
+    logprob: Any  # float32 [B]: tempered, before penalty and filters, which is the policy's own
+    sampled_logprob: Any  # float32 [B]: after them, under what it was drawn from; 0 if greedy
+
+
+def draw(
+    keys: jax.Array, scores: Float[Array, "B V"], seen: Bool[Array, "B V"], s: Sampling
+) -> Drawn:
+    """A token a row, by the row's own key [B] and settings.
+
+    A greedy row's `logprob` is that of temperature 1. The vocabulary is sorted only where a
+    filter is on.
     """
-    scores = penalize(scores, seen, s.repetition_penalty)
-    greedy = jnp.asarray(s.temperature) == 0
+    s = columns(s, scores.shape[0])
+    greedy = s.temperature == 0
     s = s._replace(temperature=jnp.where(greedy, 1.0, s.temperature))
-    tempered = scores / s.temperature
-    likeliest = jnp.argmax(scores, axis=-1)
-    filters = (jnp.asarray(s.top_k) > 0) | (jnp.asarray(s.top_p) < 1) | (jnp.asarray(s.min_p) > 0)
-    token = jax.lax.switch(
-        jnp.where(greedy, 0, jnp.where(filters, 2, 1)),
+    penalized = penalize(scores, seen, s.repetition_penalty)
+    likeliest = jnp.argmax(penalized, axis=-1).astype(jnp.int32)
+    filters = ((s.top_k > 0) | (s.top_p < 1) | (s.min_p > 0)) & ~greedy
+    penalties = (s.repetition_penalty != 1) & ~greedy
+    # A row's draw must not depend on what other rows ask for: the same scores, the same key.
+    one = jax.vmap(lambda key, scores: jax.random.categorical(key, scores).astype(jnp.int32))
+
+    def of(scores):
+        token = one(keys, scores)
+        return token, _logprob(scores, token)
+
+    plainly = lambda: (one(keys, scores / s.temperature), jnp.zeros(likeliest.shape, jnp.float32))
+    choice = jnp.where(filters.any(), 3, jnp.where(penalties.any(), 2, 1))
+    token, sampled = jax.lax.switch(
+        jnp.where(greedy.all(), 0, choice),
         [
-            lambda: likeliest,
-            lambda: jax.random.categorical(key, tempered, axis=-1),
-            lambda: jax.random.categorical(key, filtered(scores, s), axis=-1),
+            lambda: (likeliest, jnp.zeros(likeliest.shape, jnp.float32)),
+            plainly,
+            lambda: of(penalized / s.temperature),
+            lambda: of(filtered(penalized, s)),
         ],
-    ).astype(jnp.int32)
-    # By hand: log_softmax would look for the largest score, which is known, in another pass.
-    of = lambda ids: jnp.take_along_axis(tempered, ids[:, None], axis=-1)
-    most = of(likeliest)
-    logprob = of(token) - most - jnp.log(jnp.exp(tempered - most).sum(-1, keepdims=True))
-    return token, logprob[:, 0]
+    )
+    token = jnp.where(greedy[:, 0], likeliest, token)
+    logprob = _logprob(scores / s.temperature, token)
+    changed = (filters | penalties)[:, 0]
+    return Drawn(token, logprob, jnp.where(greedy[:, 0], 0.0, jnp.where(changed, sampled, logprob)))
+
+
+def _logprob(scores: Float[Array, "B V"], token: Int[Array, " B"]) -> Float[Array, " B"]:
+    """log_softmax at one token a row."""
+    picked = jnp.take_along_axis(scores, token[:, None], axis=-1)[:, 0]
+    return picked - jax.nn.logsumexp(scores, axis=-1)
 
 
 def prefill(
@@ -121,8 +151,9 @@ def prefill(
     rows = jnp.broadcast_to(jnp.arange(batch)[:, None], (batch, length))
     seen = jnp.zeros((batch, c.vocab), bool).at[rows, tokens].max(inside)
     now, key = jax.random.split(key)
-    token, logprob = draw(now, decoder.logits(family, c, params, last), seen, sampling)
-    return Draft(cache, token, logprob, seen, jnp.zeros((batch,), bool), key)
+    scores = decoder.logits(family, c, params, last)
+    drawn = draw(jax.random.split(now, batch), scores, seen, sampling)
+    return Draft(cache, drawn.token, drawn.logprob, seen, jnp.zeros((batch,), bool), key)
 
 
 def decode(
@@ -159,31 +190,17 @@ def decode(
         hidden, cache = decoding.step(family, c, params, d.cache, d.token, grow)
         now, key = jax.random.split(d.key)
         scores = decoder.logits(family, c, rest, hidden)
-        token, logprob = draw(now, scores, seen, sampling)
-        return n + 1, Draft(cache, token, logprob, seen, done, key), tokens, logprobs
+        drawn = draw(jax.random.split(now, batch), scores, seen, sampling)
+        draft = Draft(cache, drawn.token, drawn.logprob, seen, done, key)
+        return n + 1, draft, tokens, logprobs
 
     _, draft, tokens, logprobs = jax.lax.while_loop(going, one, (0, draft, tokens, logprobs))
     return draft, tokens, logprobs
 
 
 def roomier(draft: Draft, slots: int) -> Draft:
-    """The draft with a cache of `slots`; the given one's keys and values are deleted.
-
-    One array at a time, so that no more than one is held twice. Not for use inside jit.
-    """
-
-    def wider(x):
-        new = _padded(x, slots)
-        x.delete()
-        return new
-
-    keys, values = (jax.tree.map(wider, xs) for xs in (draft.cache.keys, draft.cache.values))
-    return draft.replace(cache=draft.cache.replace(keys=keys, values=values))
-
-
-@partial(jax.jit, static_argnums=1)
-def _padded(x, slots):
-    return jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)))
+    """The draft with a cache of `slots`; the given one's keys and values are deleted."""
+    return draft.replace(cache=decoding.roomier(draft.cache, slots))
 
 
 class Programs(NamedTuple):

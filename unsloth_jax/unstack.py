@@ -156,7 +156,8 @@ def _plain(node):
 
 
 def _groups(shapes):
-    """Paths of the weights that are multiplied together and can be one array."""
+    """Paths of the weights that are multiplied together and can be one array: no experts'."""
+    shapes = {path: x for path, x in shapes.items() if len(x.shape) == 2}
     for parent in sorted({path.rpartition(".")[0].rpartition(".")[0] for path in shapes}):
         for names in SHARED_INPUT:
             paths = tuple(f"{parent}.{name}.weight" for name in names)

@@ -39,16 +39,25 @@ def settings(
     Raises TypeError or ValueError for what means nothing.
     """
     _meaningful(alpha, targets)
-    if isinstance(saved, str) or not all(isinstance(name, str) for name in saved or ()):
-        raise TypeError(f"modules_to_save must be a list of names, got {shown(saved)}")
+    check_names("modules_to_save", saved)
     if not isinstance(targets, str):
         saved = [*(saved or ()), *(name for name in TABLES if name in targets)]
-        targets = tuple(name for name in targets if name not in TABLES)
+        targets = _named(model, [name for name in targets if name not in TABLES])
     return Settings(
         _rank(r, model.config), alpha, targets=targets,
         layers=_layers(layers, last, model.config.layers), saved=_saved(model, saved or ()),
         revision=_commit(model), **other,
     )  # fmt: skip
+
+
+def _named(model: Model, targets: Sequence[str]) -> tuple[str, ...]:
+    """The targets that the model has, told where these are not what was listed."""
+    found = lora.named(model.params, targets)
+    if found.absent:
+        instead = f"; instead of them {', '.join(found.instead)}" if found.instead else ""
+        absent = f"{model.source.config['model_type']} has no {', '.join(found.absent)}{instead}"
+        say(f"target_modules: {absent}; adapted are {', '.join(found.targets)}")
+    return found.targets
 
 
 def _saved(model: Model, asked: Sequence[str]) -> tuple[str, ...]:
@@ -63,6 +72,13 @@ def _saved(model: Model, asked: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def check_names(keyword: str, given: Any) -> None:
+    """Raises TypeError unless it is None or a list of names."""
+    several = isinstance(given, list | tuple | set | frozenset | None)
+    if not several or not all(isinstance(name, str) for name in given or ()):
+        raise TypeError(f"{keyword} must be a list of names, got {shown(given)}")
+
+
 def with_experts(
     model: Model, targets: Sequence[str] | str, parameters: Sequence[str] | None
 ) -> Sequence[str] | str:
@@ -70,10 +86,9 @@ def with_experts(
 
     Raises TypeError for what is no list of names, ValueError for a name that is no experts'.
     """
+    check_names("target_parameters", parameters)
     if not parameters:
         return targets
-    if isinstance(parameters, str) or not all(isinstance(p, str) for p in parameters):
-        raise TypeError(f"target_parameters must be a list of names, got {shown(parameters)}")
     known = [path for path, site in sites(model.params).items() if site.experts]
     wrong = [p for p in parameters if not any(tree.matcher((p,))(path) for path in known)]
     if wrong:
@@ -100,6 +115,7 @@ def begin(model: Model, peft: Settings, seed: int, iterations: int = 1) -> None:
             f"target_modules={peft.targets!r} names the embedding {embeddings}: pairs on it are "
             "not supported, name embed_tokens in a list or in modules_to_save to train it whole"
         )
+    _check_experts(model, peft)
     if peft.dora and starts.changes_base(peft.start):
         raise ValueError(
             f"use_dora=True with init_lora_weights={peft.start!r} is not supported: such adapters "
@@ -114,6 +130,19 @@ def begin(model: Model, peft: Settings, seed: int, iterations: int = 1) -> None:
     lora.parts(own := _both(begun.adapters, whole))
     model.params, model.adapters = trained.vacated(begun.params, own), own
     model.initial, model.peft = begun.initial, peft
+
+
+def _check_experts(model: Model, peft: Settings) -> None:
+    """Raises ValueError for what adapters of experts don't know; nor does PEFT."""
+    asked = {"use_dora": peft.dora, "lora_dropout": peft.dropout}
+    wrong = [f"{name}={value!r}" for name, value in asked.items() if value]
+    known, chosen = sites(model.params), lora.modules(model.params, peft.targets, peft.layers)
+    experts = [path for path in chosen if known[path].experts]
+    if wrong and experts:
+        raise ValueError(
+            f"{' and '.join(wrong)} is not supported for experts, here {experts}: leave it out, or "
+            "name target_modules without them, such as 'all-linear'"
+        )
 
 
 def _owners(params: Any, saved: Sequence[str]) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from unsloth_jax import data
 from unsloth_jax.data import Row
@@ -42,6 +42,19 @@ def order(a: Any) -> dict[str, Any]:
 def width_multiple(a: Any) -> int | None:
     """What the width of a batch is a multiple of, None where that is left to us."""
     return None if a.pad_to_multiple_of == "auto" else a.pad_to_multiple_of
+
+
+@runtime_checkable
+class Steps(Protocol):
+    """What a run asks of its batches, whoever makes them."""
+
+    batch: int  # rows of a micro-batch
+    accumulation: int
+    widest: int  # tokens of the longest row, padding included
+
+    def documents(self, steps: int) -> int: ...
+    def steps(self, epoch: int) -> int: ...
+    def forever(self, skip: int = 0) -> Iterator[tuple[float, Batch]]: ...
 
 
 @dataclass(frozen=True)

@@ -100,8 +100,13 @@ def logits(source: Source, dtype: Any, tokens: np.ndarray) -> np.ndarray:
     return np.concatenate(list(parts(source, dtype, tokens)), axis=-1)
 
 
-def parts(source: Source, dtype: Any, tokens: np.ndarray, start: int = 0) -> Iterator[np.ndarray]:
-    """The same from token `start` on, some tokens of the vocabulary at a time."""
+def parts(
+    source: Source, dtype: Any, tokens: np.ndarray, start: int = 0, noise: float = 0.0
+) -> Iterator[np.ndarray]:
+    """The same from token `start` on, some tokens of the vocabulary at a time.
+
+    `noise` is drawn onto what each layer is given, as a share of its root mean square.
+    """
     family, c = hf.described(source)
     paths = family.weights(c)
     read = lambda name: jnp.asarray(source.read(name), dtype)
@@ -117,6 +122,7 @@ def parts(source: Source, dtype: Any, tokens: np.ndarray, start: int = 0) -> Ite
             here.setdefault(place.path.partition(".*.")[2], []).append((name, place))
     for i, kind in enumerate(family.kinds(c)):
         w = tree.unflatten({path: _read(read, found) for path, found in layers[i].items()})
+        x = _shaken(x, noise, i) if noise else x
         # Waited for, else weights that are read ahead would pile up on the device.
         x = jax.block_until_ready(_layer(family, c, kind, w, x))
     head = hf.EMBEDDING if c.tied else hf.HEAD
@@ -131,6 +137,11 @@ def _read(read: Callable[[str], Array], found: list[tuple[str, Place]]) -> Array
     """One layer's part of a leaf, its experts stacked."""
     turned = [read(name).swapaxes(-1, -2) if p.swapped else read(name) for name, p in found]
     return turned[0] if found[0][1].expert is None else jnp.stack(turned)
+
+
+def _shaken(x: Array, noise: float, seed: int) -> Array:
+    size = noise * jnp.sqrt(jnp.mean(jnp.square(x), -1, keepdims=True))
+    return x + size * jax.random.normal(jax.random.key(seed), x.shape, x.dtype)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

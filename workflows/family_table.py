@@ -12,6 +12,8 @@ from unsloth_jax.models import FAMILIES
 from workflows.marked import between
 
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
+LINES = "<!-- lines: begin -->", "<!-- lines: end -->"
+SIZED = ("ministral3", "cohere2", "mixtral", "qwen3_next")  # files whose lengths the page tells
 FIGURES = Path(__file__).parents[1] / "docs" / "results" / "parity.json"
 # Column -> how the figure's name begins; behind it stands the model_type.
 MEASURED = {
@@ -26,24 +28,24 @@ MEASURED = {
 TOLD = {
     "deepseek_v3": "whole keys and values in the cache, not the latent; heads of 192: on a GPU "
     "attention goes through XLA, with all scores in memory; layers that predict further tokens "
-    "are left out of files; no fp8 files; no GGUF",
+    "are left out of files; no fp8 files; no GGUF of Moonlight's tokenizer",
     "exaone4": "GGUF with windows for 64 layers alone, as llama.cpp has it",
-    "falcon_h1": "no adapter for Mamba's `out_proj`, which PEFT refuses; GGUF is written, not read",
+    "falcon_h1": "no adapter for Mamba's `out_proj`, which PEFT refuses; read from GGUF with "
+    "factors of 1",
     "gemma": "heads of 256: on a GPU attention goes through XLA, with all scores in memory",
     "gemma2": "soft-caps: on a GPU attention goes through XLA, with all scores in memory",
     "gemma3_text": "text only; heads of 256, as gemma",
     "glm4_moe": "layers that predict further tokens are left out of files",
     "gpt_oss": "MXFP4 is dequantized when read, and not written; Unsloth's bnb-4bit files, whose "
-    "experts are linear modules, are refused",
+    "experts are linear modules, are refused; in GGUF no MXFP4, and llama.cpp rounds the ends "
+    "of yarn's ramp, which is told",
     "llama": "see [performance](performance.md)",
     "llama4_text": "text only; as transformers: experts in bitsandbytes' files one by one or in 16 "
     "bits; no adapters or 4 bits of routers",
     "ministral3": "text only",
     "phi3": "LongRoPE's factors by a document's length; no windows in GGUF, which is told",
-    "qwen3_5_text": "text only; `mtp` weights are left alone, as in transformers; GGUF is "
-    "written, not read",
-    "qwen3_next": "`mtp` weights are left alone, as in transformers; no GGUF yet: nothing here "
-    "writes delta nets to it",
+    "qwen3_5_text": "text only; `mtp` weights are left alone, as in transformers",
+    "qwen3_next": "`mtp` weights are left alone, as in transformers",
     "starcoder2": "dropout of the base, 0.1 in its configs, is not applied; windows as phi3",
 }
 
@@ -71,14 +73,16 @@ def table(path: Path = FIGURES) -> str:
         models = FAMILIES[name].__doc__.splitlines()[0].partition(":")[0]
         gguf = getattr(FAMILIES[name], "GGUF_ARCH", "refused")
         cells = [f"{own[column]:.1e}" for column in MEASURED]
-        told = TOLD.get(name, "")
+        told = TOLD.get(name, "none known")
         lines.append("| " + " | ".join([f"`{name}`", models, *cells, gguf, told]) + " |")
     return "\n".join(lines) + "\n"
 
 
 def filled(text: str, path: Path = FIGURES) -> str:
     """The page with its table anew; raises ValueError where it has no place."""
-    return between(text, BEGIN, END, f"\n\n{table(path)}\n")
+    count = lambda name: len(Path(FAMILIES[name].__file__).read_text("utf-8").splitlines())
+    lengths = ", ".join(f"{count(name)} lines (`{name}`)" for name in SIZED)
+    return between(between(text, BEGIN, END, f"\n\n{table(path)}\n"), *LINES, lengths)
 
 
 def main(line: list[str]) -> None:

@@ -221,6 +221,17 @@ def masked(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]
     return tokens, mask
 
 
+def padded_last(
+    tokens: np.ndarray, mask: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Rows with what counts in front, and each column's new number; None where all stay."""
+    order = np.argsort(mask == 0, axis=1, kind="stable")
+    if (order == np.arange(order.shape[1])).all():
+        return tokens, mask, None
+    front = lambda x: np.take_along_axis(x, order, axis=1)
+    return front(tokens), front(mask), np.argsort(order, axis=1)
+
+
 def sampling(
     config: Mapping[str, Any],
     do_sample: bool | None,

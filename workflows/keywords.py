@@ -17,7 +17,12 @@ def say(line: str) -> None:
     """Prints a line once in a process."""
     if line not in _said:
         _said.add(line)
-        print(f"unsloth_jax: {line}")
+        tell(line)
+
+
+def tell(line: str) -> None:
+    """Prints a line each time, where it is about one thing of several, as an export."""
+    print(f"unsloth_jax: {line}")
 
 
 def settle(

@@ -20,7 +20,9 @@ from bridge.source import Source
 from unsloth_jax import decoder, lora, quant, tree
 from unsloth_jax.dims import Params
 from unsloth_jax.remat import PLAIN, Memory
+from workflows import fast_generate as fast
 from workflows import generate, saving, vocabulary
+from workflows.fast_generate import LoRARequest, RequestOutput
 from workflows.generate import Answer
 from workflows.inputs import (
     GENERATE_IGNORED,
@@ -29,6 +31,7 @@ from workflows.inputs import (
     check_objects,
     check_settings,
     masked,
+    padded_last,
     room,
     sampling,
     stop_texts,
@@ -92,8 +95,11 @@ class Model:
                 f"input_ids lie in {tokens.min()} to {tokens.max()}, outside the vocabulary of "
                 f"{self.config.vocab}"
             )
+        # Positions, windows and chunks count from a row's first token, as `generate` does.
+        tokens, mask, at = padded_last(tokens, mask)
         run = logits_program(self.family, self.config, self.scale)
-        return np.asarray(run(self.params, self.adapters, tokens, mask))
+        found = np.asarray(run(self.params, self.adapters, tokens, mask))
+        return found if at is None else np.take_along_axis(found, at[..., None], axis=1)
 
     def generate(
         self,
@@ -176,6 +182,26 @@ class Model:
             **settings,
         )
 
+    def fast_generate(
+        self, prompts: Any, sampling_params: Any = None, lora_request: Any = "live", **other: Any
+    ) -> list[RequestOutput]:
+        """Completions in slots that are refilled, with vLLM's names: `.outputs[0].text`.
+
+        Args:
+            prompts: texts, lists of token ids or {"prompt_token_ids": ids}, or one of them.
+            sampling_params: SamplingParams, one for all or one a prompt.
+            lora_request: what `load_lora` gave; None for the base alone. By default the model's
+                adapters as they are.
+            slots: completions that are sampled at once.
+            seed: of the draws of prompts whose SamplingParams have none.
+            weights: as in `generate`.
+        """
+        return fast.fast_generate(self, prompts, sampling_params, lora_request, **other)
+
+    def load_lora(self, folder: str | Path, load_tensors: bool = True) -> LoRARequest:
+        """A PEFT folder's adapters for one call of `fast_generate`; the model stays as it is."""
+        return fast.load_lora(self, folder)
+
     def stop_ids(self) -> list[int]:
         """Every token id that ends an answer."""
         return text.stop_ids(self.tokenizer, self.generation_config())
@@ -253,8 +279,9 @@ class Model:
         Args:
             save_method: "merged_16bit", or "lora" for the adapters alone.
             base: what the delta is added to: "original16", the checkpoint's own weights where they
-                are at hand, or "dequant4" ("dequant8"), the weights that were trained on, in 4
-                (8) bits.
+                are at hand, unlike those that a model in 4 or 8 bits was trained on, or "dequant4"
+                ("dequant8"), the weights that were trained on, in 4 (8) bits. All other weights
+                are written from there too.
         """
         used = ("save_directory", "tokenizer", "save_method", "max_shard_size", "base")
         settle("save_pretrained_merged", other, used, saving.SAVE_IGNORED, saving.SAVE_LATER)

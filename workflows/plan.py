@@ -25,20 +25,18 @@ from transformers.utils import cached_file
 from bridge import hf, safetensors_file
 from bridge.gguf_source import GGUFSource
 from pallas_kernels import attention
-from unsloth_jax import lora, optim, plan, quant, tree
+from unsloth_jax import layer_memory, lora, optim, plan, quant, tree
 from unsloth_jax.dims import Params
 from unsloth_jax.leaves import Hosted
-from unsloth_jax.models import family as family_of
-from unsloth_jax.models import tree_of
+from unsloth_jax.models import family_of, tree_of
 from unsloth_jax.plan import UNBOUNDED, Budget, Job, Plan
 from unsloth_jax.remat import Memory
 from unsloth_jax.train import State, make_step, start
 from workflows import adapting, machine, objective
-from workflows.batching import Batches
+from workflows.batching import Steps
 from workflows.interrupts import uninterrupted
 from workflows.keywords import say
 from workflows.objective import SFT, Objective
-from workflows.streams import Streamed
 from workflows.widths import packed
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -101,9 +99,7 @@ def shapes(
 
     `stored` is the layers' format, of quant.FORMATS. Raises ValueError for an unknown model.
     """
-    if "model_type" not in fields:
-        raise ValueError(f"config.json names no model_type; it has {sorted(fields)}")
-    family = family_of(fields["model_type"])
+    family = family_of(fields)
     c = family.config(fields)
 
     def made() -> Params:
@@ -157,7 +153,7 @@ def rungs(asked: Memory | str, job: Job) -> tuple[Memory, ...]:
 def job_of(
     model: Any,
     optimizer: optax.GradientTransformation,
-    batches: Batches | Streamed,
+    batches: Steps,
     keyed: bool = False,
 ) -> Job:
     """A trainer's run as shapes; where rows are not packed, its longest."""
@@ -180,7 +176,7 @@ def job_of(
 def prepared(
     model: Any,
     optimizer: optax.GradientTransformation,
-    batches: Batches | Streamed,
+    batches: Steps,
     total: int,
     asked: int | float | str | None = None,
     lowered: Objective = SFT,
@@ -233,7 +229,7 @@ def _table_in_place(model: Any, frozen: Params) -> Iterator[None]:
 
 def _say_attention(job: Job, documents: int) -> None:
     """One line where a GPU's attention holds every score, since no kernel takes these shapes."""
-    c, dtype = job.config, plan.activations(job)
+    c, dtype = job.config, layer_memory.activations(job)
     widest = max(c.head_width, c.v_width)
     shape = lambda heads: jax.ShapeDtypeStruct((job.batch, job.length, heads, widest), dtype)
     rules = {attention.Rule(1.0, w, c.attention_cap, documents, c.chunk) for w in c.windows}

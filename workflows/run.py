@@ -16,13 +16,12 @@ from bridge.export import versions
 from unsloth_jax import following, train
 from unsloth_jax.dims import Batch, Params, Total
 from workflows import machine, moving, output_folder
-from workflows.batching import Batches
+from workflows.batching import Steps
 from workflows.evaluate import means
 from workflows.generate import Stopwatch
 from workflows.interrupts import Interrupts, uninterrupted
 from workflows.keywords import say
 from workflows.objective import SFT, Objective, embedded
-from workflows.streams import Streamed
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -52,7 +51,7 @@ class Run:
     step: Callable
     state: train.State
     frozen: Params
-    batches: Batches | Streamed
+    batches: Steps
     rate: Callable
     total: int
     log: Log = lambda row: None

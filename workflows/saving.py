@@ -17,7 +17,7 @@ from bridge.gguf_source import GGUFSource
 from bridge.source import Source
 from workflows import agreement, divergence, vocabulary
 from workflows.divergence import Trained
-from workflows.keywords import say, shown, typed, written
+from workflows.keywords import shown, tell, typed, written
 
 if TYPE_CHECKING:
     from workflows.model import Model
@@ -83,7 +83,7 @@ def adapter(model: "Model", target: str | Path, tokenizer: Any, overwrite: bool)
     metadata = {"config_sha256": config} | ({"chat_template_sha256": template} if template else {})
     settings = model.peft._replace(base=model.name, metadata=metadata)
     if note := peft_adapter.NOTES.get(model.peft.start):
-        say(note)
+        tell(note)
     with export.complete(Path(target), overwrite) as folder:
         peft_adapter.save(folder, model.adapters, settings, model.initial)
         copy_tokenizer(model, folder, tokenizer)
@@ -238,7 +238,7 @@ def _distances(m: "Model", found: merge.Merged) -> dict[str, Any]:
         return {}
     values = np.asarray(list(ratios.values()))
     median, largest = float(np.median(values)), float(values.max())
-    say(
+    tell(
         f"the delta is added to {_named(found)}; {trained_on[-1]}-bit error over delta: median "
         f"{median:.1f}, largest {largest:.1f} (base={trained_on!r} merges into the weights that "
         "were trained on)"
@@ -257,7 +257,7 @@ def _rounding(found: merge.Merged) -> dict[str, Any]:
     share = found.rounding()
     if share is None:
         return {}
-    say(f"rounding the merged weights loses {share:.2%} of the delta (norm over norm)")
+    tell(f"rounding the merged weights loses {share:.2%} of the delta (norm over norm)")
     return {"rounding_over_delta": share}
 
 
@@ -274,10 +274,10 @@ def _divergence(
         return {}
     source = _readable(written)
     if isinstance(source, str):
-        say(f"{what}: KL to the trained model is not measured: {source}")
+        tell(f"{what}: KL to the trained model is not measured: {source}")
         return {"kl_not_measured": source}
     found = divergence.measured(reference, source, model.dtype)
-    say(
+    tell(
         f"{what}: KL to the model as it was trained {found.kl:.4f} nats a token of general text, "
         f"likeliest token equal at {found.same_token:.0%} of {reference.tokens.size}"
     )
@@ -285,7 +285,7 @@ def _divergence(
         other = merge.dequantized(model.params)
         advice = f"; base={other!r} merges into the weights that were trained on"
         advice = advice if model.quantized and base != other else ""
-        say(f"WARNING: {what}: that is far, {divergence.FAR} is the most of sound exports{advice}")
+        tell(f"WARNING: {what}: that is far, {divergence.FAR} is the most of sound exports{advice}")
     return found.facts()
 
 
@@ -320,7 +320,7 @@ def _write_config(model: "Model", folder: Path, found: merge.Merged) -> dict[str
     if not from_file:
         return {}
     if changed:
-        say(f"fields of config.json that change, [before, after]: {changed}")
+        tell(f"fields of config.json that change, [before, after]: {changed}")
     return {"config_changes": changed}
 
 
@@ -337,7 +337,7 @@ def _tell_notes(reports: dict[str, dict[str, Any]]) -> None:
     """Says each note once, with the files it is about."""
     for note in dict.fromkeys(note for facts in reports.values() for note in facts["notes"]):
         files = [name for name, facts in reports.items() if note in facts["notes"]]
-        say(f"{', '.join(files)}: {note}")
+        tell(f"{', '.join(files)}: {note}")
 
 
 def _gguf_facts(report: gguf_file.Report) -> dict[str, Any]:

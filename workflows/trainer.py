@@ -28,7 +28,7 @@ from workflows import (
     updates,
     user_metrics,
 )
-from workflows.batching import Batches
+from workflows.batching import Batches, Steps
 from workflows.callbacks import Callbacks, State, checked
 from workflows.generate import Stopwatch
 from workflows.keywords import say
@@ -257,7 +257,7 @@ class Trainer:
             drawn = samples.sampler(self.model, a.sample_prompts, a.sample_max_new_tokens)
         return Watch(a, self.model, self._calls(), total, measured, log, sampled=drawn)
 
-    def _batches(self) -> Batches | streams.Streamed:
+    def _batches(self) -> Steps:
         a = self.args
         sizes = a.per_device_train_batch_size, a.gradient_accumulation_steps
         if callable(self.rows):

@@ -96,6 +96,25 @@ DELTA = dict(
     linear_num_key_heads=2,
     linear_num_value_heads=6,
 )
+MIXED = dict(
+    num_experts=12,
+    num_experts_per_tok=4,
+    moe_intermediate_size=32,
+    shared_expert_intermediate_size=64,
+    norm_topk_prob=True,
+    decoder_sparse_step=1,
+    mlp_only_layers=[],
+)
+BARE_YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
+BETAS = dict(beta_fast=32.0, beta_slow=1.0)
+LATENT = dict(
+    num_hidden_layers=3, num_key_value_heads=4, q_lora_rank=48, kv_lora_rank=32,
+    qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=24, n_routed_experts=12,
+    num_experts_per_tok=3, moe_intermediate_size=32, n_shared_experts=2, n_group=3, topk_group=2,
+    first_k_dense_replace=1, routed_scaling_factor=1.5, norm_topk_prob=True,
+    scoring_func="sigmoid", topk_method="noaux_tc", num_nextn_predict_layers=0, rms_norm_eps=1e-6,
+    pad_token_id=0,
+)  # fmt: skip
 ALTERNATING = [*["linear_attention", "full_attention"] * 2, "linear_attention"]
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -195,6 +214,40 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | TIED
     | dict(num_hidden_layers=4, linear_num_value_heads=2)
     | dict(rope_parameters=rope(1e4, partial_rotary_factor=0.5)),
+    "qwen3_next": SMALL
+    | DELTA
+    | named("qwen3_next", "Qwen3Next")
+    | MIXED
+    | dict(num_hidden_layers=5, full_attention_interval=2, layer_types=ALTERNATING)
+    | dict(rope_parameters=rope(1e7, partial_rotary_factor=0.25)),
+    "gpt_oss": SMALL
+    | named("gpt_oss", "GptOss")
+    | dict(num_hidden_layers=4, head_dim=32, attention_bias=True, sliding_window=32)
+    | dict(num_local_experts=12, num_experts_per_tok=3, pad_token_id=0)
+    | dict(layer_types=["sliding_attention", "full_attention"] * 2)
+    | dict(rope_parameters=rope(15e4, **BARE_YARN, **BETAS)),
+    "gpt_oss_default_rope": SMALL
+    | named("gpt_oss", "GptOss")
+    | dict(num_hidden_layers=3, head_dim=16, attention_bias=True, sliding_window=16)
+    | dict(num_local_experts=8, num_experts_per_tok=4, pad_token_id=0)
+    | dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+    | dict(rope_parameters=rope(15e4)),
+    "deepseek_v3": SMALL
+    | LATENT
+    | named("deepseek_v3", "DeepseekV3")
+    | dict(rope_parameters=rope(1e4, **BARE_YARN, **BETAS, mscale=1.0, mscale_all_dim=1.0)),
+    "deepseek_v3_lite": SMALL
+    | LATENT
+    | named("deepseek_v3", "DeepseekV3")
+    | dict(num_hidden_layers=27, hidden_size=32, q_lora_rank=None, n_group=1, topk_group=1)
+    | dict(v_head_dim=32, n_routed_experts=6, norm_topk_prob=False, rope_parameters=rope(5e4)),
+    "qwen3_next_yarn": SMALL
+    | DELTA
+    | named("qwen3_next", "Qwen3Next")
+    | MIXED
+    | TIED
+    | dict(num_hidden_layers=4, linear_num_value_heads=2)
+    | dict(rope_parameters=rope(1e6, partial_rotary_factor=0.5, **BARE_YARN)),
 }
 WIDE = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=8)
 CONFIGS |= {
@@ -212,17 +265,28 @@ CONFIGS |= {
     "wide_qwen3_5": CONFIGS["qwen3_5"]
     | WIDE
     | dict(layer_types=ALTERNATING[:2] * 4, linear_num_value_heads=16, linear_num_key_heads=8),
+    "wide_qwen3_next": CONFIGS["qwen3_next"]
+    | WIDE
+    | dict(layer_types=ALTERNATING[:2] * 4, num_experts=8, moe_intermediate_size=256)
+    | dict(linear_num_value_heads=16, linear_num_key_heads=8),
+    "wide_gpt_oss": CONFIGS["gpt_oss"]
+    | WIDE
+    | dict(layer_types=["sliding_attention", "full_attention"] * 4)
+    | dict(num_local_experts=4, intermediate_size=256),
+    "wide_deepseek_v3": CONFIGS["deepseek_v3"]
+    | WIDE
+    | dict(num_key_value_heads=8, kv_lora_rank=256, q_lora_rank=256, moe_intermediate_size=256),
     "wide_qwen3_moe": CONFIGS["qwen3_moe"] | WIDE | dict(moe_intermediate_size=256),
 }
 BY_SENTENCEPIECE = ("gemma", "gemma2", "gemma3_text", "phi3", "llama", "mistral")
 FORMATS = {name: ("f32",) for name in CONFIGS} | {
-    name: ("f32", "bf16") for name in ("gemma2", "falcon_h1", "qwen3_5")
+    name: ("f32", "bf16") for name in ("gemma2", "falcon_h1", "qwen3_5", "qwen3_next", "gpt_oss")
 }
 QUANTIZED = {name: ("q4_k_m",) for name in CONFIGS if name.startswith("wide_")}
 QUANTIZED |= {name: ("q4_k_m", "q5_k_m", "q8_0") for name in ("wide_phi3", "wide_mixtral")}
 # As the converter calls the splitting of these families' tokenizers, which is the tiny one's too.
 PRES = dict(granite="refact", starcoder2="starcoder", cohere="command-r", cohere2="command-r")
-OPTIONS = dict(qwen3_5_text=("--no-mtp",))  # of the converter
+OPTIONS = dict(qwen3_5_text=("--no-mtp",), qwen3_next=("--no-mtp",))  # of the converter
 WITHOUT_PREFIX, WITH_PREFIX = b"\x18\x00", b"\x18\x01"  # add_dummy_prefix of the normalizer
 # Tokens that the converter looks for in GLM's vocabularies.
 LOOKED_FOR = {"glm4": ("<|user|>",), "glm4_moe": ("<|user|>", "[gMASK]", "<|observation|>")}
@@ -245,7 +309,7 @@ def values(config: dict[str, Any], name: str, shape: tuple[int, ...]) -> np.ndar
     if not name.endswith("norm.weight"):
         return w
     w = 1 + w / 4 if len(shape) > 1 else w
-    below = config["model_type"].startswith(("gemma", "qwen3_5"))
+    below = config["model_type"].startswith(("gemma", "qwen3_5", "qwen3_next"))
     return w - 1 if below and not name.endswith("linear_attn.norm.weight") else w
 
 

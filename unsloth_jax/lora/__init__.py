@@ -17,9 +17,8 @@ import numpy as np
 from unsloth_jax import tree
 from unsloth_jax.dims import Params
 from unsloth_jax.leaves import Apart, Lora, Stacks, Vacant, View, layer, map_stacks, norms, stacks
-from unsloth_jax.lora.targets import Site, called, layer_count, sites
+from unsloth_jax.lora.targets import TARGETS, Site, called, layer_count, named, sites
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALL_LINEAR = "all-linear"
 
 
@@ -51,16 +50,17 @@ def modules(
     """Path of each module to adapt -> its layers, () where it isn't stacked, in the tree's order.
 
     `targets` are last names, a regular expression over full names (`model.layers.0.mlp.up_proj`)
-    or "all-linear": every linear module in a layer, no experts. `layers` limits the stacked ones
-    to these layers.
-    Raises ValueError for a target or layer that is not there, or where they have no module in
-    common, TypeError for a layer that is no integer.
+    or "all-linear": every linear module in a layer, no experts. Last names are taken as
+    `targets.named` has them. `layers` limits the stacked ones to these layers.
+    Raises ValueError for an unknown target or layer, or where they have no module in common,
+    TypeError for a layer that is no integer.
     """
     known = sites(params)
     if targets == ALL_LINEAR:
         found = {p: site.layers for p, site in known.items() if site.layers and not site.experts}
     else:
-        found = _found(known, targets)
+        every = targets if isinstance(targets, str) else named(params, targets).targets
+        found = _found(known, every)
     if layers is None:
         return found
     if isinstance(targets, str) and targets != ALL_LINEAR:
@@ -81,15 +81,13 @@ def modules(
 
 def _found(known: dict[str, Site], targets: Sequence[str] | str) -> dict[str, tuple[int, ...]]:
     single = [targets] if isinstance(targets, str) else [(t,) for t in targets]
-    tests = {t: tree.matcher(t) for t in single}
+    tests = [tree.matcher(t) for t in single]
+    hit = lambda alike: any(test(name) for test in tests for name in alike)
     names = {p: [[x.replace("*", i, 1) for x in called(p)] for i in site.names]
              for p, site in known.items()}  # fmt: skip
-    every = [name for xs in names.values() for alike in xs for name in alike]
-    absent = [t for t, test in tests.items() if not any(map(test, every))]
-    if absent or not tests:
-        raise ValueError(f"target modules {absent or targets} match nothing; there are {[*known]}")
-    hit = lambda alike: any(test(name) for test in tests.values() for name in alike)
     hits = {p: [n for n, alike in enumerate(xs) if hit(alike)] for p, xs in names.items()}
+    if not any(hits.values()):
+        raise ValueError(f"target modules {targets!r} match nothing; there are {[*known]}")
     return {p: tuple(known[p].layers[n] for n in ids if known[p].layers)
             for p, ids in hits.items() if ids}  # fmt: skip
 

@@ -106,16 +106,18 @@ def _in_layers(w: Any, a: Any, split: Callable[[Array, Any], tuple]) -> tuple[An
     adapted = {i for ids in on for i in ids}
     of = {i: part[ids.index(i)] for part, ids in zip(whole.parts, whole.layers, strict=True)
           for i in ids}  # fmt: skip
-    made = {i: split(of[i], i) if i in adapted else (of[i],) for i in range(count)}
+    made = {i: split(of[i], i) if i in adapted else (of[i],) for i in sorted(of)}
     stack = lambda ids, n: jax.tree.map(lambda *xs: jnp.stack(xs), *(made[i][n] for i in ids))
     pair = (tuple(stack(ids, n) for ids in on) for n in (1, 2))
     a, b = (Stacks(x, on) if isinstance(a, Stacks) else x[0] for x in pair)
     kinds: dict[Any, list[int]] = {}
     for i, (weight, *_) in made.items():
-        kind = jax.tree.structure(weight), *(x.dtype for x in jax.tree.leaves(weight))
+        leaves = jax.tree.leaves(weight)
+        kind = jax.tree.structure(weight), *((x.shape, x.dtype) for x in leaves)
         kinds.setdefault(kind, []).append(i)
     parts = tuple(stack(ids, 0) for ids in kinds.values())
-    return parts[0] if len(parts) == 1 else Stacks(parts, tuple(map(tuple, kinds.values()))), a, b
+    every = len(parts) == 1 and sorted(of) == list(range(count))
+    return parts[0] if every else Stacks(parts, tuple(map(tuple, kinds.values()))), a, b
 
 
 def _split(start, rank, scale, iterations, key, w, i):

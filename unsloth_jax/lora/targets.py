@@ -6,6 +6,8 @@ together, whichever way files keep the two. Where files keep experts one by one,
 for the gate, up and down of dense layers and shared experts: they have no adapters here either.
 """
 
+import difflib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from unsloth_jax import tree
@@ -22,6 +24,17 @@ OF_EXPERTS = {
 MIXTRAL, MLP = ".block_sparse_moe.", ".mlp."
 # PEFT refuses it, as kernels multiply by it without its module.
 UNADAPTED = ".mamba.out_proj.weight"
+# Unsloth's list: the default of get_peft_model, and what its notebooks pass to any model.
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# One of these names that a model lacks -> its modules with that part: the whole list means them.
+PARTS = {
+    "q_proj": ("qkv_proj", "q_a_proj", "q_b_proj"),
+    "k_proj": ("qkv_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+    "v_proj": ("qkv_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+    "gate_proj": ("gate_up_proj",),
+    "up_proj": ("gate_up_proj", "c_fc"),
+    "down_proj": ("c_proj",),
+}
 # What may stand for a fused module in a list of targets.
 ALSO = {"gate_up_proj": ("gate_proj", "up_proj", "w1", "w3"), "down_proj": ("w2",)}
 
@@ -79,6 +92,58 @@ def called(module: str) -> tuple[str, ...]:
     owner, _, last = module.rpartition(".")
     others = ALSO.get(last, ()) if owner.endswith(".experts") else ()
     return (module, *(f"{owner}.{other}" for other in others))
+
+
+# Names that are right for some families: a list may hold one that this model has no module of.
+USUAL = (
+    {*TARGETS, *OF_EXPERTS, "up_proj", "w3"}
+    | {name for names in PARTS.values() for name in names}
+    | {module for module, _ in OF_EXPERTS.values()}
+)
+
+
+class Named(NamedTuple):
+    """Targets that are all there, the usual names that are not, and what stands for these."""
+
+    targets: tuple[str, ...]
+    absent: tuple[str, ...]
+    instead: tuple[str, ...]
+
+
+def named(params: Params, targets: Sequence[str]) -> Named:
+    """A list of targets as modules of this model.
+
+    Usual names that match nothing are left out, as in PEFT. Where all of `TARGETS` are listed,
+    fused or factored projections that hold a missing one's part take its place.
+    Raises ValueError for an unknown name, with the nearest ones, and where nothing matches.
+    """
+    names = {name for path, site in sites(params).items() for name in _full(path, site)}
+    there = lambda target: target in names or any(map(tree.matcher((target,)), names))
+    absent = tuple(t for t in dict.fromkeys(targets) if not there(t))
+    wanted = {*TARGETS} <= {*targets}
+    stand = [name for t in absent if wanted for name in PARTS.get(t, ()) if there(name)]
+    instead = tuple(name for name in dict.fromkeys(stand) if name not in targets)
+    found = (*(t for t in targets if t not in absent), *instead)
+    unknown = [t for t in absent if t not in USUAL]
+    if unknown or not found:
+        modules = sorted({path.rpartition(".")[2] for path in sites(params)})
+        near = {n for t in unknown or targets for n in _nearest(t, modules)}
+        nearest = f"; nearest known: {sorted(near)}" if near else ""
+        raise ValueError(
+            f"target modules {unknown or [*targets]} match nothing{nearest}; there are {modules}"
+        )
+    return Named(found, absent, instead)
+
+
+def _nearest(name: str, modules: Sequence[str]) -> list[str]:
+    """A model's own modules for a usual name, else the known names spelled most alike."""
+    own = [module for module in PARTS.get(name, ()) if module in modules]
+    return own or difflib.get_close_matches(name.rpartition(".")[2], {*USUAL, *modules} - {name})
+
+
+def _full(path: str, site: Site) -> list[str]:
+    """Every full name that a module has in its layers."""
+    return [name.replace("*", i, 1) for i in site.names for name in called(path)]
 
 
 def shape_of(leaf: Any) -> tuple[int, ...]:

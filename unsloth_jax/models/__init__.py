@@ -20,14 +20,18 @@ where tokens go to experts that transformers balances,
 and, where llama.cpp has the family,
     GGUF_ARCH, to_gguf(c, path, w)   its name there, and weights that it stores otherwise (optional)
     gguf_shape(c, path, shape)       theirs, where it has them in other shapes (optional)
+    gguf_parts(c, name, shape)       the tensors that are one of its weights there: name -> (shape,
+                                     what makes it of the weight), or none (optional)
+    from_gguf_parts(c, name, parts)  the weight of those tensors, where files are read
     gguf_keys(c)                     keys of its own, by the names of gguf's writer (optional)
     gguf_fixed(c)                    {what: (this model's, the only one of llama.cpp)} (optional)
+    gguf_told(c)                     what a file's user should know, as sentences (optional)
     GGUF_READS                       the architecture's keys that this family alone reads, and
     from_gguf(values, names, rope)   config.json's own fields of a file that has these values of
                                      keys, Hugging Face names of weights and rope_parameters
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -98,9 +102,28 @@ def family(model_type: str) -> ModuleType:
     """The module of a family; raises ValueError naming the supported ones."""
     if model_type not in FAMILIES:
         raise ValueError(
-            f"model_type {model_type!r} is not supported; supported: {sorted(FAMILIES)}"
+            f"model_type {model_type!r} is not supported; supported: {sorted(FAMILIES)}; what a "
+            'new one takes: docs/families.md, "A new family"'
         )
     return FAMILIES[model_type]
+
+
+def family_of(fields: Mapping[str, Any]) -> ModuleType:
+    """The family of config.json's fields; raises ValueError where there is none.
+
+    A model around a supported text model, as for images, is refused with the text model's name.
+    """
+    if "model_type" not in fields:
+        raise ValueError(f"config.json names no model_type; it has {sorted(fields)}")
+    name, text = fields["model_type"], fields.get("text_config")
+    inner = text.get("model_type") if isinstance(text, Mapping) else None
+    if name not in FAMILIES and inner in FAMILIES:
+        raise ValueError(
+            f"model_type {name!r} is more than text, which is not supported yet; its text model, "
+            f'{inner!r}, is supported by itself: docs/families.md, "Text models inside others", '
+            "says how to save it"
+        )
+    return family(name)
 
 
 def layers_of(model: ModuleType, c: Any, path: str) -> tuple[int, ...]:

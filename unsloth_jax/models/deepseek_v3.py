@@ -4,16 +4,18 @@ Multi-head latent attention is DeepSeek-V2's (arXiv:2405.04434); transformers
 `modeling_deepseek_v3`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from unsloth_jax import rope
-from unsloth_jax.dims import Params
+from unsloth_jax.dims import Params, Parts
 from unsloth_jax.layers import Attend, Mlp, feed_forward, rms_norm
 from unsloth_jax.leaves import linear, linears
 from unsloth_jax.models import fields, glm4_moe, llama
@@ -28,6 +30,18 @@ from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import norm as norm
 from unsloth_jax.models.llama import scores as scores
 
+GGUF_ARCH = "deepseek2"
+LOG_MUL, ATTENTION = "rope.scaling.yarn_log_multiplier", "rope.scaling.attn_factor"
+# Config's field -> the file's key.
+SIZES = dict(
+    kv_lora_rank="attention.kv_lora_rank", qk_rope_head_dim="rope.dimension_count",
+    v_head_dim="attention.value_length_mla",
+)  # fmt: skip
+GGUF_READS = (
+    *(key for key in glm4_moe.GGUF_READS if not key.startswith("rope.")), *SIZES.values(),
+    "attention.key_length", "attention.value_length", "attention.key_length_mla",
+    "attention.q_lora_rank", LOG_MUL, ATTENTION,
+)  # fmt: skip
 DEFAULTS = dict(
     moe_intermediate_size=2048, num_experts_per_tok=8, n_routed_experts=256, n_group=8,
     topk_group=4, first_k_dense_replace=3, routed_scaling_factor=2.5, kv_lora_rank=512,
@@ -166,3 +180,119 @@ def block(
     """One layer. `attend` owns masks and caches; its second result is passed through."""
     mix = lambda y: attention(c, w["self_attn"], y, by["all"], attend)
     return llama.pre_normed(c, w, x, mix, by_kind(c, sparse, mlp))
+
+
+def gguf_keys(c: Config) -> dict[str, Any]:
+    """Keys that llama.cpp's converter adds for this family, by gguf's names."""
+    rank = {} if c.query_rank is None else {"q_lora_rank": c.query_rank}
+    return {
+        "leading_dense_block_count": c.sparse.count(False),
+        "vocab_size": c.vocab,
+        **rank,
+        "kv_lora_rank": c.latent,
+        "key_length_mla": c.head_width,
+        "value_length_mla": c.v_width,
+        "expert_feed_forward_length": c.expert_width,
+        "expert_shared_count": c.shared,
+        "expert_weights_scale": c.route_scale,
+        **({"expert_weights_norm": True} if c.renormalized else {}),
+        "rope_dimension_count": c.rope.width,
+    } | _yarn_keys(c)
+
+
+def _yarn_keys(c: Config) -> dict[str, float]:
+    """What makes llama.cpp's yarn turn and scale as this model's does.
+
+    It multiplies cos and sin by `rope_scaling_attn_factors` (times 1 + 0.1 ln factor where the
+    other key is missing or 0), and scores by that and 1 + ln factor times the other key, squared.
+    """
+    if c.rope.kind != "yarn":
+        return {}
+    growth, attention = 0.1 * math.log(c.rope.factor), c.rope.attention_factor
+    own = math.sqrt(c.score_scale * math.sqrt(c.head_width)) / attention
+    if math.isclose(own, 1.0, rel_tol=1e-9):
+        keys, turned = {}, 1 + growth
+    else:
+        keys, turned = {"rope_scaling_yarn_log_mul": 0.1 * (own - 1) / growth}, 1.0
+    if math.isclose(attention, turned, rel_tol=1e-6):
+        return keys
+    return keys | {"rope_scaling_attn_factors": attention / turned}
+
+
+def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
+    """What llama.cpp has one value for: (this model's, that one)."""
+    # It knows models whose queries have no vector of their own by these.
+    lite = c.layers in (26, 27) or (c.layers, c.vocab) == (48, 128256)
+    scaled = c.rope.kind == "yarn" or c.score_scale == c.head_width**-0.5
+    return {
+        "rope_interleave": (c.pairs, True),
+        f"{c.layers} layers and q_lora_rank null": (c.query_rank is None, lite),
+        "a factor of yarn beyond 1": (c.rope.kind != "yarn" or c.rope.factor > 1, True),
+        "mscale_all_dim without yarn": (not scaled, False),
+        "a shared expert": (c.shared > 0, True),
+    } | glm4_moe.gguf_fixed(c)
+
+
+def gguf_told(c: Config) -> list[str]:
+    """What a file's user should know."""
+    if c.eps == EPS:
+        return []
+    return [
+        f"llama.cpp norms the latent vectors with rms_norm_eps={c.eps}, transformers with {EPS}"
+    ]
+
+
+def gguf_parts(c: Config, name: str, shape: tuple[int, ...]) -> Parts:
+    """Keys' and values' part of `kv_b_proj`: [H, latent, plain] and [H, value, latent]."""
+    if not name.endswith(".kv_b_proj.weight"):
+        return {}
+    H, R, plain = c.kv_heads, c.latent, c.plain
+    heads = lambda w: w.reshape(H, -1, R)
+    named = lambda new: name.replace("kv_b_proj", new)
+    return {
+        named("k_b_proj"): ((H, R, plain), lambda w: heads(w)[:, :plain].swapaxes(1, 2)),
+        named("v_b_proj"): ((H, c.v_width, R), lambda w: heads(w)[:, plain:]),
+    }
+
+
+def from_gguf_parts(c: Config, name: str, parts: list[np.ndarray]) -> np.ndarray:
+    """`kv_b_proj` of the keys' part and the values'."""
+    keys, values = parts
+    return np.concatenate([keys.swapaxes(1, 2), values], axis=1).reshape(-1, c.latent)
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    sizes = {name: values[key] for name, key in SIZES.items()}
+    turned = sizes["qk_rope_head_dim"]
+    # llama.cpp takes a file without this one for DeepSeek-V2's, which scores by softmax.
+    scored = {"expert_gating_func": values["expert_gating_func"]}
+    stated = {"expert_weights_norm": False} | dict(values) | scored
+    return (
+        glm4_moe.mixture_of(stated)
+        | sizes
+        | {
+            "attention_bias": False,
+            "head_dim": turned,
+            "qk_nope_head_dim": values["attention.key_length_mla"] - turned,
+            "num_key_value_heads": values["attention.head_count"],
+            "q_lora_rank": values.get("attention.q_lora_rank"),
+            "rope_interleave": True,
+            "scoring_func": "sigmoid",
+            "rope_parameters": rope | (_yarn_fields(values, rope) if "factor" in rope else {}),
+        }
+    )
+
+
+def _yarn_fields(values: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, float]:
+    """What `_yarn_keys` made these keys of."""
+    if rope["rope_type"] != "yarn":
+        return {}
+    growth = 0.1 * math.log(rope["factor"])
+    turned, by = values.get(ATTENTION, 1.0), values.get(LOG_MUL, 0.0) / 0.1
+    if by and turned == 1:
+        return {"mscale": by, "mscale_all_dim": by}
+    attention = turned if by else turned * (1 + growth)
+    own = (1 + by * growth) * attention
+    scores = {} if math.isclose(own, 1.0, rel_tol=1e-6) else {"mscale_all_dim": (own - 1) / growth}
+    return {"attention_factor": attention} | scores

@@ -26,6 +26,9 @@ from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import kinds as kinds
 
 GGUF_ARCH = "falcon-h1"
+GGUF_READS = (
+    "ssm.time_step_rank", "ssm.inner_size", "ssm.group_count", "ssm.state_size", "ssm.conv_kernel"
+)  # fmt: skip
 NORMS = ("input_layernorm", "pre_ff_layernorm")
 FINAL = "model.final_layernorm.weight"
 # Config's field -> the file's; those of lists are named by what they multiply.
@@ -331,3 +334,15 @@ def _gguf_factors(c: Config, path: str) -> tuple[float, ...]:
         "gate_proj": (c.mlp_gate_scale,),
         "down_proj": (c.mlp_down_scale,),
     }.get(owner, ())
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    has = lambda name: f"{LAYERS}.0.{name}" in names
+    sizes = ("mamba_n_heads", "mamba_d_ssm", "mamba_n_groups", "mamba_d_state", "mamba_d_conv")
+    return dict(zip(sizes, (values[key] for key in GGUF_READS), strict=True)) | {
+        "mlp_bias": has("feed_forward.down_proj.bias"),
+        "mamba_conv_bias": has("mamba.conv1d.bias"),
+        "mamba_rms_norm": has("mamba.norm.weight"),
+        "mamba_norm_before_gate": False,
+    }

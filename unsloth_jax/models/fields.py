@@ -74,6 +74,7 @@ NUMBERS = (
     "attention_multiplier", "residual_multiplier", "logits_scaling", "attn_scale",
     "swiglu_alpha", "swiglu_limit", "routed_scaling_factor",
 )  # fmt: skip
+LISTS = ("layer_types", "mlp_only_layers", "no_rope_layers", "moe_layers")
 ROPE_ANY = frozenset("rope_type type rope_theta partial_rotary_factor".split())
 ROPE_WORDS = frozenset("rope_type type truncate finetuned".split())
 ROPE_LISTS = ("short_factor", "long_factor")
@@ -159,6 +160,11 @@ def _kinds(hf: Mapping[str, Any]) -> None:
         f"{name}={hf[name]!r}, expected a number over 0"
         for name in NUMBERS
         if hf.get(name) is not None and not _number(hf[name])
+    ]
+    wrong += [
+        f"{name}={hf[name]!r}, expected a list"
+        for name in LISTS
+        if not isinstance(hf.get(name), list | tuple | NoneType)
     ]
     if "rms_norm_eps" in hf and hf["rms_norm_eps"] is None:
         wrong.append("rms_norm_eps=None, expected a number over 0")

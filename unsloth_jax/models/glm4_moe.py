@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from unsloth_jax.dims import Params
 from unsloth_jax.experts import gated, mixture, router_scores, sigmoid_route
 from unsloth_jax.layers import Attend, Mlp, feed_forward
-from unsloth_jax.models import fields, llama, qwen3, qwen3_moe
+from unsloth_jax.models import fields, glm4, llama, qwen3, qwen3_moe
 from unsloth_jax.models.llama import LAYERS as LAYERS
 from unsloth_jax.models.llama import angles as angles
 from unsloth_jax.models.llama import embed as embed
@@ -24,6 +24,11 @@ from unsloth_jax.models.llama import scores as scores
 from unsloth_jax.models.qwen3_moe import DENSE, NAMES
 
 GGUF_ARCH = "glm4moe"
+GGUF_READS = (
+    "expert_count", "expert_used_count", "expert_group_count", "expert_group_used_count",
+    "expert_feed_forward_length", "expert_shared_count", "leading_dense_block_count",
+    "expert_gating_func", "expert_weights_scale", "expert_weights_norm", "rope.dimension_count",
+)  # fmt: skip
 SIGMOID = 2  # llama.cpp's number of this way to weigh experts
 
 DEFAULTS = dict(
@@ -196,8 +201,38 @@ def gguf_keys(c: Config) -> dict[str, Any]:
     }
 
 
-def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
+def gguf_fixed(c: Mixed) -> dict[str, tuple[Any, Any]]:
     """What llama.cpp has one value for: (this model's, that one)."""
     # It stops at several groups of which none is left out.
     kept = c.kept_groups < c.groups or c.groups == 1
     return {"mixtures of experts": (any(c.sparse), True), "groups left out": (kept, True)}
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    return (
+        mixture_of(values)
+        | glm4.from_gguf(values, names, rope)
+        | {
+            "use_qk_norm": f"{LAYERS}.0.self_attn.q_norm.weight" in names,
+        }
+    )
+
+
+def mixture_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json's fields of DeepSeek-V3's kind of mixture."""
+    if values.get("expert_gating_func", SIGMOID) != SIGMOID:
+        raise ValueError(
+            f"expert_gating_func is {values['expert_gating_func']!r}; only {SIGMOID} is supported"
+        )
+    return {
+        "n_routed_experts": values["expert_count"],
+        "num_experts_per_tok": values["expert_used_count"],
+        "n_group": values.get("expert_group_count", 1),
+        "topk_group": values.get("expert_group_used_count", 1),
+        "moe_intermediate_size": values["expert_feed_forward_length"],
+        "n_shared_experts": values["expert_shared_count"],
+        "first_k_dense_replace": values["leading_dense_block_count"],
+        "routed_scaling_factor": values["expert_weights_scale"],
+        "norm_topk_prob": values["expert_weights_norm"],
+    }

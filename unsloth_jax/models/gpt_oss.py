@@ -1,14 +1,15 @@
 """gpt-oss: attention with sinks, windows on every other layer, clamped gates (arXiv:2508.10925)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 from jaxtyping import Array, Float
 
 from unsloth_jax import rope
-from unsloth_jax.dims import Params
+from unsloth_jax.dims import Params, Parts
 from unsloth_jax.experts import (
     Spread,
     chosen_route,
@@ -26,6 +27,10 @@ from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import kinds as kinds
 from unsloth_jax.models.llama import scores as scores
 
+GGUF_ARCH = "gpt-oss"
+GGUF_READS = (
+    "expert_count", "expert_used_count", "expert_feed_forward_length", "attention.sliding_window"
+)  # fmt: skip
 EXPERTS = f"{LAYERS}.*.mlp.experts"
 MATRICES = ("gate_up_proj", "down_proj")
 TRANSPOSED = tuple(f"{EXPERTS}.{name}" for name in MATRICES)
@@ -155,3 +160,73 @@ def block(
     mix = lambda y: llama.attention(c, w["self_attn"], y, by["all"], sinking, window)
     mixed = lambda node, y, _: mlp(node, y, partial(moe, c))
     return llama.pre_normed(c, w, x, mix, mixed, unit)
+
+
+def gguf_keys(c: Config) -> dict[str, Any]:
+    """Keys that llama.cpp's converter adds for this family, by gguf's names."""
+    return {
+        "sliding_window": next(filter(None, c.windows)),
+        "expert_feed_forward_length": c.mlp_width,
+    }
+
+
+def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
+    """What llama.cpp has one value for: (this model's, that one)."""
+    return {
+        "attention_bias": (c.qkv_bias, True),
+        "swiglu_alpha": (c.gain, DEFAULTS["swiglu_alpha"]),
+        "swiglu_limit": (c.limit, DEFAULTS["swiglu_limit"]),
+    }
+
+
+def gguf_told(c: Config) -> list[str]:
+    """What a file's user should know."""
+    if c.rope.kind != "yarn" or c.rope.truncate:
+        return []
+    rounded = rope.frequencies(replace(c.rope, truncate=True))
+    off = np.abs(rope.frequencies(c.rope) - rounded).max()
+    return [
+        "GGUF has no key for yarn's truncate=False: llama.cpp rounds the ends of its ramp to whole "
+        f"dimensions, so that angles are up to {off:.1e} radians a token off"
+    ]
+
+
+def gguf_parts(c: Config, name: str, shape: tuple[int, ...]) -> Parts:
+    """Experts' gate and up apart, [E, out, in] each, their biases, and sinks under their name."""
+    owner, _, last = name.rpartition(".")
+    if last == "sinks":
+        return {f"{name}.weight": (shape, lambda w: w)}
+    own = last.removesuffix("_bias")
+    if own not in MATRICES:
+        return {}
+    if last != own:
+        kind, turned, (E, O, *I) = "bias", lambda w: w, shape
+    else:
+        kind, turned, (E, *I, O) = "weight", lambda w: w.swapaxes(1, 2), shape
+    if own == MATRICES[1]:
+        return {f"{owner}.{own}.{kind}": ((E, O, *I), turned)}
+    gate_and_up = enumerate(("gate_proj", "up_proj"))
+    return {
+        f"{owner}.{n}.{kind}": ((E, O // 2, *I), lambda w, i=i: turned(w)[:, i::2])
+        for i, n in gate_and_up
+    }
+
+
+def from_gguf_parts(c: Config, name: str, parts: list[np.ndarray]) -> np.ndarray:
+    """A weight of its parts: gate and up take turns."""
+    E, _, *inputs = parts[0].shape if len(parts) > 1 else (0, 0)
+    w = np.stack(parts, axis=2).reshape(E, -1, *inputs) if E else parts[0]
+    return w.swapaxes(1, 2) if name.endswith(MATRICES) else w
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    experts, chosen, width, window = (values[key] for key in GGUF_READS)
+    # What no key says is as llama.cpp has it: see `gguf_fixed`.
+    return {
+        "num_local_experts": experts,
+        "num_experts_per_tok": chosen,
+        "intermediate_size": width,
+        "sliding_window": window,
+        "attention_bias": True,
+    }

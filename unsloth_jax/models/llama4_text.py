@@ -24,6 +24,10 @@ from unsloth_jax.models.llama import norm as norm
 from unsloth_jax.models.llama import scores as scores
 
 GGUF_ARCH = "llama4"
+GGUF_READS = (
+    "expert_count", "expert_used_count", "interleave_moe_layer_step", "expert_feed_forward_length"
+)  # fmt: skip
+LARGEST = 128  # experts of the model whose queries and keys llama.cpp does not norm
 MLP = f"{LAYERS}.*.feed_forward"
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 TRANSPOSED = tuple(f"{MLP}.experts.{name}" for name in (GATE_UP, DOWN))
@@ -227,9 +231,30 @@ def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
     by_four = tuple(not full for full in each(4))
     return {
         "layers with rope": (c.turned, by_four),
+        # Only such layers use what queries are scaled by; unused, it has no memory to be put in.
+        "a layer without rope": (not all(c.turned), True),
         "layers with chunks": (c.chunked, by_four),
         "attention_chunk_size": (c.chunk, 8192),
         "attn_scale and floor_scale": ((c.growth, c.floor), (0.1, 8192)),
-        "use_qk_norm": (c.normed, c.experts != 128),
+        "use_qk_norm": (c.normed, c.experts != LARGEST),
         "mixtures of experts": (c.sparse, each(_step(c))),
+    }
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    experts, chosen, step, width = (values[key] for key in GGUF_READS)
+    # What no key says is as llama.cpp has it: see `gguf_fixed`.
+    return {
+        "attention_bias": llama.from_gguf(values, names, rope)["attention_bias"],
+        "num_local_experts": experts,
+        "num_experts_per_tok": chosen,
+        "interleave_moe_layer_step": step,
+        "intermediate_size": width,
+        "intermediate_size_mlp": values["feed_forward_length"],
+        "use_qk_norm": experts != LARGEST,
+        "attention_chunk_size": 8192,
+        "attn_temperature_tuning": True,
+        "attn_scale": 0.1,
+        "floor_scale": 8192,
     }

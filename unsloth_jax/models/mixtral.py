@@ -22,6 +22,7 @@ from unsloth_jax.models.llama import to_gguf as to_gguf
 from unsloth_jax.models.qwen3_moe import Config, moe, of_experts
 from unsloth_jax.models.qwen3_moe import routed as routed
 
+GGUF_READS = ("expert_count", "expert_used_count")
 NAMES = "w1", "w3", "w2"  # gate, up, down
 # Noise on what routers read, which transformers adds in training alone.
 ONLY = {"router_jitter_noise": (0, 0.0, None)}
@@ -66,3 +67,9 @@ def block(
     mix = lambda y: llama.attention(c, w["self_attn"], y, by["all"], attend, window)
     mixed = lambda node, y, _: mlp(node, y, partial(moe, c, NAMES))
     return llama.pre_normed(c, w | {"mlp": w["block_sparse_moe"]}, x, mix, mixed)
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    experts, chosen = (values[key] for key in GGUF_READS)
+    return {"num_local_experts": experts, "num_experts_per_tok": chosen, "sliding_window": None}

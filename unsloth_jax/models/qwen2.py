@@ -17,7 +17,7 @@ from unsloth_jax.models.llama import weights as weights
 
 GGUF_ARCH = "qwen2"
 GGUF_READS = ("attention.sliding_window",)
-DEFAULTS = dict(num_key_value_heads=32, max_position_embeddings=32768)
+DEFAULTS = dict(num_key_value_heads=32, max_position_embeddings=32768, sliding_window=4096)
 OWN = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
 

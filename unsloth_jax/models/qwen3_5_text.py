@@ -17,7 +17,7 @@ from unsloth_jax import rope
 from unsloth_jax.dims import Params
 from unsloth_jax.layers import ACTIVATIONS, Holds, Mixers, Mlp, feed_forward, rms_norm
 from unsloth_jax.leaves import linear, linears
-from unsloth_jax.models import fields, gemma, llama
+from unsloth_jax.models import fields, gemma, glm4, llama
 from unsloth_jax.models.gemma import norm as norm
 from unsloth_jax.models.llama import LAYERS as LAYERS
 from unsloth_jax.models.llama import angles as angles
@@ -26,6 +26,14 @@ from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import scores as scores
 
 GGUF_ARCH = "qwen35"
+# Config's field -> the file's key.
+SIZES = dict(
+    linear_conv_kernel_dim="ssm.conv_kernel", linear_key_head_dim="ssm.state_size",
+    linear_num_key_heads="ssm.group_count", linear_num_value_heads="ssm.time_step_rank",
+    full_attention_interval="full_attention_interval",
+)  # fmt: skip
+SECTIONS_KEY, TURNED = "rope.dimension_sections", "rope.dimension_count"
+GGUF_READS = (*SIZES.values(), "ssm.inner_size", TURNED, SECTIONS_KEY)
 SECTIONS = (11, 11, 10, 0)  # the converter's, where a config has none
 # What the name of a weight in the layers of one kind begins with.
 DELTA, ATTENTION = "linear_attn.", "self_attn."
@@ -38,6 +46,13 @@ DEFAULTS = dict(
     linear_key_head_dim=128, linear_value_head_dim=128, linear_num_key_heads=16,
     linear_num_value_heads=32,
 )  # fmt: skip
+# What files say of it and transformers does not read: heads that guess further tokens, and values
+# that are the only ones there is code for.
+OF_GUESSES = ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
+ONLY = {
+    "attn_output_gate": (True,), "output_gate_type": ("swish",), "mamba_ssm_dtype": ("float32",),
+    "mlp_only_layers": ([], None),
+}  # fmt: skip
 SCALARS = ("A_log", "dt_bias")  # one number for each of a delta net's value heads
 UNIT_EPS = 1e-6  # under the root of queries' and keys' lengths
 # Positions of images; those of text are alike on all three axes, so that neither matters.
@@ -63,7 +78,7 @@ class Config(llama.Config):
 def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
     hf = {"num_key_value_heads": 4} | DEFAULTS | dict(hf)
-    fields.check(hf, own=OWN)
+    fields.check(hf, (*OWN, *OF_GUESSES), ONLY)
     common, bias = fields.sizes(hf), hf.get("attention_bias", False)
     return Config(
         **common,
@@ -262,6 +277,11 @@ def gated_norm(
 
 def gguf_keys(c: Config) -> dict[str, Any]:
     """Keys that llama.cpp's converter adds for this family, by gguf's names."""
+    return delta_keys(c) | ({} if c.sections else {"rope_dimension_sections": SECTIONS})
+
+
+def delta_keys(c: Config) -> dict[str, Any]:
+    """Keys of the delta nets and of rope's share of a head."""
     return {
         "ssm_conv_kernel": c.taps,
         "ssm_state_size": c.key_width,
@@ -270,18 +290,27 @@ def gguf_keys(c: Config) -> dict[str, Any]:
         "ssm_inner_size": c.value_heads * c.value_width,
         "full_attention_interval": c.delta.index(False) + 1,
         "rope_dimension_count": c.rope.width,
-    } | ({} if c.sections else {"rope_dimension_sections": SECTIONS})
+    }
 
 
 def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
     """What llama.cpp has one value for: (this model's, that one)."""
-    every, sections = c.delta.index(False) + 1, c.sections or SECTIONS
+    sections = c.sections or SECTIONS
     # A frequency that no section has is not turned at all.
     turned = [i < 3 * sections[i % 3] for i in range(c.rope.width // 2)]
+    return delta_fixed(c) | {
+        "frequencies beyond mrope_section": (turned.count(False), 0),
+        # ggml aborts where they are more than a head has numbers.
+        "frequencies in mrope_section beyond head_dim": (max(0, sum(sections) - c.head_width), 0),
+    }
+
+
+def delta_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
+    """What llama.cpp's delta nets have one value for: (this model's, that one)."""
+    every = c.delta.index(False) + 1
     return {
         "linear_value_head_dim": (c.value_width, c.key_width),
         "delta nets in layers": (c.delta, tuple(bool((i + 1) % every) for i in range(c.layers))),
-        "frequencies beyond mrope_section": (turned.count(False), 0),
     }
 
 
@@ -291,12 +320,8 @@ def gguf_shape(c: Config, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def to_gguf(c: Config, path: str, w: np.ndarray) -> np.ndarray:
-    """Norms' factors, A = -e^A_log, and value heads with those of one key apart, not together."""
-    if path.endswith("norm.weight") and not path.endswith("linear_attn.norm.weight"):
-        return w + np.float32(gemma.OFFSET)
-    if path.endswith("A_log"):
-        w = np.float32(-np.exp(np.float64(w)))
-    w = w.reshape(gguf_shape(c, path, w.shape))
+    """As `factors`, and value heads with those of one key apart, not together."""
+    w = factors(c, path, w)
     module = path.split(f".{DELTA}")[-1].removesuffix(".weight")
     if module == "out_proj" and DELTA in path:
         return np.ascontiguousarray(_apart(c, w.T).T)
@@ -306,7 +331,24 @@ def to_gguf(c: Config, path: str, w: np.ndarray) -> np.ndarray:
     return _apart(c, w) if module in ("in_proj_z", "in_proj_b", "in_proj_a", *SCALARS) else w
 
 
+def factors(c: Config, path: str, w: np.ndarray) -> np.ndarray:
+    """Norms' factors, A = -e^A_log, the convolution's taps without their axis of one."""
+    if path.endswith("norm.weight") and not path.endswith("linear_attn.norm.weight"):
+        return w + np.float32(gemma.OFFSET)
+    if path.endswith("A_log"):
+        w = np.float32(-np.exp(np.float64(w)))
+    return w.reshape(gguf_shape(c, path, w.shape))
+
+
 def _apart(c: Config, w: np.ndarray) -> np.ndarray:
     """Rows of value heads [key, value of it, ...] -> [value of it, key, ...]."""
     each = c.value_heads // c.key_heads
     return w.reshape(c.key_heads, each, -1, *w.shape[1:]).swapaxes(0, 1).reshape(w.shape)
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    turned = glm4.from_gguf(values, names, rope | {"mrope_section": values[SECTIONS_KEY][:3]})
+    value_width = values["ssm.inner_size"] // max(1, values["ssm.time_step_rank"])
+    sizes = {name: values[key] for name, key in SIZES.items()}
+    return turned | sizes | {"linear_value_head_dim": value_width}

@@ -19,6 +19,7 @@ from unsloth_jax.models.llama import norm as norm
 from unsloth_jax.models.llama import scores as scores
 
 GGUF_ARCH = "qwen3moe"
+GGUF_READS = ("expert_count", "expert_used_count", "expert_feed_forward_length")
 Names = tuple[str, str, str]
 NAMES: Names = ("gate_proj", "up_proj", "down_proj")
 DENSE = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -26,6 +27,7 @@ OWN = (
     "attention_bias", "decoder_sparse_step", "mlp_only_layers", "norm_topk_prob", *qwen2.OWN,
     *fields.EXPERTS,
 )  # fmt: skip
+DEFAULTS = dict(moe_intermediate_size=768, num_experts_per_tok=8, sliding_window=4096)
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Config(llama.Config):
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Raises ValueError for a field or value that is not understood."""
-    hf = {"moe_intermediate_size": 768, "num_experts_per_tok": 8} | dict(hf)
+    hf = DEFAULTS | dict(hf)
     fields.check(hf, own=OWN)
     common = fields.sizes(hf)
     bias = hf.get("attention_bias", False)
@@ -50,7 +52,7 @@ def config(hf: Mapping[str, Any]) -> Config:
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=False,
-        windows=fields.windows(hf, common["layers"]),
+        windows=windows(hf, common["layers"]),
         **fields.experts(hf, 128),
         expert_width=hf["moe_intermediate_size"],
         renormalized=hf.get("norm_topk_prob", False),
@@ -58,9 +60,28 @@ def config(hf: Mapping[str, Any]) -> Config:
     )
 
 
+def windows(hf: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+    """One window for all layers or none: transformers' `qwen3_moe` reads no max_window_layers.
+
+    Raises ValueError for layer_types that say otherwise.
+    """
+    window = hf["sliding_window"] if hf.get("use_sliding_window") else None
+    alike = (window is not None,) * layers
+    if hf.get("layer_types") is not None and fields.sliding_layers(hf, layers, 0) != alike:
+        raise ValueError(
+            f"layer_types={hf['layer_types']} with a window of {window}: expected all layers alike"
+        )
+    return (window,) * layers
+
+
 def sparse(hf: Mapping[str, Any]) -> tuple[bool, ...]:
-    """Whether each layer is a mixture: each so many-th, but for those that are named."""
-    step, only = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
+    """Whether each layer is a mixture: each so many-th, but for those that are named.
+
+    Raises ValueError where these are no numbers.
+    """
+    step, only = hf.get("decoder_sparse_step") or 1, hf.get("mlp_only_layers") or []
+    if not all(type(i) is int for i in only):
+        raise ValueError(f"mlp_only_layers={only!r}, expected a list of layers' numbers")
     return tuple(i not in only and (i + 1) % step == 0 for i in range(hf["num_hidden_layers"]))
 
 
@@ -140,4 +161,16 @@ def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
     return {
         "norm_topk_prob": (c.renormalized, True),
         "mixtures of experts": (c.sparse, (True,) * c.layers),
+    }
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    experts, chosen, width = (values[key] for key in GGUF_READS)
+    return {
+        "attention_bias": llama.from_gguf(values, names, rope)["attention_bias"],
+        "num_experts": experts,
+        "num_experts_per_tok": chosen,
+        "moe_intermediate_size": width,
+        "norm_topk_prob": True,
     }

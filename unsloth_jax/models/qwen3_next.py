@@ -10,20 +10,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from unsloth_jax.dims import Params
+from unsloth_jax.dims import Params, Parts
 from unsloth_jax.layers import Holds, Mixers, Mlp, feed_forward
 from unsloth_jax.leaves import linear, linears
-from unsloth_jax.models import fields, gemma, llama, qwen3_5_text, qwen3_moe
+from unsloth_jax.models import fields, gemma, glm4, llama, qwen3_5_text, qwen3_moe
 from unsloth_jax.models.gemma import norm as norm
 from unsloth_jax.models.llama import LAYERS as LAYERS
 from unsloth_jax.models.llama import angles as angles
 from unsloth_jax.models.llama import embed as embed
 from unsloth_jax.models.llama import head as head
 from unsloth_jax.models.llama import scores as scores
+from unsloth_jax.models.qwen3_5_text import gguf_shape as gguf_shape
 from unsloth_jax.models.qwen3_moe import routed as routed
 
+GGUF_ARCH = "qwen3next"
+GGUF_READS = (
+    "expert_count", "expert_used_count", "expert_feed_forward_length",
+    "expert_shared_feed_forward_length", "ssm.inner_size", qwen3_5_text.TURNED,
+    *qwen3_5_text.SIZES.values(),
+)  # fmt: skip
+to_gguf = qwen3_5_text.factors
 MLP, DELTA = f"{LAYERS}.*.mlp", f"{LAYERS}.*.linear_attn"
 SHARED, GATE = "shared_expert", "shared_expert_gate"
 OWN = (
@@ -148,3 +157,59 @@ def block(
         mix = lambda y: qwen3_5_text.gated_attention(c, w["self_attn"], y, by["all"], attend)
     mixed = (lambda node, y, _: mlp(node, y, partial(moe, c))) if sparse else mlp
     return llama.pre_normed(c, w, x, mix, mixed, gemma.unit)
+
+
+def gguf_keys(c: Config) -> dict[str, Any]:
+    """Keys that llama.cpp's converter adds for this family, by gguf's names."""
+    return {
+        "expert_feed_forward_length": c.expert_width,
+        "expert_shared_feed_forward_length": c.shared_width,
+    } | qwen3_5_text.delta_keys(c)
+
+
+def gguf_fixed(c: Config) -> dict[str, tuple[Any, Any]]:
+    """What llama.cpp has one value for: (this model's, that one)."""
+    return qwen3_5_text.delta_fixed(c) | qwen3_moe.gguf_fixed(c)
+
+
+def gguf_parts(c: Config, name: str, shape: tuple[int, ...]) -> Parts:
+    """Queries, keys and values in one tensor, their gate in another: name -> (shape, its rows)."""
+    if not name.endswith(".in_proj_qkvz.weight"):
+        return {}
+    values = c.value_heads // c.key_heads * c.value_width
+    ends = np.cumsum([c.key_width, c.key_width, values])
+
+    def cut(w: np.ndarray) -> list[np.ndarray]:
+        each = np.split(w.reshape(c.key_heads, -1, c.width), ends, axis=1)
+        return [rows.reshape(-1, c.width) for rows in each]
+
+    return {
+        name.replace("qkvz", "qkv"): ((c.channels, c.width), lambda w: np.concatenate(cut(w)[:3])),
+        name.replace("qkvz", "z"): ((c.value_heads * c.value_width, c.width), lambda w: cut(w)[3]),
+    }
+
+
+def from_gguf_parts(c: Config, name: str, parts: list[np.ndarray]) -> np.ndarray:
+    """`in_proj_qkvz` of its two parts."""
+    by_head = lambda w: w.reshape(c.key_heads, -1, c.width)
+    keys = c.key_heads * c.key_width
+    each = [*np.split(parts[0], (keys, 2 * keys)), parts[1]]
+    return np.concatenate([by_head(w) for w in each], axis=1).reshape(-1, c.width)
+
+
+def from_gguf(values: Mapping[str, Any], names: set[str], rope: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields of a file with these keys and weights, beyond those of all families."""
+    experts, chosen, width, shared, inner = (values[key] for key in GGUF_READS[:5])
+    sizes = {name: values[key] for name, key in qwen3_5_text.SIZES.items()}
+    return (
+        glm4.from_gguf(values, names, rope)
+        | sizes
+        | {
+            "linear_value_head_dim": inner // max(1, sizes["linear_num_value_heads"]),
+            "num_experts": experts,
+            "num_experts_per_tok": chosen,
+            "moe_intermediate_size": width,
+            "shared_expert_intermediate_size": shared,
+            "norm_topk_prob": True,
+        }
+    )

@@ -12,8 +12,7 @@ import numpy as np
 from pallas_kernels import nf4
 from unsloth_jax import quant, tree
 from unsloth_jax.dims import Params
-from unsloth_jax.models import family as family_of
-from unsloth_jax.models import tree_of
+from unsloth_jax.models import family_of, tree_of
 from unsloth_jax.quant.nf4 import NF4
 from workflows.bench import configs
 
@@ -26,7 +25,7 @@ def model(shape: str) -> tuple[ModuleType, Any, Params]:
     Projections are NF4 with nested statistics, everything else bfloat16.
     """
     fields = configs.config(shape)
-    family = family_of(fields["model_type"])
+    family = family_of(fields)
     c = family.config(fields)
 
     def quantized() -> Params:

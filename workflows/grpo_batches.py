@@ -1,0 +1,296 @@
+"""GRPO's batches: what the policy answers to the next prompts, scored, as optimizer steps."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unsloth_jax import advantages, data, lora, policy, tree
+from unsloth_jax.data import Row
+from unsloth_jax.dims import Batch, Params
+from unsloth_jax.leaves import Hosted
+from workflows import grpo_objective, grpo_report, rollout
+from workflows.generate import Stopwatch
+from workflows.grpo_config import GRPOConfig
+from workflows.grpo_prompts import Prompt
+from workflows.model import Model
+from workflows.objective import embedded
+from workflows.rewards import Rewards, Scores
+from workflows.rollout import Completion
+
+SLOTS = 256
+EMPTY = Row([], [])
+
+
+class Generation(NamedTuple):
+    """Completions of some prompts, a prompt's `num_generations` together, and what they got."""
+
+    prompts: list[Prompt]
+    completions: list[Completion]
+    masks: list[list[int]]  # 1 for each token that is learnt from
+    scores: Scores
+    worth: advantages.Advantages
+    metrics: dict[str, float]
+
+    @property
+    def tokens_a_completion(self) -> float:
+        return sum(map(sum, self.masks)) / len(self.masks)
+
+
+@dataclass
+class PolicyBatches:
+    """[accumulation, batch, length] arrays of prompts with completions, made as they are asked for.
+
+    `policy` gives the adapters as they are then; `reference` those of the frozen policy, None for
+    the base itself. `batch` completions are in memory at once.
+    """
+
+    prompts: Sequence[Prompt]
+    model: Model
+    args: GRPOConfig
+    length: int
+    rewards: Rewards
+    tokenizer: Any
+    state: Any
+    reference: Params | None
+    seed: int | None  # None leaves prompts in their order
+    policy: Callable[[], Params] = lambda: {}
+    told: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # (step, metrics)
+    alarms: grpo_report.Alarms = field(default_factory=grpo_report.Alarms)
+
+    @property
+    def batch(self) -> int:
+        return min(self.args.per_device_train_batch_size, self.rows_a_step)
+
+    @property
+    def rows_a_step(self) -> int:
+        """Completions that an optimizer step learns from."""
+        return self.args.prompts_a_step * self.args.num_generations
+
+    @property
+    def accumulation(self) -> int:
+        return -(-self.rows_a_step // self.batch)
+
+    @property
+    def widest(self) -> int:
+        longest = max(len(one.ids) for one in self.prompts) + self.args.max_completion_length
+        return min(self.length, data.rounded(longest, data.STEP))
+
+    def documents(self, steps: int) -> int:
+        """Rows hold one completion each."""
+        return 1
+
+    def steps(self, epoch: int) -> int:
+        """Optimizer steps in one epoch."""
+        a = self.args
+        return math.ceil(len(self.prompts) / a.prompts_a_step) * a.num_iterations
+
+    def forever(self, skip: int = 0) -> Iterator[tuple[float, Batch]]:
+        """(epochs done after the step, batch), the first `skip` steps left out.
+
+        Raises ValueError where `skip` is amid what one generation is learnt from.
+        """
+        a, updates = self.args, self.args.updates
+        if skip % updates:
+            raise ValueError(f"step {skip} is amid the {updates} steps of one generation")
+        for number in itertools.count(skip // updates):
+            found = self._generation(number)
+            laid = [self._step(found, part) for part in range(a.steps_a_generation)]
+            told = laid if updates == 1 and not self._scores_first else self._with_old(laid, found)
+            order = itertools.product(range(a.num_iterations), told)
+            for n, (_, batch) in enumerate(order, start=number * updates + 1):
+                self.told.append((n, found.metrics if (n - 1) % updates == 0 else {}))
+                yield n / self.steps(0), self._thresholded(batch)
+
+    def _prompts(self, number: int) -> list[Prompt]:
+        """Those of a generation: one epoch's after another's."""
+        count = self.args.prompts_a_step * self.args.steps_a_generation
+        start, size = number * count, len(self.prompts)
+        found = []
+        for at in range(start, start + count):
+            epoch, place = divmod(at, size)
+            found.append(self._order(epoch)[place])
+        return found
+
+    def _order(self, epoch: int) -> Sequence[Prompt]:
+        if self.seed is None:
+            return self.prompts
+        if self._shuffled[0] != epoch:
+            self._shuffled = epoch, data.shuffled(self.prompts, self.seed, epoch)
+        return self._shuffled[1]
+
+    _shuffled: tuple[int, Sequence[Prompt]] = (-1, ())
+
+    def _generation(self, number: int) -> Generation:
+        a, m, clock = self.args, self.model, Stopwatch()
+        prompts = self._prompts(number)
+        self.state.global_step = number * a.updates  # which a step ahead is not told yet
+        base = (a.seed * 1_000_003 + number) % 2**32
+        params = lora.attach(on_device(m.params), self.policy(), m.scale)
+        drawn = rollout.run(
+            m.family, m.config, params, [one.ids for one in prompts], a.sampling,
+            stop_ids=m.stop_ids(), seed=base,
+            slots=a.rollout_slots or min(SLOTS, len(prompts) * a.num_generations),
+        )  # fmt: skip
+        del params
+        completions = list(itertools.chain.from_iterable(drawn.completions))
+        seconds = {"rollout": clock()}
+        scores = self._scores(prompts, completions)
+        seconds["rewards"] = clock() - seconds["rollout"]
+        cut = np.asarray([one.finish_reason == "length" for one in completions])
+        masked = a.mask_truncated_completions
+        left_out = masked and not a.truncated_in_statistics
+        worth = advantages.advantages(
+            scores.rewards, self.rewards.weights, a.num_generations, ~cut if left_out else None,
+            scale_rewards=a.scale_rewards,
+            multi_objective_aggregation=a.multi_objective_aggregation,
+        )  # fmt: skip
+        masks = [
+            [0 if masked and ended else 1] * len(one.tokens)
+            for one, ended in zip(completions, cut, strict=True)
+        ]
+        found = Generation(prompts, completions, masks, scores, worth, {})
+        metrics = grpo_report.metrics(found, drawn.counts, seconds)
+        if a.alarms:
+            self.alarms.heed(metrics, a)
+        if a.log_completions:
+            metrics["completions"] = grpo_report.table(found, self.texts(found), a)
+        return found._replace(metrics=metrics)
+
+    def _scores(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
+        texts = [self._text(one) for one in completions]
+        if prompts[0].conversational:
+            texts = [[{"role": "assistant", "content": text}] for text in texts]
+        ids = [one.tokens for one in completions]
+        return self.rewards.score([one.example for one in prompts], texts, ids, self.state)
+
+    def _text(self, completion: Completion) -> str:
+        return self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
+
+    def texts(self, found: Generation) -> list[str]:
+        """What the completions say."""
+        return [self._text(one) for one in found.completions]
+
+    def _step(self, found: Generation, part: int) -> Batch:
+        """One optimizer step's completions; empty rows fill its last micro-batch."""
+        group, size = self.args.num_generations, self.rows_a_step
+        mine = slice(part * size, (part + 1) * size)
+        numbers = range(*mine.indices(len(found.completions)))
+        starts = [found.prompts[n // group].ids for n in numbers]
+        rows = [
+            Row(start + found.completions[n].tokens, [0] * len(start) + found.masks[n])
+            for start, n in zip(starts, numbers, strict=True)
+        ]
+        width = data.bucket(rows, self.length)
+        drawn = [
+            [0.0] * len(start) + found.completions[n].logprobs
+            for start, n in zip(starts, numbers, strict=True)
+        ]
+        sampled = [
+            [0.0] * len(start) + found.completions[n].sampled_logprobs
+            for start, n in zip(starts, numbers, strict=True)
+        ]
+        flat = np.repeat(found.worth.flat, group)[mine]
+        beside = {
+            "drawn": self._laid(drawn, width),
+            "sampled": self._laid(sampled, width),
+            "advantages": self._split(found.worth.values[mine]),
+            "real": self._split(np.ones(len(rows))),
+            "tokens_a_completion": np.full(
+                self.accumulation, found.tokens_a_completion, np.float32
+            ),
+        }
+        if not self.args.kl_on_flat_groups:
+            beside["pulled"] = self._split(~flat)
+        micro = [rows[at : at + self.batch] for at in range(0, size, self.batch)]
+        bins = [[[row] for row in some] for some in micro]
+        whole = data.stacked([data.collate(one, self.batch, width) for one in bins])
+        return whole._replace(beside=beside)
+
+    def _laid(self, numbers: Sequence[Sequence[float]], width: int) -> np.ndarray:
+        """[accumulation, batch, width]: a number a token, where its target stands."""
+        whole = np.zeros((self.accumulation * self.batch, width), np.float32)
+        for row, values in zip(whole, numbers, strict=False):
+            row[: len(values) - 1] = values[1:]
+        return whole.reshape(self.accumulation, self.batch, width)
+
+    def _split(self, numbers: Any) -> np.ndarray:
+        whole = np.zeros(self.accumulation * self.batch, np.float32)
+        whole[: len(numbers)] = numbers
+        return whole.reshape(self.accumulation, self.batch)
+
+    @property
+    def _scores_first(self) -> bool:
+        """Whether the learner's log-probabilities are needed before the first update."""
+        return bool(self.args.vllm_importance_sampling_correction or self.args.beta)
+
+    @cached_property
+    def _scored(self) -> Callable:
+        m = self.model
+        return grpo_objective.of_each(m.family, m.config, m.scale, self.args.temperature)
+
+    def _logps(self, adapters: Params | None, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        whole = embedded(self.model.params, batch)._replace(beside=None, key=None)
+        return self._scored(adapters, self.model.params, whole)
+
+    def _with_old(self, steps: Sequence[Batch], found: Generation) -> list[Batch]:
+        """The steps with the policy's and the reference's log-probabilities before any update."""
+        a, out = self.args, []
+        for batch in steps:
+            more: dict[str, Any] = {}
+            if a.updates > 1 or a.vllm_importance_sampling_correction:
+                more["old"] = np.asarray(self._logps(self.policy(), batch)[0])
+            if a.vllm_importance_sampling_correction:
+                more["correction"] = self._corrected(more["old"], batch)
+            if a.beta:
+                more["reference"] = np.asarray(self._logps(self.reference, batch)[0])
+            out.append(batch._replace(beside=batch.beside | more))
+        return out
+
+    def _corrected(self, old: np.ndarray, batch: Batch) -> np.ndarray:
+        a = self.args
+        owners = jnp.broadcast_to(jnp.arange(self.batch)[:, None], batch.tokens.shape[1:])
+        how = dict(
+            mode=a.vllm_importance_sampling_mode,
+            clip_min=a.vllm_importance_sampling_clip_min,
+            clip_max=a.vllm_importance_sampling_clip_max,
+        )
+        each = zip(old, batch.beside["sampled"], batch.weights, strict=True)
+        return np.stack(
+            [policy.corrections(*map(jnp.asarray, of), owners, self.batch, **how) for of in each]
+        )
+
+    def _thresholded(self, batch: Batch) -> Batch:
+        """The batch without what only this file reads, with the least entropy that counts."""
+        beside = {name: x for name, x in batch.beside.items() if name != "sampled"}
+        if self.args.top_entropy_quantile < 1:
+            entropies = np.asarray(self._logps(self.policy(), batch)[1])[batch.weights > 0]
+            share = 1 - self.args.top_entropy_quantile
+            least = np.quantile(entropies, share) if entropies.size else 0.0
+            beside["entropy_least"] = np.full(self.accumulation, least, np.float32)
+        return batch._replace(beside=beside)
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Names of the arrays beside a batch's rows."""
+        a = self.args
+        there = {
+            "drawn": True, "advantages": True, "real": True, "tokens_a_completion": True,
+            "pulled": not a.kl_on_flat_groups,
+            "old": a.updates > 1 or a.vllm_importance_sampling_correction,
+            "correction": a.vllm_importance_sampling_correction, "reference": bool(a.beta),
+            "entropy_least": a.top_entropy_quantile < 1,
+        }  # fmt: skip
+        return tuple(name for name, is_there in there.items() if is_there)
+
+
+def on_device(params: Params) -> Params:
+    """The parameters, an embedding table in host memory as an array of the device."""
+    back = lambda path, leaf: jax.device_put(leaf.table) if isinstance(leaf, Hosted) else leaf
+    return tree.map_paths(back, params)

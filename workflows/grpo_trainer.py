@@ -1,0 +1,170 @@
+"""GRPOTrainer with the names of TRL and Unsloth; rollouts in the same process."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from workflows import grpo_objective, reference, updates
+from workflows.facts import digest
+from workflows.grpo_batches import PolicyBatches
+from workflows.grpo_config import GRPOConfig
+from workflows.grpo_prompts import Prompt, prompts
+from workflows.keywords import say, settle, typed
+from workflows.model import Model
+from workflows.rewards import Rewards
+from workflows.run import short_hash
+from workflows.trainer import Trainer, trainable
+from workflows.watch import Watch
+
+IGNORED = {"dataset_num_proc": "rows are made in this process"}
+LATER = {
+    "eval_dataset": (None,),
+    "reward_processing_classes": (None,),
+    "optimizers": (None, (None, None)),
+    "peft_config": (None,),
+    "tools": (None,),
+    "rollout_func": (None,),
+    "environment_factory": (None,),
+    "quantization_config": (None,),
+}
+USED = (
+    "model", "reward_funcs", "args", "train_dataset", "processing_class", "tokenizer", "callbacks",
+)  # fmt: skip
+KINDS = {
+    "model": Model, "tokenizer": PreTrainedTokenizerBase | None,
+    "processing_class": PreTrainedTokenizerBase | None, "train_dataset": Iterable | Path | None,
+    "args": GRPOConfig | None,
+}  # fmt: skip
+
+
+class GRPOTrainer(Trainer):
+    """Trains a model's adapters by GRPO; the reference is the model as it stands here.
+
+    Args:
+        model: a model with adapters.
+        reward_funcs: a function or several, see `workflows.rewards`.
+        args: a GRPOConfig.
+        train_dataset: rows with a column prompt, text or messages; the others go to the reward
+            functions.
+        processing_class, tokenizer: by default the model's own.
+        callbacks: objects with methods named as transformers' TrainerCallback has them.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        reward_funcs: Callable | Sequence[Callable] = (),
+        args: GRPOConfig | None = None,
+        train_dataset: Iterable | str | Path | None = None,
+        processing_class: Any = None,
+        callbacks: Sequence[Any] | None = None,
+        tokenizer: Any = None,
+        **other: Any,
+    ):
+        where = "GRPOTrainer"
+        settle(where, other, USED, IGNORED, LATER)
+        given = dict(model=model, args=args, train_dataset=train_dataset)
+        given |= dict(processing_class=processing_class, tokenizer=tokenizer)
+        typed(where, given, KINDS)
+        tokenizers = [x for x in (processing_class, tokenizer) if x is not None]
+        if len(tokenizers) == 2 and tokenizers[0] is not tokenizers[1]:
+            raise ValueError(f"{where}: give tokenizer or processing_class, got two that differ")
+        args = GRPOConfig() if args is None else args
+        self.rewards = Rewards(reward_funcs, args.reward_weights, args.reward_timeout)
+        tokenizer = (*tokenizers, model.tokenizer)[0]
+        super().__init__(model, args, tokenizer, train_dataset, None, callbacks)
+        self.rewards.check(self.rows[0].example)
+        self.start = model.adapters if reference.changes(model.adapters) else None
+        batches = self._batches()
+        self.objective = grpo_objective.grpo(
+            args.policy_loss, args.temperature, batches.beside, batches.widest
+        )
+
+    def _trainable(self, model: Model, args: GRPOConfig) -> None:
+        if model.peft and model.peft.dropout:
+            say(f"lora_dropout={model.peft.dropout} is not drawn: ratios need the same network")
+        trainable(model)
+        updates.rates(args, model.adapters)
+
+    def _rows(self, dataset: Any) -> list[Prompt]:
+        a = self.args
+        longest = self.length - a.max_completion_length
+        if longest < 1:
+            raise ValueError(
+                f"GRPOConfig: max_completion_length={a.max_completion_length} leaves no room for a "
+                f"prompt in max_seq_length={self.length}"
+            )
+        longest = min(longest, a.max_prompt_length or longest)
+        how = dict(drop=a.drop_long_prompts, vocab=self.model.config.vocab)
+        return prompts(dataset, self.tokenizer, longest, template=a.chat_template_kwargs, **how)
+
+    def _batches(self) -> PolicyBatches:
+        a = self.args
+        return PolicyBatches(
+            self.rows, self.model, a, self.length, self.rewards, self.tokenizer, self.state,
+            self.start, a.seed if a.shuffle_dataset else None,
+        )  # fmt: skip
+
+    def _known(self, batches: PolicyBatches) -> tuple[PolicyBatches, dict[str, Any]]:
+        self._made_batches = batches
+        return super()._known(batches)
+
+    def _watch(self, total: int, log: Callable) -> Watch:
+        batches = self._made_batches
+
+        def told(row: dict[str, Any]) -> None:
+            log(self._with_rollouts(row, batches))
+
+        watch = super()._watch(total, told)
+        batches.policy = lambda: watch.run.state.trainable
+        return watch
+
+    def _with_rollouts(self, row: dict[str, Any], batches: PolicyBatches) -> dict[str, Any]:
+        """A step's row with what was told of the generations up to it."""
+        if "loss" not in row:
+            return row
+        ready = [metrics for step, metrics in batches.told if step <= row["step"]]
+        batches.told[:] = [(step, x) for step, x in batches.told if step > row["step"]]
+        if self.args.alarms:
+            batches.alarms.gap(row)
+        return row | _means([metrics for metrics in ready if metrics])
+
+    @property
+    def train_dataset(self) -> list[dict[str, Any]]:
+        """The rows that prompts come from."""
+        return [row.example for row in self.rows]
+
+    def _digest(self, rows: Sequence[Prompt]) -> str:
+        return digest([row.ids for row in rows])
+
+    def _facts(self, data: dict[str, Any]) -> dict[str, Any]:
+        a = self.args
+        own = {
+            "reference": reference.BASE if self.start is None else short_hash(self.start),
+            "rewards": dict(zip(self.rewards.names, self.rewards.weights.tolist(), strict=True)),
+            "rollouts": {
+                "sampling": [*a.sampling.sampling, a.max_completion_length],
+                "prompts": [a.prompts_a_step, a.num_generations, a.updates, a.num_iterations],
+                "how": [a.scale_rewards, a.multi_objective_aggregation, a.kl_on_flat_groups],
+                "masks": [
+                    a.mask_truncated_completions,
+                    a.truncated_in_statistics,
+                    a.top_entropy_quantile,
+                ],
+                "shuffled": a.shuffle_dataset,
+            },
+        }
+        return super()._facts(data | own)
+
+
+def _means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means of numbers over generations; of anything else the last."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    found = {}
+    for name in names:
+        values = [row[name] for row in rows if row.get(name) is not None]
+        numbers = all(isinstance(x, int | float) for x in values)
+        found[name] = sum(values) / len(values) if numbers and values else (values or [None])[-1]
+    return found
