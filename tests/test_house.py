@@ -21,7 +21,7 @@ ALLOWED = {
     "workflows": (
         ("pallas_kernels", "unsloth_jax", "bridge"),
         "jax jaxtyping numpy optax transformers jinja2 datasets rich matplotlib xllamacpp "
-        "mlflow tensorboard trackio wandb tyro yaml",
+        "mlflow tensorboard trackio wandb tyro yaml reasoning_gym",
     ),
 }
 # The core from the bottom up: a module imports earlier ones only.

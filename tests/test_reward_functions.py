@@ -1,9 +1,10 @@
 """Built-in reward functions, against TRL's and reasoning-gym's where these have them."""
 
-import builtins
+import json
 import random
 import re
 import sys
+import types
 from fractions import Fraction
 
 import pytest
@@ -149,15 +150,26 @@ def test_reasoning_gym_accuracy_is_its_verifiers():
     assert plain(completions=[entries[0]["answer"]], entry=[entries[0]]) == [1.0]
 
 
+def test_reasoning_gyms_verifier_scores_the_tagged_answer(monkeypatch):
+    made = types.ModuleType("reasoning_gym")
+    asked = []
+
+    def verifier(source):
+        asked.append(source)
+        return lambda answer, entry: float(answer == entry["answer"])
+
+    made.get_score_answer_fn = verifier
+    monkeypatch.setitem(sys.modules, "reasoning_gym", made)
+    entry = {"answer": "7", "metadata": {"source_dataset": "sums"}}
+    rows = [entry, json.dumps(entry), entry]
+    texts = ["<answer> 7 </answer>", says("<answer>8</answer>")[0], "7"]
+    assert built_in.reasoning_gym_accuracy()(completions=texts, entry=rows) == [1.0, 0.0, 0.0]
+    assert built_in.reasoning_gym_accuracy(tag=None)(completions=["7"], entry=[entry]) == [1.0]
+    assert asked == ["sums", "sums"]
+
+
 def test_a_missing_reasoning_gym_is_one_line(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "reasoning_gym":
-            raise ModuleNotFoundError("No module named 'reasoning_gym'", name=name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ImportError, match="^this reward needs `pip install reasoning-gym`$"):
         built_in.reasoning_gym_accuracy()
 

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,21 @@ class Point:
 print(Point(1))
 """
     assert run(code) == sandbox.Result("Point(x=1)\n", "", "ok")
+
+
+def test_nothing_of_this_process_is_handed_over(monkeypatch, tmp_path):
+    monkeypatch.setenv("SECRET", "word")
+    with (tmp_path / "secret").open("w") as file:
+        os.set_inheritable(file.fileno(), True)
+        code = f"import os; print(dict(os.environ)); os.fstat({file.fileno()})"
+        result = run(code)
+    assert "word" not in result.out and "Bad file descriptor" in result.error
+
+
+def test_programs_run_side_by_side():
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(run, [f"print({n})" for n in range(8)]))
+    assert found == [(f"{n}\n", "", "ok") for n in range(8)]
 
 
 @pytest.mark.parametrize(

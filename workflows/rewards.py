@@ -106,7 +106,8 @@ class Rewards:
         calls = [self._start(i, batch.keywords(log)) for i, log in enumerate(logs)]
         late = self._late(calls, self._end())
         for i, call in enumerate(calls):
-            if call.done.is_set() and call.error is not None:
+            # One that was late may have been cancelled by now.
+            if i not in late and call.error is not None:
                 raise RewardError(self._told_of(i, call.error, batch)) from call.error
         if late:
             raise TimeoutError(
