@@ -40,6 +40,12 @@ RUNS = {
     "two-sided": dict(num_iterations=3, delta=1.1, learning_rate=2e-2, temperature=0.7),
 }  # fmt: skip
 
+# SmolLM2's: two updates of each of five generations.
+RUN: dict = LOOP | dict(
+    max_completion_length=24, learning_rate=5e-4, warmup_steps=0, max_steps=10, num_iterations=2,
+    loss_type="grpo", beta=0.04,
+)  # fmt: skip
+
 
 def completions(generation: int, prompts: int) -> list[list[int]]:
     """GROUP completions of each prompt, some of which end."""
