@@ -246,6 +246,19 @@ def test_async_functions_meet_in_one_loop_that_stays():
     both.close()
 
 
+def test_closing_ends_the_loop_and_its_thread(monkeypatch):
+    failed = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    before = set(threading.enumerate())
+    run = Rewards([waits])
+    run.score(ROWS, TEXTS, IDS, SimpleNamespace(global_step=1))
+    (thread,) = set(threading.enumerate()) - before
+    loop = run._loop
+    run.close()
+    thread.join(10)
+    assert loop.is_closed() and not thread.is_alive() and not failed
+
+
 def test_the_timeout_names_those_who_are_late():
     free = threading.Event()
     cancelled = threading.Event()

@@ -41,7 +41,7 @@ def number(given: Any) -> Number | None:
     return Number(Fraction(str(given)), False)
 
 
-def same(a: Number, b: Number, tolerance: float | int = 0.0) -> bool:
+def same(a: Number, b: Number, tolerance: float | int = 0) -> bool:
     """Whether two are equal, up to `tolerance`: 50% equals 50%, and both 0.5 and 50."""
     near = lambda x, y: abs(x - y) <= tolerance
     if a.percent == b.percent:

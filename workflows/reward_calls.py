@@ -134,10 +134,11 @@ def is_async(function: Any) -> bool:
 
 
 def forever(loop: asyncio.AbstractEventLoop) -> None:
-    """Runs a loop until it is stopped, and what is left in it to its cancelled end."""
+    """Runs a loop until it is stopped, and then what its cancelled tasks do at their end."""
     loop.run_forever()
     left = asyncio.all_tasks(loop)
     for task in left:
         task.cancel()
-    loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+    if left:
+        loop.run_until_complete(asyncio.wait(left))
     loop.close()

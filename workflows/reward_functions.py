@@ -39,13 +39,13 @@ def exact_format(
     """
     whole = re.compile(pattern, flags)
 
-    def score(completions: Sequence, **kwargs: Any) -> list[float]:
+    def score(completions: Sequence, **kwargs: Any) -> list[float | int]:
         return [reward if whole.fullmatch(text(c)) else otherwise for c in completions]
 
     return _named(score, name)
 
 
-def think_format_reward(completions: Sequence, **kwargs: Any) -> list[float]:
+def think_format_reward(completions: Sequence, **kwargs: Any) -> list[float | int]:
     """1 where a completion starts with `<think>`, once, and closes it; TRL's function."""
     starts = [text(completion).partition("<think>") for completion in completions]
     return [
@@ -82,7 +82,7 @@ def numeric_answer(
     if after is not None and tag is not None:
         raise ValueError(f"numeric_answer: after={after!r} and tag={tag!r} exclude each other")
 
-    def one(completion: str, truth: Any) -> float:
+    def one(completion: str, truth: Any) -> float | int:
         wanted = numeric.number(truth)
         if wanted is None:
             raise ValueError(f"column {column!r} has no number: {truth!r:.200}")
@@ -91,7 +91,7 @@ def numeric_answer(
             return missing
         return reward if numeric.same(found, wanted, tolerance) else wrong
 
-    def score(completions: Sequence, **kwargs: Any) -> list[float]:
+    def score(completions: Sequence, **kwargs: Any) -> list[float | int]:
         pairs = zip(completions, _column(kwargs, column), strict=True)
         return [one(text(completion), truth) for completion, truth in pairs]
 
@@ -139,7 +139,7 @@ def reasoning_gym_accuracy(
         answer = completion.strip() if tag is None else tagged(completion, tag)
         return 0.0 if answer is None else float(verifiers[source](answer=answer, entry=entry))
 
-    def score(completions: Sequence, **kwargs: Any) -> list[float]:
+    def score(completions: Sequence, **kwargs: Any) -> list[float | int]:
         pairs = zip(completions, _column(kwargs, column), strict=True)
         return [one(text(completion), entry) for completion, entry in pairs]
 
@@ -168,7 +168,7 @@ def get_soft_overlong_punishment(
             return 0.0
         return -1.0 if length > max_completion_len else (free - length) / soft_punish_cache
 
-    def score(completion_ids: Sequence, **kwargs: Any) -> list[float]:
+    def score(completion_ids: Sequence, **kwargs: Any) -> list[float | int]:
         return [one(len(ids)) for ids in completion_ids]
 
     return _named(score, name)
@@ -179,7 +179,7 @@ def code_reward(
     *,
     partial: bool = False,
     missing: float | int = 0.0,
-    seconds: float | int = 5.0,
+    seconds: float | int = 5,
     memory_bytes: int = 512 * sandbox.MiB,
     workers: int | None = None,
     name: str = "code_reward",
@@ -195,7 +195,7 @@ def code_reward(
     """
     limits = {"seconds": seconds, "memory_bytes": memory_bytes}
 
-    def one(completion: str, tests: Any) -> float:
+    def one(completion: str, tests: Any) -> float | int:
         fenced = FENCE.findall(completion)
         blocks = [block for kind, block in fenced if kind.strip().lower() in PYTHON]
         if not blocks:
@@ -212,7 +212,7 @@ def code_reward(
             passed += right
         return passed / len(tests)
 
-    def score(completions: Sequence, **kwargs: Any) -> list[float]:
+    def score(completions: Sequence, **kwargs: Any) -> list[float | int]:
         tests = _column(kwargs, column)
         with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
             return list(pool.map(one, [text(c) for c in completions], tests))

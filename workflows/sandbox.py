@@ -41,7 +41,7 @@ def run(
     code: str,
     stdin: str = "",
     *,
-    seconds: float | int = 5.0,
+    seconds: float | int = 5,
     memory_bytes: int = 512 * MiB,
     output_bytes: int = MiB,
 ) -> Result:
