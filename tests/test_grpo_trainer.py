@@ -340,6 +340,15 @@ def test_truncated_completions_can_be_left_out_of_means_and_deviations(model, mo
     np.testing.assert_allclose(worth[1].sum(1), 0, atol=1e-5)
 
 
+def test_an_evaluation_is_refused_with_another_way(model):
+    with pytest.raises(ValueError, match="answer held-out prompts with model.fast_generate"):
+        trainer(model).evaluate(TEXTS)
+    with pytest.raises(ValueError, match="eval_dataset.* is not supported yet"):
+        GRPOTrainer(
+            model=model, reward_funcs=grpo_runs.reward, train_dataset=ROWS, eval_dataset=ROWS
+        )
+
+
 def test_alarms_stop_with_advice():
     told = {"completions/clipped_ratio": 0.9, "frac_reward_zero_std": 0.0}
     alarms, args = Alarms(), GRPOConfig()

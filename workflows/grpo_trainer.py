@@ -15,7 +15,7 @@ from workflows.keywords import say, settle, typed
 from workflows.model import Model
 from workflows.rewards import Rewards
 from workflows.run import short_hash
-from workflows.trainer import Trainer, trainable
+from workflows.trainer import Trainer, TrainOutput, trainable
 from workflows.watch import Watch
 
 IGNORED = {"dataset_num_proc": "rows are made in this process"}
@@ -80,6 +80,20 @@ class GRPOTrainer(Trainer):
         batches = self._batches()
         self.objective = grpo_objective.grpo(
             args.policy_loss, args.temperature, batches.beside, batches.widest
+        )
+
+    def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
+        """As `Trainer.train`; what async reward functions left behind ends with it."""
+        try:
+            return super().train(resume_from_checkpoint)
+        finally:
+            self.rewards.close()
+
+    def evaluate(self, eval_dataset: Any = None, *, metric_key_prefix: str = "eval") -> Any:
+        """Raises ValueError: evaluations by reward are not there yet."""
+        raise ValueError(
+            "GRPOTrainer.evaluate is not supported yet: answer held-out prompts with "
+            "model.fast_generate and score the texts with the reward functions"
         )
 
     def _trainable(self, model: Model, args: GRPOConfig) -> None:
