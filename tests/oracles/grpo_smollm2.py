@@ -29,18 +29,8 @@ FILE = Path(__file__).parents[1] / "data" / "grpo_smollm2.json"
 NEW = 24
 
 
-class Recorded(trl.GRPOTrainer):
-    """TRL's trainer, which keeps what it finds at each step."""
-
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        self.found.append({"loss": float(loss)})
-        return loss
-
-    def _get_grad_norm(self, *args, **kwargs):
-        norm = super()._get_grad_norm(*args, **kwargs)
-        self.found[-1]["grad_norm"] = float(norm)
-        return norm
+class Recorded(trl_sft.Recording, trl.GRPOTrainer):
+    """TRL's trainer, recording."""
 
 
 def sampled(ours, prompts: list[str]) -> list[list[list[int]]]:

@@ -46,8 +46,8 @@ def examples(tokenizer) -> list[list[dict[str, str]]]:
     return found[:: len(found) // shared.ROWS][: shared.ROWS]
 
 
-class Recorded(trl.SFTTrainer):
-    """TRL's trainer, which keeps what it finds at each step."""
+class Recording:
+    """What makes TRL's trainers keep what they find at each step."""
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
@@ -58,6 +58,10 @@ class Recorded(trl.SFTTrainer):
         norm = super()._get_grad_norm(*args, **kwargs)
         self.found[-1]["grad_norm"] = float(norm)
         return norm
+
+
+class Recorded(Recording, trl.SFTTrainer):
+    """TRL's trainer, recording."""
 
 
 def model_of(ours) -> transformers.LlamaForCausalLM:
