@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import child_process
@@ -48,14 +46,8 @@ KINDS = {"sft": {}, "packed": dict(packing=True, save_steps=5, optim="adamw_8bit
 KILLED = """
 make = lambda name: test_checkpoint.kind(kind, folder, output / name)
 make("whole").train()
-class Deadly(list):
-    def append(self, row):
-        if row["step"] == 13:
-            # Three tiny steps are over before the disk is.
-            [one.join() for one in threading.enumerate() if one.name == "write checkpoint_10"]
-            os.kill(os.getpid(), signal.SIGKILL)
 run = make("broken")
-run.state.log_history = Deadly()
+run.state.log_history = child_process.Deadly(13)
 run.train()
 """
 RESUMED = """
@@ -70,11 +62,6 @@ def kind(name: str, folder: Path, output: Path):
     return trainer(folder, output, **KINDS[name])
 
 
-def python(script: str, *given) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", PRELUDE + script, *map(str, given)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tiny_chat.save(tmp_path_factory.mktemp("model") / "chat")
@@ -82,11 +69,11 @@ def folder(tmp_path_factory):
 
 def killed_and_resumed(name: str, folder: Path, output: Path) -> Path:
     """`output` with a whole run of 20 steps and one that was killed and resumed."""
-    killed = python(KILLED, folder, output, name)
+    killed = child_process.run(PRELUDE + KILLED, folder, output, name)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert (output / "broken" / "checkpoint_10").is_dir()
     assert not (output / "broken" / "checkpoint_20").exists()
-    again = python(RESUMED, folder, output, name)
+    again = child_process.run(PRELUDE + RESUMED, folder, output, name)
     assert again.returncode == 0, again.stderr
     return output
 
@@ -141,11 +128,11 @@ run.train(resume_from_checkpoint=there)
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_while_saving_equals_a_whole_one(folder, tmp_path):
     train = "test_checkpoint.kind(kind, folder, output).train()"
-    whole = python(train, folder, tmp_path / "whole", "sft")
+    whole = child_process.run(PRELUDE + train, folder, tmp_path / "whole", "sft")
     assert whole.returncode == 0, whole.stderr
     like, codes = state_of(trainer(folder, tmp_path / "unused")), []
     while not codes or codes[-1] != 0:
-        done = python(SAVING, folder, tmp_path / "run", "sft", len(codes))
+        done = child_process.run(PRELUDE + SAVING, folder, tmp_path / "run", "sft", len(codes))
         codes.append(done.returncode)
         assert done.returncode in (0, -signal.SIGKILL) and len(codes) < 16, done.stderr
     assert len(codes) > 3

@@ -5,8 +5,6 @@ tests/oracles/grpo.py made the numbers with TRL's GRPOTrainer and PEFT.
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -177,14 +175,8 @@ folder, output = map(Path, sys.argv[1:])
 )
 KILLED = """
 these.saving(folder, output / "whole").train()
-class Deadly(list):
-    def append(self, row):
-        if row["step"] == 4:
-            [one.join() for one in threading.enumerate() if one.name.startswith("write checkpoint")]
-            os.kill(os.getpid(), signal.SIGKILL)
-        super().append(row)
 run = these.saving(folder, output / "broken")
-run.state.log_history = Deadly()
+run.state.log_history = child_process.Deadly(4)
 run.train()
 """
 RESUMED = """
@@ -198,17 +190,12 @@ def saving(folder: Path, output: Path) -> GRPOTrainer:
     return trainer(grpo_runs.model(folder), ROWS, **how)
 
 
-def python(script: str, *paths: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", PRELUDE + script, *map(str, paths)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
-
-
 @pytest.mark.slow
 def test_a_run_that_was_killed_and_resumed_equals_a_whole_one_bitwise(folder, tmp_path):
-    killed = python(KILLED, folder, tmp_path)
+    killed = child_process.run(PRELUDE + KILLED, folder, tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "broken" / "checkpoint_6").exists()
-    resumed = python(RESUMED, folder, tmp_path)
+    resumed = child_process.run(PRELUDE + RESUMED, folder, tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     model = grpo_runs.model(folder)
     like, states = start(model.adapters, make("adamw_torch", lambda n: n, max_grad_norm=1.0)), []

@@ -5,8 +5,6 @@ tests/oracles/preference_trainers.py made the numbers with TRL's trainers and PE
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import child_process
@@ -205,13 +203,8 @@ folder, output = map(Path, sys.argv[1:])
 )
 KILLED = """
 these.saving(folder, output / "whole").train()
-class Deadly(list):
-    def append(self, row):
-        if row["step"] == 13:
-            [one.join() for one in threading.enumerate() if one.name.startswith("write checkpoint")]
-            os.kill(os.getpid(), signal.SIGKILL)
 run = these.saving(folder, output / "broken")
-run.state.log_history = Deadly()
+run.state.log_history = child_process.Deadly(13)
 run.train()
 """
 RESUMED = """
@@ -226,19 +219,14 @@ def saving(folder: Path, output: Path, seed: int = 0, **changes):
     return trainer("DPO", model, TEXTS, output_dir=str(output), **(SETTINGS | changes))
 
 
-def python(script: str, *paths: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", PRELUDE + script, *map(str, paths)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
-
-
 @pytest.fixture(scope="module")
 def runs(folder, tmp_path_factory):
     """A folder with a whole run of 20 steps and one that was killed and resumed."""
     output = tmp_path_factory.mktemp("runs")
-    killed = python(KILLED, folder, output)
+    killed = child_process.run(PRELUDE + KILLED, folder, output)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (output / "broken" / "checkpoint_20").exists()
-    resumed = python(RESUMED, folder, output)
+    resumed = child_process.run(PRELUDE + RESUMED, folder, output)
     assert resumed.returncode == 0, resumed.stderr
     return output
 

@@ -37,8 +37,8 @@ def advantages(
     A prompt's `num_generations` completions stand together; `weights` [F] are the functions' and
     `valid` [N] says which completions count. NaN is a reward that was not given: the others count;
     where none was given, or `valid` is false, a completion has advantage 0 and no part in means
-    and deviations. "normalize_then_sum" (arXiv:2601.05242) divides each
-    function's rewards first and their sum by the batch's deviation.
+    and deviations. "normalize_then_sum" (arXiv:2601.05242) divides each function's rewards first
+    and their sum by the batch's deviation.
     Raises ValueError for unknown names, infinite rewards and sizes that don't fit.
     """
     _check(rewards, weights, num_generations, valid, scale_rewards, multi_objective_aggregation)

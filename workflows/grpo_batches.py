@@ -63,6 +63,8 @@ class PolicyBatches:
     policy: Callable[[], Params] = lambda: {}
     told: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # (step, metrics)
     alarms: grpo_report.Alarms = field(default_factory=grpo_report.Alarms)
+    # The newest epoch's number, and its prompts in their order.
+    _shuffled: tuple[int, Sequence[Prompt]] = field(default=(-1, ()), init=False, repr=False)
 
     @property
     def batch(self) -> int:
@@ -125,8 +127,6 @@ class PolicyBatches:
             self._shuffled = epoch, data.shuffled(self.prompts, self.seed, epoch)
         return self._shuffled[1]
 
-    _shuffled: tuple[int, Sequence[Prompt]] = (-1, ())
-
     def _generation(self, number: int) -> Generation:
         a, m, clock = self.args, self.model, Stopwatch()
         prompts = self._prompts(number)
@@ -134,7 +134,7 @@ class PolicyBatches:
         base = (a.seed * 1_000_003 + number) % 2**32
         params = lora.attach(on_device(m.params), self.policy(), m.scale)
         drawn = rollout.run(
-            m.family, m.config, params, [one.ids for one in prompts], a.sampling,
+            m.family, m.config, params, [one.ids for one in prompts], a.sampling(),
             stop_ids=m.stop_ids(), seed=base,
             slots=a.rollout_slots or min(SLOTS, len(prompts) * a.num_generations),
         )  # fmt: skip

@@ -180,8 +180,8 @@ class GRPOConfig(SFTConfig):
 
     def _check_loss(self) -> None:
         policy.check(self.policy_loss)
-        self.sampling  # noqa: B018 - it checks its settings
-        self.steps_a_generation  # noqa: B018
+        self.sampling()
+        updates = self.updates
         if self.vllm_importance_sampling_correction and self.loss_type == "vespo":
             if not self.vllm_importance_sampling_mode.startswith("token"):
                 raise ValueError(
@@ -189,10 +189,10 @@ class GRPOConfig(SFTConfig):
                     "vllm_importance_sampling_mode 'token_truncate' or 'token_mask', got "
                     f"{self.vllm_importance_sampling_mode!r}"
                 )
-        if self.save_strategy == "steps" and self.save_steps % self.updates:
+        if self.save_strategy == "steps" and self.save_steps % updates:
             raise ValueError(
-                f"GRPOConfig: save_steps={self.save_steps} cuts what {self.updates} updates learn "
-                f"from; expected a multiple of {self.updates}"
+                f"GRPOConfig: save_steps={self.save_steps} cuts what {updates} updates learn "
+                f"from; expected a multiple of {updates}"
             )
 
     @property
@@ -201,9 +201,8 @@ class GRPOConfig(SFTConfig):
         own = {name: getattr(self, name) for name in policy.Loss._fields}
         return policy.Loss(**own)
 
-    @property
     def sampling(self) -> SamplingParams:
-        """How a prompt's completions are drawn."""
+        """How a prompt's completions are drawn; raises ValueError where they can't be."""
         own = {name: getattr(self, name) or 0 for name in SAMPLED}
         return SamplingParams(n=self.num_generations, max_tokens=self.max_completion_length, **own)
 

@@ -159,7 +159,7 @@ class GRPOTrainer(Trainer):
             "reference": reference.BASE if self.start is None else short_hash(self.start),
             "rewards": dict(zip(self.rewards.names, self.rewards.weights.tolist(), strict=True)),
             "rollouts": {
-                "sampling": [*a.sampling.sampling, a.max_completion_length],
+                "sampling": [*a.sampling().sampling, a.max_completion_length],
                 "prompts": [a.prompts_a_step, a.num_generations, a.updates, a.num_iterations],
                 "how": [a.scale_rewards, a.multi_objective_aggregation, a.kl_on_flat_groups],
                 "masks": [

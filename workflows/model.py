@@ -183,7 +183,7 @@ class Model:
         )
 
     def fast_generate(
-        self, prompts: Any, sampling_params: Any = None, lora_request: Any = "live", **other: Any
+        self, prompts: Any, sampling_params: Any = None, lora_request: Any = fast.LIVE, **other: Any
     ) -> list[RequestOutput]:
         """Completions in slots that are refilled, with vLLM's names: `.outputs[0].text`.
 
@@ -198,7 +198,7 @@ class Model:
         """
         return fast.fast_generate(self, prompts, sampling_params, lora_request, **other)
 
-    def load_lora(self, folder: str | Path, load_tensors: bool = True) -> LoRARequest:
+    def load_lora(self, folder: str | Path) -> LoRARequest:
         """A PEFT folder's adapters for one call of `fast_generate`; the model stays as it is."""
         return fast.load_lora(self, folder)
 
