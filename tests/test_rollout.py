@@ -186,6 +186,17 @@ def test_seeds_repeat_and_differ():
     assert len(set(map(tuple, group))) == 16
 
 
+def test_each_token_of_a_completion_is_a_draw_of_its_own():
+    """At a temperature that leaves nothing of the model, one key for all would repeat a token."""
+    uniform = SamplingParams(n=40, temperature=1e6, max_tokens=NEW)
+    drawn = np.asarray(tokens(ask([RAGGED[2]], uniform))[0])
+    vocab = model()[1].vocab
+    differ = (drawn[:, 1:] != drawn[:, :-1]).mean()
+    assert differ > 1 - 10 / vocab
+    # And no column of tokens repeats another's order.
+    assert len({tuple(column) for column in drawn.T}) == NEW
+
+
 def test_empty_slots_are_given_up_and_finished_ones_are_not_waited_for():
     settings = [SamplingParams(temperature=0, max_tokens=1 + 20 * (n == 3)) for n in range(16)]
     shapes = []
