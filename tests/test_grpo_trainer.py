@@ -18,7 +18,7 @@ import tiny_chat
 from grpo_runs import GROUP, LOOP, ROWS, RUNS, TEXTS
 
 from bridge.checkpoint import Checkpoints
-from unsloth_jax import GRPOConfig, GRPOTrainer, decoder, lora
+from unsloth_jax import FastLanguageModel, GRPOConfig, GRPOTrainer, decoder, lora
 from unsloth_jax.leaves import Hosted
 from unsloth_jax.optim import make
 from unsloth_jax.train import start
@@ -325,6 +325,33 @@ def test_truncated_completions_can_be_left_out_of_means_and_deviations(model, mo
     cut = cut.reshape(-1, GROUP)
     assert cut.any() and not worth[1][cut].any() and worth[0][cut].all()
     np.testing.assert_allclose(worth[1].sum(1), 0, atol=1e-5)
+
+
+def test_steps_without_a_signal_change_nothing_and_end_no_run(folder):
+    """Fresh adapters, a KL term that is 0, and rewards that differ in the third step alone."""
+    model, _ = tiny_chat.load(folder)
+    FastLanguageModel.get_peft_model(model, r=4)
+    begun = model.adapters
+    told = iter(range(100))
+
+    def late(completion_ids):
+        differ = next(told) == 2
+        return [differ * sum(ids) / len(ids) for ids in completion_ids]
+
+    run = trainer(
+        model, ROWS, late, max_steps=4, warmup_steps=0, lr_scheduler_type="constant", beta=0.1
+    )
+    trainer(model, ROWS, lambda completion_ids: [1.0] * len(completion_ids), max_steps=2).train()
+    for one, other in zip(*map(jax.tree.leaves, (begun, model.adapters)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    run.train()
+    norms = [row["grad_norm"] for row in run.log_history]
+    assert norms[0] == norms[1] == 0 < norms[2]
+    assert [row["frac_reward_zero_std"] for row in run.log_history[:3]] == [1.0, 1.0, 0.0]
+    assert any(
+        np.any(one != other)
+        for one, other in zip(*map(jax.tree.leaves, (begun, model.adapters)), strict=True)
+    )
 
 
 def test_an_evaluation_is_refused_with_another_way(model):

@@ -52,7 +52,12 @@ def grpo(how: Loss, temperature: float | int, beside: tuple[str, ...], width: in
 
     settings = json.dumps(how._asdict() | {"temperature": temperature})
     return Objective(
-        f"grpo/1 {settings}", loss, perplexity=False, beside=shapes, counts="completions"
+        f"grpo/1 {settings}",
+        loss,
+        perplexity=False,
+        beside=shapes,
+        counts="completions",
+        rests=True,
     )
 
 

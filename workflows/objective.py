@@ -24,7 +24,8 @@ class Objective(NamedTuple):
     fills in what the loss reads beside the rows, on the host, a step ahead of the device;
     `compared(batch)` does so for an evaluation. `statistics` makes, of the arguments of `loss`,
     what a whole step tells each micro-batch (see `train.make_step`). `beside(accumulation, rows)`
-    are the shapes of what `ready` fills in. `counts` names what the loss is divided by.
+    are the shapes of what `ready` fills in. `counts` names what the loss is divided by. `rests`
+    says that a step may have no gradient at all, as where rewards are equal.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Objective(NamedTuple):
     statistics: Callable[..., train.StatisticsFn] | None = None
     beside: Callable[[int, int], dict[str, Any] | None] = lambda accumulation, rows: None
     counts: str = "supervised_tokens"
+    rests: bool = False
 
     def step(self, optimizer: optax.GradientTransformation, *how: Any) -> Callable:
         """A run's step; `how` are the arguments of `loss`."""

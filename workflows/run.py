@@ -108,7 +108,8 @@ class Run:
             self.losses.append(float(report.loss))
             self.unlogged.append(self.losses[-1])
             self.metrics.append(jax.device_get(report.metrics))
-            if marks is not None:
+            resting = self.objective.rests and float(report.grad_norm) == 0
+            if marks is not None and not resting:
                 moving.check(marks, self.state.trainable)
                 moved = True
             if done % self.log_every == 0 or done == self.total:
