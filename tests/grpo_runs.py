@@ -8,6 +8,7 @@ import tiny_chat
 from workflows.model import Model
 
 STEPS, GROUP, LONGEST = 8, 4, 14
+HELD_OUT = 1000  # the number of the completions that evaluations are given
 ROWS = [
     {"prompt": [{"role": "user", "content": q}] if n % 2 else q, "answer": a}
     for n, (q, a) in enumerate(tiny_chat.PAIRS)

@@ -24,7 +24,6 @@ from unsloth_jax.optim import make
 from unsloth_jax.train import start
 from workflows import grpo_batches, grpo_objective, rollout
 from workflows.grpo_prompts import prompts
-from workflows.grpo_report import Alarms
 from workflows.rollout import Completion, Counts, Rollout
 
 ROOT = Path(__file__).parents[1]
@@ -76,11 +75,12 @@ def test_each_step_is_that_of_trls_trainer(name, model, figure, monkeypatch):
     assert len(ours) == len(theirs) == grpo_runs.STEPS
     shared = (set(theirs[0]) | set(theirs[-1])) & {*ours[0], *ours[-1]} - {"learning_rate"}
     if RUNS[name].get("importance_sampling_level") == "sequence":
-        shared -= {n for n in shared if n.startswith("clip_ratio")}  # counted by sequence there
+        # Means are counted by sequence there.
+        shared -= {n for n in shared if n.startswith("clip_ratio") and n.endswith("_mean")}
     if RUNS[name].get("gradient_accumulation_steps", 1) > 1:
         # TRL's are means of micro-batches' means, whatever tokens they have.
         shared -= {n for n in shared if n.startswith(("entropy", "clip_ratio", "kl"))}
-    assert {"loss", "grad_norm", "reward", "completions/clipped_ratio"} <= shared
+    assert {"loss", "grad_norm", "reward", "completions/clipped_ratio", "num_tokens"} <= shared
     for metric in sorted(shared):
         there = {row_number: row[metric] for row_number, row in enumerate(theirs) if metric in row}
         here = {n: row[metric] for n, row in enumerate(ours) if row.get(metric) is not None}
@@ -352,31 +352,6 @@ def test_steps_without_a_signal_change_nothing_and_end_no_run(folder):
         np.any(one != other)
         for one, other in zip(*map(jax.tree.leaves, (begun, model.adapters)), strict=True)
     )
-
-
-def test_an_evaluation_is_refused_with_another_way(model):
-    with pytest.raises(ValueError, match="answer held-out prompts with model.fast_generate"):
-        trainer(model).evaluate(TEXTS)
-    with pytest.raises(ValueError, match="eval_dataset.* is not supported yet"):
-        GRPOTrainer(
-            model=model, reward_funcs=grpo_runs.reward, train_dataset=ROWS, eval_dataset=ROWS
-        )
-
-
-def test_alarms_stop_with_advice():
-    told = {"completions/clipped_ratio": 0.9, "frac_reward_zero_std": 0.0}
-    alarms, args = Alarms(), GRPOConfig()
-    for _ in range(4):
-        alarms.heed(told, args)
-    with pytest.raises(RuntimeError, match="90% of the completions.*max_completion_length=512"):
-        alarms.heed(told, args)
-    alarms = Alarms()
-    with pytest.raises(RuntimeError, match="every group's rewards were equal"):
-        for _ in range(5):
-            alarms.heed({"completions/clipped_ratio": 0.0, "frac_reward_zero_std": 1.0}, args)
-    with pytest.raises(RuntimeError, match="step 3: sampler and learner differ by 0.500"):
-        Alarms.gap({"step": 3, "sampling/sampling_logp_difference/mean": 0.5})
-    Alarms.gap({"step": 3, "sampling/sampling_logp_difference/mean": 0.002})
 
 
 def test_unsloths_settings_of_a_loss_type_are_taken_unless_others_are_given():

@@ -14,8 +14,9 @@ from trl.trainer.utils import nanstd
 
 from unsloth_jax import policy
 from unsloth_jax.advantages import advantages
-from unsloth_jax.dims import Scores, Total
+from unsloth_jax.dims import Most, Scores, Total
 from unsloth_jax.policy import Completions, Loss, Tokens
+from workflows import evaluate
 
 ROWS, LENGTH, LONGEST = 6, 9, 12
 HOW = {
@@ -70,6 +71,7 @@ def given(drawn, names, mode="token_truncate"):
     return Tokens(logps, mask, owners, entropies=arrays["entropies"], **fields)
 
 
+ENDS = ("clip_ratio/low_min", "clip_ratio/high_max")
 NAMES = {
     "old": "old_per_token_logps",
     "reference": "ref_per_token_logps",
@@ -131,7 +133,8 @@ def trl(tokens: Tokens, drawn, loss_type, level, settings):
 def ours(tokens, completions, how):
     def mean(logps):
         found = policy.loss(tokens._replace(logps=logps), completions, how)
-        return found.total.mean(), {n: total.mean() for n, total in found.metrics.items()}
+        told = lambda of: of.mean() if isinstance(of, Total) else of.value
+        return found.total.mean(), {n: told(of) for n, of in found.metrics.items()}
 
     (value, metrics), gradient = jax.value_and_grad(mean, has_aux=True)(tokens.logps)
     return value, gradient, metrics
@@ -155,8 +158,8 @@ def test_loss_gradient_and_metrics_are_trls(loss_type, level, case, drawn):
     np.testing.assert_allclose(gradient, slope, rtol=1e-5, atol=1e-6)
     assert np.abs(slope).max() > 1e-3
     # Ratios of whole sequences are counted by sequence there, by token here.
-    shared = set(told) & set(metrics) if level == "token" else {"entropy"}
-    assert {"entropy"} <= shared
+    shared = set(told) & set(metrics) if level == "token" else {"entropy", *ENDS} & set(told)
+    assert {"entropy"} <= shared and (loss_type not in policy.CLIPPED or {*ENDS} <= shared)
     for name in shared:
         assert metrics[name] == pytest.approx(told[name], rel=1e-5, abs=1e-6), name
     assert ("kl" in metrics) == bool(settings["beta"])
@@ -192,6 +195,26 @@ def test_micro_batches_order_and_layout_change_nothing(loss_type, drawn):
     assert float(summed([(flat, padded)])) == pytest.approx(whole, rel=1e-5)
 
 
+def test_the_least_and_the_most_clipped_completion_are_those_of_all_micro_batches(drawn):
+    tokens = given(drawn, ("old",))
+    how = Loss("grpo", epsilon=0.01)
+
+    def of(rows):
+        taken = Tokens(*(x if x is None else x[rows] for x in tokens))
+        both = Completions(drawn[2][rows], jnp.ones(len(rows)))
+        return policy.loss(taken._replace(owners=owned(taken.weights)), both, how).metrics
+
+    whole = of(np.arange(ROWS))
+    parts = [of(np.asarray(rows)) for rows in ([4, 0], [5, 2], [1, 3])]
+    found = evaluate.means(jax.device_get(parts))
+    for name in (*ENDS, "clip_ratio/low_mean"):
+        assert found[name] == pytest.approx(evaluate.means(jax.device_get([whole]))[name])
+    assert 0 <= found["clip_ratio/low_min"] <= found["clip_ratio/low_mean"] > 0
+    assert found["clip_ratio/high_max"] > max(0, *(float(p["clip_ratio/low_min"].value)
+                                                  for p in parts))  # fmt: skip
+    assert ENDS[1] not in evaluate.means([{ENDS[1]: Most(np.float32(-np.inf))}])
+
+
 WILD = {
     "nothing counts": lambda t, c: (t._replace(weights=0 * t.weights), c),
     "one row": lambda t, c: (t, c._replace(weights=jnp.eye(ROWS)[1])),
@@ -215,7 +238,8 @@ def test_loss_and_gradient_are_always_finite(loss_type, level, case, drawn):
     how = Loss(loss_type, level, beta=0.1, max_completion_length=LONGEST)
     value, gradient, metrics = ours(*WILD[case](tokens, completions(drawn)), how)
     assert np.isfinite(value) and np.isfinite(gradient).all()
-    assert all(np.isfinite(x) for x in metrics.values())
+    assert all(np.isfinite(x) for name, x in metrics.items() if name not in ENDS)
+    assert not any(np.isnan(metrics[name]) for name in ENDS if name in metrics)
 
 
 @pytest.mark.parametrize("mode", policy.MISMATCH)

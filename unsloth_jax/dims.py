@@ -58,12 +58,36 @@ class Total(NamedTuple):
         """value / count, and 0 where nothing was counted."""
         return self.value / jnp.where(self.count == 0, 1.0, self.count)
 
+    def over(self) -> "Total":
+        """Of parts that are stacked on axis 0, all together."""
+        return Total(self.value.sum(0), self.count.sum(0))
+
+
+class Most(NamedTuple):
+    """The largest of some numbers, -inf of none."""
+
+    value: Float[Array, "..."]
+
+    def over(self) -> "Most":
+        """As `Total.over`."""
+        return Most(self.value.max(0))
+
+
+class Least(NamedTuple):
+    """The smallest of some numbers, inf of none."""
+
+    value: Float[Array, "..."]
+
+    def over(self) -> "Least":
+        """As `Total.over`."""
+        return Least(self.value.min(0))
+
 
 class Measured(NamedTuple):
-    """A loss and what else is reported of its batch, sums by name."""
+    """A loss and what else is reported of its batch, sums and extremes by name."""
 
     total: Total
-    metrics: dict[str, Total]
+    metrics: dict[str, Total | Most | Least]
 
 
 def measured(found: Total | Measured) -> Measured:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from unsloth_jax.dims import Measured, Scores, Total
+from unsloth_jax.dims import Least, Measured, Most, Scores, Total
 from unsloth_jax.preference import summed
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
@@ -120,7 +120,7 @@ def loss(
     if tokens.entropies is not None:
         metrics["entropy"] = _mean(part, tokens.entropies)
     metrics["ratio"] = _mean(part, part.ratio(how))
-    still = {name: Total(*map(jax.lax.stop_gradient, total)) for name, total in metrics.items()}
+    still = {name: type(of)(*map(jax.lax.stop_gradient, of)) for name, of in metrics.items()}
     return Measured(_total(part, term, how, tokens_a_completion), still)
 
 
@@ -218,7 +218,7 @@ def _inside(mask: Array, values: Array) -> Array:
     return jnp.where(mask, values, 0).astype(jnp.float32)
 
 
-def _clipped(part: _Part, how: Loss) -> tuple[Array, dict[str, Total]]:
+def _clipped(part: _Part, how: Loss) -> tuple[Array, dict[str, Total | Least | Most]]:
     """The smaller of the surrogate with the ratio and with the ratio clipped (arXiv:1707.06347)."""
     ratio, a = part.ratio(how), part.advantages
     low, high = 1 - how.epsilon, 1 + (how.epsilon if how.epsilon_high is None else how.epsilon_high)
@@ -227,7 +227,17 @@ def _clipped(part: _Part, how: Loss) -> tuple[Array, dict[str, Total]]:
     below, above = (bounded < low) & (a < 0), (bounded > high) & (a > 0)
     names = ("low", "high", "region")
     shares = zip(names, (below, above, below | above), strict=True)
-    return term, {f"clip_ratio/{n}_mean": _mean(part, x.astype(jnp.float32)) for n, x in shares}
+    told = {f"clip_ratio/{n}_mean": _mean(part, x.astype(jnp.float32)) for n, x in shares}
+    low, there = _each(part, below)
+    told["clip_ratio/low_min"] = Least(jnp.where(there, low, jnp.inf).min())
+    high, there = _each(part, above)
+    return term, told | {"clip_ratio/high_max": Most(jnp.where(there, high, -jnp.inf).max())}
+
+
+def _each(part: _Part, chosen: Array) -> tuple[Array, Array]:
+    """[N]: the share of a completion's tokens that are chosen, and whether it has any token."""
+    value, count = part.sums(chosen.astype(jnp.float32))
+    return value / jnp.maximum(count, 1), count > 0
 
 
 def _cispo(part: _Part, how: Loss) -> tuple[Array, dict[str, Total]]:

@@ -33,7 +33,7 @@ class Report:
     finite: Any  # False where loss or gradient was not, and the state was kept
     metrics: Any = flax.struct.field(
         default_factory=dict
-    )  # Totals by name, of losses that have some
+    )  # Totals, Most and Least by name, of losses that have some
 
 
 def start(trainable: Params, optimizer: optax.GradientTransformation) -> State:
@@ -99,7 +99,8 @@ def make_step(
         else:
             zero = jax.tree.map(jnp.zeros_like, state.trainable)
             grads, each = jax.lax.scan(micro, zero, batches)
-            found = jax.tree.map(lambda x: x.sum(0), each)
+            metrics = {name: of.over() for name, of in each.metrics.items()}
+            found = Measured(each.total.over(), metrics)
         total, metrics = found
         grads = jax.tree.map(lambda g: g / jnp.where(total.count == 0, 1.0, total.count), grads)
         norm = optax.tree.norm(grads)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unsloth_jax.dims import Measured, Params, Total, measured
+from unsloth_jax.dims import Least, Measured, Most, Params, Total, measured
 from unsloth_jax.train import LossFn
 from workflows.batching import Batches
 from workflows.generate import Stopwatch
@@ -24,6 +24,19 @@ class Best(NamedTuple):
     metric: float
     step: int
     adapters: Params
+
+
+def of_sets(given: Any, made: Callable[[Any], list[Any]]) -> dict[str, list[Any]]:
+    """What `made` makes of one evaluation set, "" by name, or of several; {} of None.
+
+    Raises as `of_each`, and ValueError for an empty dictionary.
+    """
+    if given is None:
+        return {}
+    several = isinstance(given, Mapping)
+    if several and not given:
+        raise ValueError("eval_dataset is an empty dictionary: there is nothing to evaluate")
+    return of_each(given if several else {"": given}, made)
 
 
 def of_each(held_out: Mapping[str, Any], made: Callable[[Any], list[Any]]) -> dict[str, list[Any]]:
@@ -89,13 +102,19 @@ def _named(
     return {f"{prefix}_{name}": value for name, value in found.items()}
 
 
-def means(metrics: Sequence[Mapping[str, Total]]) -> dict[str, float]:
-    """Each metric's mean over batches, those of which nothing was counted left out.
+def means(metrics: Sequence[Mapping[str, Total | Most | Least]]) -> dict[str, float]:
+    """Each metric's mean or extreme over batches, those of which nothing was counted left out.
 
     Where answers stand alone, margins are the difference of the means, as in TRL's KTO.
     """
-    sums = {name: np.sum([m[name] for m in metrics], 0) for name in (metrics or [{}])[0]}
+    whole = {
+        name: type(of)(*map(np.stack, zip(*(m[name] for m in metrics), strict=True))).over()
+        for name, of in (metrics or [{}])[0].items()
+    }
+    sums = {name: of for name, of in whole.items() if isinstance(of, Total)}
+    ends = {name: float(of.value) for name, of in whole.items() if not isinstance(of, Total)}
     found = {name: float(value / count) for name, (value, count) in sums.items() if count}
+    found |= {name: value for name, value in ends.items() if math.isfinite(value)}
     sides = [found.get(f"rewards/{side}") for side in ("chosen", "rejected")]
     if "rewards/margins" not in found and None not in sides:
         found["rewards/margins"] = sides[0] - sides[1]

@@ -15,14 +15,15 @@ from unsloth_jax import advantages, data, lora, policy, tree
 from unsloth_jax.data import Row
 from unsloth_jax.dims import Batch, Params
 from unsloth_jax.leaves import Hosted
-from workflows import grpo_objective, grpo_report, rollout
+from workflows import grpo_alarms, grpo_objective, grpo_report, rollout
 from workflows.generate import Stopwatch
 from workflows.grpo_config import GRPOConfig
 from workflows.grpo_prompts import Prompt
 from workflows.model import Model
 from workflows.objective import embedded
 from workflows.rewards import Rewards, Scores
-from workflows.rollout import Completion
+from workflows.rollout import Completion, Rollout
+from workflows.sampling_params import SamplingParams
 
 SLOTS = 256
 EMPTY = Row([], [])
@@ -62,7 +63,9 @@ class PolicyBatches:
     seed: int | None  # None leaves prompts in their order
     policy: Callable[[], Params] = lambda: {}
     told: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # (step, metrics)
-    alarms: grpo_report.Alarms = field(default_factory=grpo_report.Alarms)
+    tokens: dict[int, int] = field(default_factory=dict)  # of prompts and completions, by step
+    alarms: grpo_alarms.Alarms = field(default_factory=grpo_alarms.Alarms)
+    spent: float = 0.0  # seconds of rollouts and rewards since somebody set it to 0
     # The newest epoch's number, and its prompts in their order.
     _shuffled: tuple[int, Sequence[Prompt]] = field(default=(-1, ()), init=False, repr=False)
 
@@ -78,6 +81,12 @@ class PolicyBatches:
     @property
     def accumulation(self) -> int:
         return -(-self.rows_a_step // self.batch)
+
+    @property
+    def slots(self) -> int:
+        """Completions that are drawn at once."""
+        every = self.rows_a_step * self.args.steps_a_generation
+        return self.args.rollout_slots or min(SLOTS, every)
 
     @property
     def widest(self) -> int:
@@ -107,7 +116,9 @@ class PolicyBatches:
             told = laid if updates == 1 and not self._scores_first else self._with_old(laid, found)
             order = itertools.product(range(a.num_iterations), told)
             for n, (_, batch) in enumerate(order, start=number * updates + 1):
-                self.told.append((n, found.metrics if (n - 1) % updates == 0 else {}))
+                first = (n - 1) % updates == 0
+                self.told.append((n, found.metrics if first else {}))
+                self.tokens[n] = found.metrics["num_tokens"] if first else 0
                 yield n / self.steps(0), self._thresholded(batch)
 
     def _prompts(self, number: int) -> list[Prompt]:
@@ -128,21 +139,17 @@ class PolicyBatches:
         return self._shuffled[1]
 
     def _generation(self, number: int) -> Generation:
-        a, m, clock = self.args, self.model, Stopwatch()
-        prompts = self._prompts(number)
+        a, prompts = self.args, self._prompts(number)
         self.state.global_step = number * a.updates  # which a step ahead is not told yet
         base = (a.seed * 1_000_003 + number) % 2**32
-        params = lora.attach(on_device(m.params), self.policy(), m.scale)
-        drawn = rollout.run(
-            m.family, m.config, params, [one.ids for one in prompts], a.sampling(),
-            stop_ids=m.stop_ids(), seed=base,
-            slots=a.rollout_slots or min(SLOTS, len(prompts) * a.num_generations),
-        )  # fmt: skip
-        del params
+        # The step before may still be at work, which is none of the rollout's time.
+        adapters, clock = jax.block_until_ready(self.policy()), Stopwatch()
+        drawn = self.drawn(prompts, adapters, a.sampling(), seed=base, slots=self.slots)
         completions = list(itertools.chain.from_iterable(drawn.completions))
         seconds = {"rollout": clock()}
-        scores = self._scores(prompts, completions)
+        scores = self.scores(prompts, completions)
         seconds["rewards"] = clock() - seconds["rollout"]
+        self.spent += sum(seconds.values())
         cut = np.asarray([one.finish_reason == "length" for one in completions])
         masked = a.mask_truncated_completions
         left_out = masked and not a.truncated_in_statistics
@@ -159,11 +166,21 @@ class PolicyBatches:
         metrics = grpo_report.metrics(found, drawn.counts, seconds)
         if a.alarms:
             self.alarms.heed(metrics, a)
-        if a.log_completions:
-            metrics["completions"] = grpo_report.table(found, self.texts(found), a)
+        if kept := grpo_report.chosen(found, number, a):
+            texts = self.texts(found)
+            metrics[grpo_report.TABLE] = grpo_report.table(found, texts, kept, self.rewards.names)
         return found._replace(metrics=metrics)
 
-    def _scores(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
+    def drawn(
+        self, prompts: Sequence[Prompt], adapters: Params, how: SamplingParams, **at: int
+    ) -> Rollout:
+        """What the policy with these adapters answers; `at` says seed and slots."""
+        m, ids = self.model, [one.ids for one in prompts]
+        params = lora.attach(on_device(m.params), adapters, m.scale)
+        return rollout.run(m.family, m.config, params, ids, how, stop_ids=m.stop_ids(), **at)
+
+    def scores(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
+        """What the reward functions give for completions, as many of each prompt."""
         texts = [self._text(one) for one in completions]
         if prompts[0].conversational:
             texts = [[{"role": "assistant", "content": text}] for text in texts]
@@ -251,6 +268,9 @@ class PolicyBatches:
             if a.beta:
                 more["reference"] = np.asarray(self._logps(self.reference, batch)[0])
             out.append(batch._replace(beside=batch.beside | more))
+        if a.vllm_importance_sampling_correction:
+            of = [b.beside["correction"] for b in out], [b.weights for b in out]
+            found.metrics.update(grpo_report.weights(*of, a.vllm_importance_sampling_mode))
         return out
 
     def _corrected(self, old: np.ndarray, batch: Batch) -> np.ndarray:

@@ -1,7 +1,7 @@
 """GRPOConfig: SFTConfig's loop, the settings of Unsloth's and TRL's GRPO."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from unsloth_jax import advantages, policy
@@ -37,7 +37,6 @@ LATER = {
     "vllm_sampling_params": (None,),
     "entropy_coef": (0.0,),
     "use_adaptive_entropy": (False,),
-    "num_generations_eval": (None,),
     "generation_kwargs": (None, {}),
     "max_tool_calling_iterations": (None,),
     "use_transformers_continuous_batching": (False,),
@@ -90,7 +89,16 @@ class GRPOConfig(SFTConfig):
         rollout_slots: completions that are sampled at once; None takes all of a step, at most 256.
         alarms: stops with advice where most completions are cut off, no group has a signal, or
             sampler and learner drift apart.
-        num_completions_to_print: completions of a generation that the log keeps.
+        stop_at_kl, stop_at_length: stops where a step's mean KL divergence (nats a token) or length
+            (tokens a completion) is over it.
+        log_completions: the log keeps all completions of a generation, num_completions_to_print of
+            them at most; else the best and the worst two of every tenth.
+        num_generations_eval: completions of a held-out prompt; None takes num_generations, or 1
+            where eval_temperature is 0.
+        eval_temperature: of evaluations' completions; 0 is greedy, None takes temperature.
+        per_device_eval_batch_size: completions that an evaluation draws and scores at once; None
+            takes what training does. It changes no number.
+        load_best_model_at_end: as in SFTConfig; metric_for_best_model is then "reward".
     """
 
     prompts_per_step: int | None = None
@@ -138,12 +146,16 @@ class GRPOConfig(SFTConfig):
     alarms: bool = True
     log_completions: bool = False
     num_completions_to_print: int | None = None
+    stop_at_kl: float | None = None
+    stop_at_length: float | None = None
+    num_generations_eval: int | None = None
+    eval_temperature: float | None = None
+    per_device_eval_batch_size: int | None = None
 
     absent: ClassVar[tuple[str, ...]] = (
-        *(name for name in PREFERENCES_ABSENT if name != LOSS),
-        "train_sampling_strategy", "load_best_model_at_end", "metric_for_best_model",
-        "greater_is_better", "eval_on_start",
+        *(name for name in PREFERENCES_ABSENT if name != LOSS), "train_sampling_strategy",
     )  # fmt: skip
+    judged_by: ClassVar[str] = "reward"
     ignored: ClassVar[Mapping[str, str]] = IGNORED
     later: ClassVar[Mapping[str, tuple]] = LATER
     choices: ClassVar[Mapping[str, Iterable]] = {
@@ -154,7 +166,6 @@ class GRPOConfig(SFTConfig):
         "vllm_importance_sampling_mode": policy.MISMATCH,
         "scale_rewards": (*advantages.SCALES, True, False),
         "multi_objective_aggregation": advantages.AGGREGATIONS,
-        "eval_strategy": ("no",),
     }
     ranges: ClassVar[Mapping[str, tuple]] = RANGES | {
         "prompts_per_step": (1, None), "num_generations": (2, None),
@@ -163,6 +174,8 @@ class GRPOConfig(SFTConfig):
         "num_iterations": (1, None), "temperature": (POSITIVE, None), "beta": (0, None),
         "top_entropy_quantile": (POSITIVE, 1), "reward_timeout": (POSITIVE, None),
         "rollout_slots": (1, None), "num_completions_to_print": (1, None),
+        "num_generations_eval": (1, None), "eval_temperature": (0, None),
+        "stop_at_kl": (POSITIVE, None), "stop_at_length": (POSITIVE, None),
     }  # fmt: skip
 
     def __init__(self, **given: Any):
@@ -181,6 +194,9 @@ class GRPOConfig(SFTConfig):
     def _check_loss(self) -> None:
         policy.check(self.policy_loss)
         self.sampling()
+        self.sampling_eval()
+        if self.stop_at_kl is not None and not self.beta:
+            raise ValueError(f"GRPOConfig: stop_at_kl={self.stop_at_kl} needs a beta over 0")
         updates = self.updates
         if self.vllm_importance_sampling_correction and self.loss_type == "vespo":
             if not self.vllm_importance_sampling_mode.startswith("token"):
@@ -205,6 +221,19 @@ class GRPOConfig(SFTConfig):
         """How a prompt's completions are drawn; raises ValueError where they can't be."""
         own = {name: getattr(self, name) or 0 for name in SAMPLED}
         return SamplingParams(n=self.num_generations, max_tokens=self.max_completion_length, **own)
+
+    def sampling_eval(self) -> SamplingParams:
+        """How an evaluation draws completions; raises ValueError where they would be the same."""
+        heat, asked = self.eval_temperature, self.num_generations_eval
+        how = self.sampling()
+        if heat is None:
+            return replace(how, n=asked or how.n)
+        if heat == 0 and (asked or 1) > 1:
+            raise ValueError(
+                f"GRPOConfig: num_generations_eval={asked} greedy completions of a prompt would "
+                "be the same; expected 1 where eval_temperature=0"
+            )
+        return replace(how, n=asked or (how.n if heat else 1), temperature=heat)
 
     @property
     def prompts_a_step(self) -> int:

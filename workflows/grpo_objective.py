@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from unsloth_jax import decoder, lora, losses, policy, remat
-from unsloth_jax.dims import Batch, Measured, Params, Total
+from unsloth_jax.dims import Batch, Measured, Most, Params, Total
 from unsloth_jax.policy import Completions, Loss, Tokens
 from workflows.objective import Objective
 
@@ -18,6 +18,7 @@ from workflows.objective import Objective
 OF_TOKENS = ("drawn", "old", "reference", "correction")
 OF_ROWS = ("advantages", "real", "pulled")
 OF_STEP = ("tokens_a_completion", "entropy_least")
+GAP = "sampling/sampling_logp_difference"
 
 
 def grpo(how: Loss, temperature: float | int, beside: tuple[str, ...], width: int) -> Objective:
@@ -77,9 +78,8 @@ def _of(logps: Array, entropies: Array, b: Batch, how: Loss) -> Measured:
     drew = jax.lax.stop_gradient(logps) if tokens.old is None else tokens.old
     gap = jnp.where(b.weights > 0, jnp.abs(drew - there["drawn"]), 0)
     difference = Total(gap.sum(), b.weights.sum())
-    return found._replace(
-        metrics=found.metrics | {"sampling/sampling_logp_difference/mean": difference}
-    )
+    apart = {f"{GAP}/mean": difference, f"{GAP}/max": Most(gap.max())}
+    return found._replace(metrics=found.metrics | apart)
 
 
 def scored(

@@ -1,7 +1,6 @@
-"""What is told of a generation: numbers for the log, completions to read, alarms that stop."""
+"""What is told of a generation: numbers for the log, completions to read."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +11,10 @@ from workflows.rollout import Counts
 if TYPE_CHECKING:
     from workflows.grpo_batches import Generation
 
-WATCHED = 5  # generations that an alarm looks at
-MOST_CUT = 0.5  # the share of completions that the length may end
-FAR = 0.1  # nats a token between sampler and learner
+GRAM = 4  # tokens in a row that count as repeated where they stood before
+KEPT_EVERY, KEPT = 10, 4  # generations, and completions of them that the log keeps unasked
+TABLE = "sampled_completions"  # the name of a table in the log
+RATIO = "sampling/importance_sampling_ratio"
 
 
 def metrics(found: "Generation", counts: Counts, seconds: dict[str, float]) -> dict[str, Any]:
@@ -33,6 +33,10 @@ def metrics(found: "Generation", counts: Counts, seconds: dict[str, float]) -> d
         "completions/max_length": int(lengths.max()),
         "completions/clipped_ratio": float(cut.mean()),
         "completions/mean_terminated_length": float(ended.mean()) if ended.size else 0.0,
+        "completions/min_terminated_length": int(ended.min()) if ended.size else 0,
+        "completions/max_terminated_length": int(ended.max()) if ended.size else 0,
+        "completions/repetition": float(np.mean([_repeated(x.tokens) for x in found.completions])),
+        "num_tokens": _tokens(found),
         "rollout_tokens_per_s": round(counts.tokens / seconds["rollout"], 1),
         "rollout_seconds": round(seconds["rollout"], 3),
         "reward_seconds": round(seconds["rewards"], 3),
@@ -42,53 +46,64 @@ def metrics(found: "Generation", counts: Counts, seconds: dict[str, float]) -> d
     return told | found.scores.metrics | logged
 
 
-def table(found: "Generation", texts: Sequence[str], args: GRPOConfig) -> list[dict[str, Any]]:
-    """Some completions with prompt, rewards and advantage."""
-    group, rows = args.num_generations, []
-    for n, text in enumerate(texts[: args.num_completions_to_print]):
-        given = [None if np.isnan(x) else float(x) for x in found.scores.rewards[n]]
+def _tokens(found: "Generation") -> int:
+    """Tokens of prompts and completions, a prompt once for each of its completions, as in TRL."""
+    group = len(found.completions) // len(found.prompts)
+    prompts = group * sum(len(one.ids) for one in found.prompts)
+    return prompts + sum(len(one.tokens) for one in found.completions)
+
+
+def _repeated(tokens: Sequence[int]) -> float:
+    """The share of a completion's runs of GRAM tokens that stood in it before."""
+    runs = list(zip(*(tokens[n:] for n in range(GRAM)), strict=False))
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def weights(corrections: Sequence[np.ndarray], learnt: Sequence[np.ndarray], how: str) -> dict:
+    """TRL's names for the importance weights of what is learnt from, one a token or a completion.
+
+    `corrections` and `learnt`, the tokens' weights, are [M, B, T] each.
+    """
+    flat = lambda some: np.concatenate([x.reshape(-1) for x in some])
+    if how.startswith("sequence"):
+        # Every token has its completion's.
+        both = zip(corrections, learnt, strict=True)
+        found = flat([np.where(on > 0, c, -np.inf).max(-1) for c, on in both])
+        found = found[np.isfinite(found)]
+    else:
+        found = flat(corrections)[flat(learnt) > 0]
+    if not found.size:
+        return {}
+    ends = {"min": found.min(), "mean": found.mean(), "max": found.max()}
+    return {f"{RATIO}/{name}": float(value) for name, value in ends.items()}
+
+
+def chosen(found: "Generation", number: int, args: GRPOConfig) -> list[int]:
+    """Numbers of the completions that the log keeps of a generation.
+
+    With `log_completions` all or the first; else, of every tenth generation, best and worst.
+    """
+    if args.log_completions:
+        return list(range(len(found.completions)))[: args.num_completions_to_print]
+    if number % KEPT_EVERY:
+        return []
+    order = np.argsort(-np.nan_to_num(found.worth.rewards, nan=-np.inf), kind="stable").tolist()
+    return order if len(order) <= KEPT else order[: KEPT // 2] + order[-KEPT // 2 :]
+
+
+def table(
+    found: "Generation", texts: Sequence[str], numbers: Sequence[int], names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Some completions with prompt, rewards by function, their weighted sum, and advantage."""
+    group, rows = len(found.completions) // len(found.prompts), []
+    number = lambda x: None if np.isnan(x) else float(x)
+    for n in numbers:
         rows.append({
             "prompt": found.prompts[n // group].example["prompt"],
-            "completion": text,
-            "rewards": given,
+            "completion": texts[n],
+            "rewards": dict(zip(names, map(number, found.scores.rewards[n]), strict=True)),
+            "reward": number(found.worth.rewards[n]),
             "advantage": float(found.worth.values[n]),
             "finish_reason": found.completions[n].finish_reason,
         } | {name: values[n] for name, values in found.scores.extra.items()})  # fmt: skip
     return rows
-
-
-@dataclass
-class Alarms:
-    """Stops a run that can't learn, after its first generations. Raises RuntimeError."""
-
-    cut: list[float] = field(default_factory=list)
-    flat: list[float] = field(default_factory=list)
-
-    def heed(self, told: dict[str, Any], args: GRPOConfig) -> None:
-        """Looks at one generation's metrics."""
-        self.cut.append(told["completions/clipped_ratio"])
-        self.flat.append(told["frac_reward_zero_std"])
-        if len(self.cut) == WATCHED and np.mean(self.cut) > MOST_CUT:
-            raise RuntimeError(
-                f"{np.mean(self.cut):.0%} of the completions of the first {WATCHED} generations "
-                f"were cut off at max_completion_length={args.max_completion_length}, and what is "
-                "cut off seldom earns a reward. Raise max_completion_length, warm the model up "
-                "with SFT on answers that end, or go on with alarms=False"
-            )
-        if len(self.flat) >= WATCHED and min(self.flat[-WATCHED:]) == 1.0:
-            raise RuntimeError(
-                f"in the last {WATCHED} generations every group's rewards were equal, so nothing "
-                "is learnt from them. Take easier or harder prompts, rewards with steps between "
-                "all and nothing, a higher temperature or num_generations, or alarms=False"
-            )
-
-    @staticmethod
-    def gap(row: dict[str, Any]) -> None:
-        """Looks at a step's row."""
-        gap = row.get("sampling/sampling_logp_difference/mean")
-        if gap is not None and gap > FAR:
-            raise RuntimeError(
-                f"step {row.get('step')}: sampler and learner differ by {gap:.3f} nats a token on "
-                f"average (limit {FAR}), so ratios mean little: the completions were not drawn "
-                "from the policy that learns. alarms=False goes on"
-            )

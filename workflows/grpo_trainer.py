@@ -1,12 +1,14 @@
 """GRPOTrainer with the names of TRL and Unsloth; rollouts in the same process."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from workflows import grpo_objective, reference, updates
+from workflows import evaluate, grpo_alarms, grpo_evaluation, grpo_objective, reference, updates
+from workflows.callbacks import Callbacks
 from workflows.facts import digest
 from workflows.grpo_batches import PolicyBatches
 from workflows.grpo_config import GRPOConfig
@@ -15,12 +17,11 @@ from workflows.keywords import say, settle, typed
 from workflows.model import Model
 from workflows.rewards import Rewards
 from workflows.run import short_hash
-from workflows.trainer import Trainer, TrainOutput, trainable
+from workflows.trainer import Trainer, TrainOutput, named, trainable
 from workflows.watch import Watch
 
 IGNORED = {"dataset_num_proc": "rows are made in this process"}
 LATER = {
-    "eval_dataset": (None,),
     "reward_processing_classes": (None,),
     "optimizers": (None, (None, None)),
     "peft_config": (None,),
@@ -30,13 +31,35 @@ LATER = {
     "quantization_config": (None,),
 }
 USED = (
-    "model", "reward_funcs", "args", "train_dataset", "processing_class", "tokenizer", "callbacks",
+    "model", "reward_funcs", "args", "train_dataset", "eval_dataset", "processing_class",
+    "tokenizer", "callbacks",
 )  # fmt: skip
 KINDS = {
     "model": Model, "tokenizer": PreTrainedTokenizerBase | None,
     "processing_class": PreTrainedTokenizerBase | None, "train_dataset": Iterable | Path | None,
-    "args": GRPOConfig | None,
+    "eval_dataset": Iterable | Path | None, "args": GRPOConfig | None,
 }  # fmt: skip
+NO_LOSS = ("loss", "perplexity")
+
+
+class Seen:
+    """A callback that counts tokens, so that checkpoints keep their number."""
+
+    def __init__(self, batches: PolicyBatches):
+        self.batches, self.tokens = batches, 0
+
+    def by(self, step: int) -> int:
+        """Tokens of prompts and completions up to a step that is no older than the last."""
+        return self.tokens + sum(n for at, n in self.batches.tokens.items() if at <= step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **of: Any) -> None:
+        self.tokens = self.by(state.global_step)
+        for step in [at for at in self.batches.tokens if at <= state.global_step]:
+            del self.batches.tokens[step]
+
+    def state(self) -> dict[str, Any]:
+        """As transformers' ExportableState."""
+        return {"attributes": {"tokens": self.tokens}}
 
 
 class GRPOTrainer(Trainer):
@@ -48,9 +71,13 @@ class GRPOTrainer(Trainer):
         args: a GRPOConfig.
         train_dataset: rows with a column prompt, text or messages; the others go to the reward
             functions.
+        eval_dataset: rows of the same kind, or several such data sets by name: answered and scored
+            alike at each evaluation.
         processing_class, tokenizer: by default the model's own.
         callbacks: objects with methods named as transformers' TrainerCallback has them.
     """
+
+    _seen: Seen | None = None
 
     def __init__(
         self,
@@ -58,6 +85,7 @@ class GRPOTrainer(Trainer):
         reward_funcs: Callable | Sequence[Callable] = (),
         args: GRPOConfig | None = None,
         train_dataset: Iterable | str | Path | None = None,
+        eval_dataset: Any = None,
         processing_class: Any = None,
         callbacks: Sequence[Any] | None = None,
         tokenizer: Any = None,
@@ -65,7 +93,7 @@ class GRPOTrainer(Trainer):
     ):
         where = "GRPOTrainer"
         settle(where, other, USED, IGNORED, LATER)
-        given = dict(model=model, args=args, train_dataset=train_dataset)
+        given = dict(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
         given |= dict(processing_class=processing_class, tokenizer=tokenizer)
         typed(where, given, KINDS)
         tokenizers = [x for x in (processing_class, tokenizer) if x is not None]
@@ -74,8 +102,9 @@ class GRPOTrainer(Trainer):
         args = GRPOConfig() if args is None else args
         self.rewards = Rewards(reward_funcs, args.reward_weights, args.reward_timeout)
         tokenizer = (*tokenizers, model.tokenizer)[0]
-        super().__init__(model, args, tokenizer, train_dataset, None, callbacks)
+        super().__init__(model, args, tokenizer, train_dataset, eval_dataset, callbacks)
         self.rewards.check(self.rows[0].example)
+        self._check_metric(more=True)
         self.start = model.adapters if reference.changes(model.adapters) else None
         batches = self._batches()
         self.objective = grpo_objective.grpo(
@@ -89,12 +118,45 @@ class GRPOTrainer(Trainer):
         finally:
             self.rewards.close()
 
-    def evaluate(self, eval_dataset: Any = None, *, metric_key_prefix: str = "eval") -> Any:
-        """Raises ValueError: evaluations by reward are not there yet."""
-        raise ValueError(
-            "GRPOTrainer.evaluate is not supported yet: answer held-out prompts with "
-            "model.fast_generate and score the texts with the reward functions"
-        )
+    def evaluate(
+        self, eval_dataset: Any = None, *, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Rewards, lengths and what else is told of completions, of the adapters as they are.
+
+        Raises ValueError where there is no eval_dataset, neither here nor of the trainer.
+        """
+        try:
+            return super().evaluate(eval_dataset, metric_key_prefix=metric_key_prefix)
+        finally:
+            self.rewards.close()
+
+    def _evaluator(self, held_out: dict[str, list[Prompt]], prefix: str = "eval") -> Callable:
+        sets = {named(name, prefix): some for name, some in held_out.items()}
+        return grpo_evaluation.evaluator(self._batches(), sets)
+
+    def _held_out(self, given: Any) -> dict[str, list[Prompt]]:
+        def made(dataset: Any) -> list[Prompt]:
+            found = self._rows(dataset)
+            self.rewards.check(found[0].example)
+            return found
+
+        return evaluate.of_sets(given, made)
+
+    def _check_metric(self, more: bool) -> None:
+        """Raises ValueError for a metric_for_best_model that no evaluation will give."""
+        name = self.args.metric_for_best_model
+        if name is None or not self.eval_rows:
+            return
+        sets = [named(one) for one in self.eval_rows]
+        full = name if name.startswith("eval_") else f"eval_{name}"
+        known = [f"{one}_{n}" for one in sets for n in ("reward", *self.rewards.means)]
+        last = full.rpartition("_")[2]
+        given = any(full.startswith(f"{one}_") for one in sets)
+        if full not in known and (not given or last in NO_LOSS or "_rewards/" in full):
+            raise ValueError(
+                f"metric_for_best_model={name!r} is none of {known}, nor another metric after "
+                f"{[f'{one}_' for one in sets]}; an evaluation by reward has no loss"
+            )
 
     def _trainable(self, model: Model, args: GRPOConfig) -> None:
         if model.peft and model.peft.dropout:
@@ -127,23 +189,40 @@ class GRPOTrainer(Trainer):
 
     def _watch(self, total: int, log: Callable) -> Watch:
         batches = self._made_batches
+        self._seen = Seen(batches)
 
         def told(row: dict[str, Any]) -> None:
-            log(self._with_rollouts(row, batches))
+            if "loss" not in row:
+                log(row)
+                return
+            row = self._with_rollouts(row, batches)
+            log(row)
+            grpo_alarms.limits(row, self.args)
+            if self.args.alarms:
+                batches.alarms.loss(row)
+                batches.alarms.gap(row)
 
         watch = super()._watch(total, told)
         batches.policy = lambda: watch.run.state.trainable
         return watch
 
     def _with_rollouts(self, row: dict[str, Any], batches: PolicyBatches) -> dict[str, Any]:
-        """A step's row with what was told of the generations up to it."""
-        if "loss" not in row:
-            return row
+        """A step's row with what was told of the generations up to it, and the learner's part."""
         ready = [metrics for step, metrics in batches.told if step <= row["step"]]
         batches.told[:] = [(step, x) for step, x in batches.told if step > row["step"]]
-        if self.args.alarms:
-            batches.alarms.gap(row)
-        return row | _means([metrics for metrics in ready if metrics])
+        learner, batches.spent = max(row["seconds"] - batches.spent, 1e-9), 0.0
+        steps = len(ready)
+        own = {
+            "num_tokens": self._seen.by(row["step"]),
+            "step_time": round(row["seconds"] / steps, 3),
+            "learner_seconds": round(learner / steps, 3),
+            "learner_tokens_per_s": round(row["tokens_per_s"] * row["seconds"] / learner, 1),
+        }
+        return row | _means([metrics for metrics in ready if metrics]) | own
+
+    def _calls(self) -> Callbacks:
+        found = super()._calls()
+        return found if self._seen is None else replace(found, members=[*found.members, self._seen])
 
     @property
     def train_dataset(self) -> list[dict[str, Any]]:

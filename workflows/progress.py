@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -17,6 +18,8 @@ from workflows.keywords import say
 
 LINES = 20  # printed in all where there is no terminal
 BESIDE = ("run.json", "report.html")  # what tells of a run, next to its log
+# What is shown of an evaluation by reward; all stands in the file.
+REWARDS = re.compile("_(reward|rewards/.*/mean|completions/mean_length|clipped_ratio)$")
 COUNTS = ("_supervised_tokens", "_pairs", "_answers", "_runtime", "_samples_per_second")
 
 
@@ -73,8 +76,10 @@ def adapters(before: str, after: str) -> None:
 
 
 def _line(row: dict[str, Any]) -> str:
+    reward = row.get("reward")
+    earned = "" if reward is None else f"reward {reward:.4f}  "
     return (
-        f"loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
+        f"{earned}loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
         f"{row['tokens_per_s']:,.0f} tok/s  {row['memory_gib']:.2f} GiB"
     )
 
@@ -85,6 +90,8 @@ def _beside(row: dict[str, Any]) -> str:
         return "\n".join(f"{s['prompt']!r} -> {s['completion']!r}" for s in row["samples"])
     left = ("step", "epoch")
     shown = {k: v for k, v in row.items() if k not in left and not k.endswith(COUNTS)}
+    if any(REWARDS.search(name) for name in shown):
+        shown = {k: v for k, v in shown.items() if REWARDS.search(k)}
     return "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
 
 

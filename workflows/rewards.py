@@ -10,6 +10,7 @@ under a time limit. Stricter than TRL: a NaN or infinite number is an error, not
 
 import asyncio
 import inspect
+import itertools
 import math
 import sys
 import threading
@@ -125,6 +126,23 @@ class Rewards:
         return Scores(
             rewards, self._metrics(rewards), logged, extra, self._unscored(rewards, batch)
         )
+
+    @property
+    def means(self) -> list[str]:
+        """Names of the functions' means."""
+        return [f"rewards/{name}/mean" for name in self.names]
+
+    def joined(self, parts: Sequence[Scores]) -> Scores:
+        """The scores of several batches as those of one."""
+        rewards = np.concatenate([one.rewards for one in parts])
+        logged: dict[str, list[float]] = {}
+        for name, values in itertools.chain.from_iterable(x.logged.items() for x in parts):
+            logged.setdefault(name, []).extend(values)
+        columns = dict.fromkeys(name for one in parts for name in one.extra)
+        of = lambda one, name: one.extra.get(name, [None] * len(one.rewards))
+        extra = {n: [x for one in parts for x in of(one, n)] for n in columns}
+        unscored = sum(one.unscored for one in parts)
+        return Scores(rewards, self._metrics(rewards), logged, extra, unscored)
 
     def close(self) -> None:
         """Ends the event loop of async functions; the next `score` starts another."""

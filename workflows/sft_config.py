@@ -191,6 +191,7 @@ class SFTConfig:
     later: ClassVar[Mapping[str, tuple]] = CONFIG_LATER
     choices: ClassVar[Mapping[str, Iterable]] = CHOICES
     ranges: ClassVar[Mapping[str, tuple]] = RANGES
+    judged_by: ClassVar[str] = "loss"  # what the best evaluation is, where nothing says
 
     def __init__(self, **given: Any):
         every = {f.name: f.default for f in fields(type(self))}
@@ -206,7 +207,7 @@ class SFTConfig:
         self._check()
         judged = self.load_best_model_at_end or self.follows
         if judged and self.metric_for_best_model is None:
-            self.metric_for_best_model = "loss"
+            self.metric_for_best_model = self.judged_by
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better = not self.metric_for_best_model.endswith("loss")
 

@@ -1,7 +1,7 @@
 """What the trainers share: one run from rows to adapters, with the names of transformers."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,12 +122,7 @@ class Trainer:
 
     def _held_out(self, given: Any) -> dict[str, list[Any]]:
         """Rows by the data set's name, "" for a single one."""
-        if given is None:
-            return {}
-        several = isinstance(given, Mapping)
-        if several and not given:
-            raise ValueError("eval_dataset is an empty dictionary: there is nothing to evaluate")
-        return evaluate.of_each(given if several else {"": given}, self._rows)
+        return evaluate.of_sets(given, self._rows)
 
     def _settle_evaluation(self) -> None:
         """Fills in when evaluations happen; raises ValueError where there is nothing for them."""
@@ -147,7 +142,7 @@ class Trainer:
         """Raises ValueError for a metric_for_best_model that no evaluation will give."""
         name = self.args.metric_for_best_model
         if name is not None and self.eval_rows:
-            sets = [_named(one) for one in self.eval_rows]
+            sets = [named(one) for one in self.eval_rows]
             evaluate.check(name, sets, self.objective, more)
 
     def _calls(self) -> Callbacks:
@@ -241,7 +236,7 @@ class Trainer:
         size = min(a.per_device_eval_batch_size, a.per_device_train_batch_size)
         packing = a.packing if a.eval_packing is None else a.eval_packing
         made = lambda some: self._made(some, size, 1, packing, None)
-        sets = {_named(name, prefix): made(some) for name, some in held_out.items()}
+        sets = {named(name, prefix): made(some) for name, some in held_out.items()}
         found = evaluate.evaluator(self.model, sets, self.objective)
         return user_metrics.beside(found, self.model, sets, self.user)
 
@@ -315,7 +310,7 @@ class Trainer:
         return facts.of(self, self.total_steps(), data)
 
 
-def _named(name: str, prefix: str = "eval") -> str:
+def named(name: str, prefix: str = "eval") -> str:
     """What stands before the metrics of an evaluation set."""
     return f"{prefix}_{name}" if name else prefix
 

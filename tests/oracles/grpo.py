@@ -1,4 +1,4 @@
-"""Makes tests/data/grpo.json: runs of TRL's GRPOTrainer with PEFT, step by step.
+"""Makes tests/data/grpo.json: runs of TRL's GRPOTrainer with PEFT, step by step, an evaluation.
 
 PYTHONPATH=.:tests python tests/oracles/grpo.py    (with trl and peft installed)
 
@@ -25,8 +25,7 @@ CPU = dict(
 )  # fmt: skip
 KEPT = (
     "loss", "grad_norm", "learning_rate", "reward", "rewards/", "frac_reward", "kl", "entropy",
-    "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo", "vespo",
-    "completions/",
+    "clip_ratio/", "cispo", "vespo", "completions/", "num_tokens", "eval_",
 )  # fmt: skip
 
 
@@ -37,8 +36,9 @@ def injected(tokenizer):
     def rollout(prompts, trainer):
         nonlocal count
         # A prompt stands in `prompts` once for each of its completions.
-        found = grpo_runs.completions(count, len(prompts) // grpo_runs.GROUP)
-        count += 1
+        number = count if trainer.model.training else grpo_runs.HELD_OUT
+        found = grpo_runs.completions(number, len(prompts) // grpo_runs.GROUP)
+        count += trainer.model.training
         ids = [
             tokenizer(prompt)["input_ids"]
             if isinstance(prompt, str)
@@ -52,16 +52,21 @@ def injected(tokenizer):
     return rollout
 
 
-def steps(settings: dict, folder: Path, output: Path) -> list[dict[str, float]]:
+def trainer(settings: dict, folder: Path, output: Path) -> trl.GRPOTrainer:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     base = tiny_chat.reference(folder)
     model = peft.PeftModel.from_pretrained(base, output / "start", is_trainable=True)
     args = trl.GRPOConfig(output_dir=str(output / "out"), **(grpo_runs.LOOP | CPU | settings))
-    run = trl.GRPOTrainer(
-        model=model, args=args, train_dataset=datasets.Dataset.from_list(grpo_runs.TEXTS),
+    rows = datasets.Dataset.from_list(grpo_runs.TEXTS)
+    return trl.GRPOTrainer(
+        model=model, args=args, train_dataset=rows, eval_dataset=rows,
         reward_funcs=grpo_runs.reward, processing_class=tokenizer,
         rollout_func=injected(tokenizer),
     )  # fmt: skip
+
+
+def steps(settings: dict, folder: Path, output: Path) -> list[dict[str, float]]:
+    run = trainer(settings, folder, output)
     run.train()
     rows = [row for row in run.state.log_history if "loss" in row]
     return [{k: v for k, v in row.items() if k.startswith(KEPT)} for row in rows]
@@ -73,9 +78,12 @@ def main() -> None:
     folder = tiny_chat.save(output / "model")
     grpo_runs.model(folder).save_pretrained(output / "start")
     runs = {name: steps(how, folder, output) for name, how in grpo_runs.RUNS.items()}
+    rows = len(grpo_runs.TEXTS) * grpo_runs.GROUP
+    held_out = trainer(dict(per_device_eval_batch_size=rows), folder, output).evaluate()
+    held_out = {name: x for name, x in held_out.items() if x is not None}
     versions = {m.__name__: m.__version__ for m in (trl, peft, transformers)}
     found = json.loads(
-        json.dumps({"versions": versions, "runs": runs}),
+        json.dumps({"versions": versions, "runs": runs, "evaluation": held_out}),
         parse_float=lambda x: float(f"{float(x):.8g}"),
     )
     FILE.write_text(json.dumps(found, separators=(",", ":")) + "\n")
