@@ -15,7 +15,7 @@ from workflows import report, run_page
 from workflows.batching import Batches
 from workflows.row_lengths import drawn, lengths
 
-VOID = {"meta", "rect", "path", "polyline", "link", "img", "br"}
+VOID = {"meta", "rect", "path", "polyline", "link", "img", "br", "wbr"}
 NASTY = '</script><script>alert(1)</script> & "quoted" <img src=x onerror=alert(2)>'
 
 

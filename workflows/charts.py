@@ -23,6 +23,14 @@ class Curve(NamedTuple):
     style: Literal["line", "faint", "dots"] = "line"
 
 
+class Band(NamedTuple):
+    """A filled stretch of a chart: (step, its lower end, its upper end)."""
+
+    name: str
+    points: Sequence[tuple[Number, Number, Number]]
+    color: int = 0
+
+
 class Rule(NamedTuple):
     """A dashed line across a chart at a value of one axis, with what it means."""
 
@@ -125,22 +133,27 @@ def chart(
     rules: Sequence[Rule] = (),
     marks: Sequence[Mark] = (),
     floor: Number | None = None,
+    bands: Sequence[Band] = (),
 ) -> str:
     """Curves over steps as HTML; "" where there is no finite point. Rules lie at values."""
     drawn = [c._replace(points=finite(c.points)) for c in curves]
     drawn = [c for c in drawn if c.points]
     if not drawn:
         return ""
+    filled = [b._replace(points=[p for p in b.points if all(map(math.isfinite, p))]) for b in bands]
+    filled = [b for b in filled if len(b.points) > 1]
     values = [y for c in drawn for _, y in c.points] + [rule.at for rule in rules]
+    values += [y for b in filled for _, *ends in b.points for y in ends]
     up = span(values, floor)
     inside = _grid(ticks(*up), up) + "".join(_rule(up.place(rule.at)) for rule in rules)
+    inside += "".join(_band(b, steps, up) for b in filled)
     inside += "".join(_curve(c, steps, up) for c in drawn)
     around = _labels(steps, up) + "".join(_mark(mark, steps, up) for mark in marks)
     around += "".join(
         f'<span class="rule" style="bottom:{up.percent(rule.at)}">{html.escape(rule.name)}</span>'
         for rule in rules
     )
-    keys = _legend(drawn) if len(drawn) > 1 else ""
+    keys = _legend([*drawn, *filled]) if len(drawn) + len(filled) > 1 else ""
     ends = " ".join(f"{end:.9g}" for end in (*steps, *up))
     return _figure(title, unit, keys, f' data-ends="{ends}"', inside, around)
 
@@ -205,13 +218,23 @@ def _curve(curve: Curve, steps: Scale, up: Scale) -> str:
     return line + f'<path class="dot c{curve.color}" d="{"".join(f"M{p}h0" for p in lonely)}"/>'
 
 
+def _band(band: Band, steps: Scale, up: Scale) -> str:
+    low = thinned([(x, y) for x, y, _ in band.points])
+    high = thinned([(x, y) for x, _, y in band.points])
+    around = [*low, *reversed(high)]
+    at = "L".join(f"{steps.place(x):.1f} {WIDE - up.place(y):.1f}" for x, y in around)
+    return f'<path class="band c{band.color}" d="M{at}Z"/>'
+
+
 def _labels(across: Scale, up: Scale) -> str:
-    place = lambda kind, side, at, value: (
-        f'<span class="{kind}" style="{side}:{at}">{number(value)}</span>'
-    )
-    beside = [place("y", "bottom", up.percent(v), v) for v in ticks(*up)]
+    place = lambda kind, side, at, text: f'<span class="{kind}" style="{side}:{at}">{text}</span>'
+    values = ticks(*up)
+    texts = [number(v) for v in values]
+    if len(set(texts)) < len(texts):
+        texts = [f"{v:.9g}" for v in values]
+    beside = [place("y", "bottom", up.percent(v), t) for v, t in zip(values, texts, strict=True)]
     whole = [v for v in ticks(*across) if v == int(v)]
-    return "".join(beside + [place("x", "left", across.percent(v), v) for v in whole])
+    return "".join(beside + [place("x", "left", across.percent(v), number(v)) for v in whole])
 
 
 def _mark(mark: Mark, steps: Scale, up: Scale) -> str:
@@ -223,6 +246,7 @@ def _mark(mark: Mark, steps: Scale, up: Scale) -> str:
     )
 
 
-def _legend(curves: Sequence[Curve]) -> str:
-    keys = (f'<li class="{c.style} c{c.color}">{html.escape(c.name)}</li>' for c in curves)
+def _legend(curves: Sequence[Curve | Band]) -> str:
+    style = lambda c: c.style if isinstance(c, Curve) else "band"
+    keys = (f'<li class="{style(c)} c{c.color}">{html.escape(c.name)}</li>' for c in curves)
     return f'<ul class="legend">{"".join(keys)}</ul>'

@@ -23,7 +23,7 @@ margin:18px 0 0;padding:0}
 .tiles div{background:var(--card);border:1px solid var(--edge);border-radius:10px;
 padding:10px 14px}.tiles dt{color:var(--soft);font-size:13px}.tiles dd{margin:0;
 white-space:nowrap;font-size:17px;font-weight:600;line-height:1.35;font-variant-numeric:tabular-nums}
-.tiles dd small{display:block;
+.tiles dd small{display:block;white-space:normal;
 font-size:13px;font-weight:400;line-height:1.4}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:14px}
 figure{margin:0 0 14px;background:var(--card);border:1px solid var(--edge);border-radius:10px;
@@ -41,7 +41,8 @@ height:0;border-top:3px solid var(--line);vertical-align:middle;margin-right:6px
 .plot .across{stroke:var(--bad);stroke-width:1.5;stroke-dasharray:6 5}
 .plot .bars rect{fill:var(--c0);stroke:var(--card);stroke-width:1;vector-effect:non-scaling-stroke}
 .plot polyline{stroke:var(--line);stroke-width:2}.plot .faint{stroke-width:1;opacity:.5}
-.plot .dots{stroke-width:1.5}
+.plot .dots{stroke-width:1.5}.plot .band{fill:var(--line);opacity:.14}
+.legend .band::before{border-top-width:9px;opacity:.25}
 .plot .dot{stroke:var(--line);stroke-width:7;stroke-linecap:round}
 .plot span{position:absolute;font-size:12px;line-height:1;color:var(--soft);white-space:nowrap;
 font-variant-numeric:tabular-nums;pointer-events:none}
@@ -72,6 +73,11 @@ border-radius:10px;font-size:14px}td,th{padding:5px 12px;border-top:1px solid va
 text-align:left;vertical-align:top;overflow-wrap:anywhere}tr:first-child>*{border-top:0}
 th{font-weight:400;color:var(--soft);width:36%}th[scope=col]{width:auto}
 .changed td,.changed th{background:var(--changed);color:var(--ink)}
+.wider{overflow-x:auto;margin-top:6px}.wider table{min-width:760px}.kept th{width:auto;
+overflow-wrap:normal}.kept th.n{max-width:130px;white-space:normal}
+.kept td{max-width:340px}.kept .text{min-width:170px;max-height:14em;overflow:auto}.kept .prompt{padding-left:8px}
+.kept .n{white-space:nowrap;font-variant-numeric:tabular-nums;text-align:right}
+.kept .gap td{text-align:center;padding:1px}
 details{margin-top:10px}summary{cursor:pointer;color:var(--soft);padding:4px 0}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:0 14px}
 @media(max-width:560px){main{padding:18px 12px 40px}.plot{margin-left:44px}.wide .plot{height:230px}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from workflows import report_parts as parts
+from workflows import report_rewards
 from workflows.page_style import CSS, SCRIPT
 
 METRICS, RECORD, PAGE = "metrics.jsonl", "run.json", "report.html"
@@ -83,12 +84,14 @@ def page(record: Mapping[str, Any], rows: Sequence[Row], earlier: Sequence[str] 
     """The whole page; parts for which there is nothing are left out."""
     name = record.get("model", {}).get("name") or "a training run"
     running = parts.last(record).get("state") == "running"
+    rewarded = report_rewards.there(record, rows)
     again = f'<meta http-equiv="refresh" content="{AGAIN}">' if running else ""
     body = [
         parts.heading(name, record, rows),
-        parts.curves(record, rows),
+        (report_rewards if rewarded else parts).curves(record, rows),
+        report_rewards.completions(rows),
         parts.samples(rows),
-        parts.data(record.get("data"), record.get("evaluation") or {}),
+        (report_rewards if rewarded else parts).data(record),
         parts.settings(record),
         parts.starts(record, earlier),
     ]

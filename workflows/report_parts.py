@@ -24,7 +24,7 @@ STEP = {
 }
 UNITS = {"tokens_per_s": "tokens/s", "memory_gib": "GiB"}
 NOISY = ("grad_norm", "tokens_per_s", "supervised_tokens")
-ASIDE = ("step", "epoch", "loss", "seconds", "samples")
+ASIDE = ("step", "epoch", "loss", "seconds", "samples", "sampled_completions")
 COUNTS = ("_supervised_tokens", "_runtime", "_samples_per_second")
 MORE = 16  # charts of other numbers in the log, at most
 PROMPTS, TIMES, LETTERS = 12, 12, 1500  # of samples that are shown
@@ -55,36 +55,40 @@ def heading(name: str, record: Record, rows: Sequence[Row]) -> str:
 
 
 def _tiles(record: Record, rows: Sequence[Row], done: int) -> Iterable[str]:
-    trained = [row for row in rows if _finite(row.get("loss"))]
-    if trained:
+    trained = [row for row in rows if finite(row.get("loss"))]
+    earned = points_of(trained, "reward")
+    if earned:
+        end = charts.smoothed(earned)[-1][1]
+        yield tile("reward", number(end), f"smoothed, from {number(earned[0][1])}")
+    elif trained:
         end = charts.smoothed([(row["step"], row["loss"]) for row in trained])[-1][1]
         first = trained[0]
-        yield _tile("loss", number(end), f"smoothed, from {number(first['loss'])}")
+        yield tile("loss", number(end), f"smoothed, from {number(first['loss'])}")
     best = _best(record, rows)
     if best is not None:
         name, (step, value) = best
-        yield _tile(f"best {name}", number(value), f"at step {step:,}")
+        yield tile(f"best {name}", number(value), f"at step {step:,}")
     total = record.get("total")
-    epoch = next((row["epoch"] for row in reversed(rows) if _finite(row.get("epoch"))), None)
-    yield _tile(
+    epoch = next((row["epoch"] for row in reversed(rows) if finite(row.get("epoch"))), None)
+    yield tile(
         "steps", f"{done:,}" + (f" of {total:,}" if total else ""),
         "" if epoch is None else f"{number(epoch)} epochs",
     )  # fmt: skip
     seconds = sum(start.get("seconds") or 0 for start in record.get("starts", []))
-    inside = sum(row["seconds"] for row in trained if _finite(row.get("seconds")))
+    inside = sum(row["seconds"] for row in trained if finite(row.get("seconds")))
     if seconds or inside:
         each = f"{number(inside / done)} s a step" if done and inside else ""
-        yield _tile("time", duration(seconds or inside), each)
-    speeds = [row["tokens_per_s"] for row in trained if _finite(row.get("tokens_per_s"))]
+        yield tile("time", duration(seconds or inside), each)
+    speeds = [row["tokens_per_s"] for row in trained if finite(row.get("tokens_per_s"))]
     if speeds:
-        yield _tile("speed", f"{statistics.median(speeds):,.0f} tok/s", "median")
-    peaks = [row["memory_gib"] for row in trained if _finite(row.get("memory_gib"))]
+        yield tile("speed", f"{statistics.median(speeds):,.0f} tok/s", "median")
+    peaks = [row["memory_gib"] for row in trained if finite(row.get("memory_gib"))]
     if peaks:
         plan = record.get("plan")
-        yield _tile("memory", f"{max(peaks):.2f} GiB", plan and f"plan {_gib(plan):.2f} GiB")
+        yield tile("memory", f"{max(peaks):.2f} GiB", plan and f"plan {_gib(plan):.2f} GiB")
 
 
-def _tile(name: str, value: str, small: str | None = "") -> str:
+def tile(name: str, value: str, small: str | None = "") -> str:
     more = f"<small>{escape(small)}</small>" if small else ""
     return f"<div><dt>{escape(name)}</dt><dd>{escape(value)}{more}</dd></div>"
 
@@ -103,12 +107,13 @@ def duration(seconds: float | int) -> str:
     )
 
 
-def _finite(value: Any) -> bool:
+def finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _points(rows: Iterable[Row], name: str) -> list[Point]:
-    return [(row["step"], row[name]) for row in rows if _finite(row.get(name))]
+def points_of(rows: Iterable[Row], name: str) -> list[Point]:
+    """The finite points of a number in the log."""
+    return [(row["step"], row[name]) for row in rows if finite(row.get(name))]
 
 
 def evaluations(record: Record, rows: Sequence[Row]) -> dict[str, dict[str, list[Point]]]:
@@ -118,7 +123,7 @@ def evaluations(record: Record, rows: Sequence[Row]) -> dict[str, dict[str, list
     names = dict.fromkeys(name for row in held_out for name in row if name.startswith("eval_"))
     found: dict[str, dict[str, list[Point]]] = defaultdict(dict)
     for name in names:
-        points = _points(held_out, name)
+        points = points_of(held_out, name)
         if points and not name.endswith(COUNTS):
             metric, of = _of_set(name.removeprefix("eval_"), sets)
             found[metric][of] = points
@@ -140,7 +145,8 @@ def _best(record: Record, rows: Sequence[Row]) -> tuple[str, Point] | None:
     """The name and the point of the best evaluation, by the metric that the run chose."""
     found = evaluations(record, rows)
     settings = record.get("settings") or {}
-    wanted = str(settings.get("metric_for_best_model") or "loss").removeprefix("eval_")
+    plain = "reward" if "reward" in found else "loss"
+    wanted = str(settings.get("metric_for_best_model") or plain).removeprefix("eval_")
     metric, of = _of_set(wanted, list(record.get("evaluation") or {}))
     if metric not in found:
         return None
@@ -152,6 +158,7 @@ def _best(record: Record, rows: Sequence[Row]) -> tuple[str, Point] | None:
 
 def _extreme(points: Sequence[Point], metric: str, settings: Mapping[str, Any]) -> Point:
     greater = settings.get("greater_is_better") and metric not in ("loss", "perplexity")
+    greater = greater or metric.startswith("reward")
     return (max if greater else min)(points, key=lambda point: point[1])
 
 
@@ -160,26 +167,33 @@ def curves(record: Record, rows: Sequence[Row]) -> str:
     if not rows:
         return '<p class="soft">No step has been logged yet.</p>'
     trained = [row for row in rows if "loss" in row]
-    every = [row["step"] for row in rows]
-    first, end = min(every), max(every)
-    steps = Scale(0 if first * 10 <= end or first <= 1 else first, end)
-    steps = steps if steps.high > steps.low else Scale(steps.low - 1, steps.high + 1)
+    steps = across(rows)
     held_out = evaluations(record, rows)
     settings = record.get("settings") or {}
     draw = lambda metric, sets, more=(): charts.chart(
-        "loss" if more else f"evaluation {metric}", [*more, *_held_out(sets, metric, settings)],
-        marks=_bests(sets, metric, settings), steps=steps, floor=0.0,
+        "loss" if more else f"evaluation {metric}",
+        [*more, *held_out_curves(sets, metric, settings)],
+        marks=best_marks(sets, metric, settings), steps=steps, floor=0.0,
     )  # fmt: skip
-    loss = draw("loss", held_out.pop("loss", {}), _raw_and_smooth("training", trained, "loss"))
+    loss = draw("loss", held_out.pop("loss", {}), raw_and_smooth("training", trained, "loss"))
     small = [draw(metric, sets) for metric, sets in held_out.items()]
     others = sorted({name for row in trained for name in row} - {*STEP, *ASIDE})[:MORE]
-    small += [_counted(name, trained, steps, record) for name in [*STEP, *others]]
+    small += [counted(name, trained, steps, record) for name in [*STEP, *others]]
     return (
         f'<h2>Curves</h2><div class="wide">{loss}</div><div class="charts">{"".join(small)}</div>'
     )
 
 
-def _held_out(sets: Mapping[str, list[Point]], metric: str, settings: Record) -> list[Curve]:
+def across(rows: Sequence[Row]) -> Scale:
+    """The steps of a chart."""
+    every = [row["step"] for row in rows]
+    first, end = min(every), max(every)
+    steps = Scale(0 if first * 10 <= end or first <= 1 else first, end)
+    return steps if steps.high > steps.low else Scale(steps.low - 1, steps.high + 1)
+
+
+def held_out_curves(sets: Mapping[str, list[Point]], metric: str, settings: Record) -> list[Curve]:
+    """A curve an evaluation set."""
     named = lambda name, best: f"{name}, best {number(best[1])} at step {best[0]:,}"
     return [
         Curve(named(name, _extreme(points, metric, settings)), points, n % COLORS, "dots")
@@ -187,15 +201,16 @@ def _held_out(sets: Mapping[str, list[Point]], metric: str, settings: Record) ->
     ]
 
 
-def _bests(sets: Mapping[str, list[Point]], metric: str, settings: Record) -> list[Mark]:
+def best_marks(sets: Mapping[str, list[Point]], metric: str, settings: Record) -> list[Mark]:
     """A ring a set; words beside it only where one stands alone."""
     found = [_extreme(points, metric, settings) for points in sets.values()]
     text = lambda best: f"best {number(best[1])}" if len(found) == 1 else ""
     return [Mark(text(best), best, n % COLORS) for n, best in enumerate(found, start=1)]
 
 
-def _raw_and_smooth(name: str, rows: Sequence[Row], key: str) -> list[Curve]:
-    points = _points(rows, key)
+def raw_and_smooth(name: str, rows: Sequence[Row], key: str) -> list[Curve]:
+    """A number's curve, faint, with its smoothed one."""
+    points = points_of(rows, key)
     if len(points) < 5:
         return [Curve(name, points)]
     return [
@@ -204,12 +219,13 @@ def _raw_and_smooth(name: str, rows: Sequence[Row], key: str) -> list[Curve]:
     ]
 
 
-def _counted(name: str, rows: Sequence[Row], steps: Scale, record: Record) -> str:
+def counted(name: str, rows: Sequence[Row], steps: Scale, record: Record) -> str:
+    """The chart of one number of the steps."""
     known = name in STEP
-    points = _points(rows, name)
+    points = points_of(rows, name)
     lines = [Curve(STEP.get(name, name), points)]
     if name in NOISY or not known:
-        lines = _raw_and_smooth("each step", rows, name)
+        lines = raw_and_smooth("each step", rows, name)
     plan = record.get("plan") if name == "memory_gib" else None
     rules = [Rule(f"plan {_gib(plan):.2f} GiB", _gib(plan))] if plan else []
     floor = 0.0 if known else None
@@ -230,11 +246,11 @@ def samples(rows: Sequence[Row]) -> str:
     cards = []
     for prompt, answers in list(found.items())[:PROMPTS]:
         lines = "".join(
-            f'<li><small>step {step:,}</small><div class="text">{_cut(text)}</div></li>'
+            f'<li><small>step {step:,}</small><div class="text">{cut(text)}</div></li>'
             for step, text in _spread(answers, TIMES)
         )
         cards.append(
-            f'<article><div class="text prompt">{_cut(prompt)}</div><ol>{lines}</ol></article>'
+            f'<article><div class="text prompt">{cut(prompt)}</div><ol>{lines}</ol></article>'
         )
     left = len(found) - len(cards)
     more = f'<p class="soft">{left} more prompts stand in metrics.jsonl.</p>' if left > 0 else ""
@@ -248,18 +264,20 @@ def _spread(answers: Sequence[tuple[int, str]], most: int) -> list[tuple[int, st
     return [answers[round(n * (len(answers) - 1) / (most - 1))] for n in range(most)]
 
 
-def _cut(text: str) -> str:
-    left = len(text) - LETTERS
+def cut(text: str, most: int = LETTERS) -> str:
+    """A text as HTML, its end left out where it is long."""
+    left = len(text) - most
     more = f' <span class="soft">({left:,} more letters)</span>' if left > 0 else ""
-    return escape(text[:LETTERS]) + more
+    return escape(text[:most]) + more
 
 
-def data(found: Mapping[str, Any] | None, held_out: Mapping[str, int]) -> str:
+def data(record: Record) -> str:
     """The rows' lengths and totals."""
+    found, held_out = record.get("data"), record.get("evaluation") or {}
     table = [(f"evaluation rows{name and f', {name}'}", f"{n:,}") for name, n in held_out.items()]
     if found is None:
         known = "<p>The rows are streamed: their lengths are not known beforehand.</p>"
-        return f"<h2>Data</h2>{known if not table else _table(table)}"
+        return f"<h2>Data</h2>{known if not table else two_columns(table)}"
     limit = Rule(f"max length {found['limit']:,}", found["limit"])
     drawn = charts.bars(
         "rows by length", found["edges"], found["counts"], unit="tokens", rule=limit
@@ -274,7 +292,7 @@ def data(found: Mapping[str, Any] | None, held_out: Mapping[str, int]) -> str:
         (density, f"{found['density']:.1%}"),
         *table,
     ]  # fmt: skip
-    return f'<h2>Data</h2><div class="two">{drawn}<div>{_table(table)}</div></div>'
+    return f'<h2>Data</h2><div class="two">{drawn}<div>{two_columns(table)}</div></div>'
 
 
 def settings(record: Record) -> str:
@@ -293,10 +311,10 @@ def settings(record: Record) -> str:
     return (
         "<h2>Configuration</h2>"
         f'<table class="changed"><tr>{head}</tr>{"".join(map(line, changed))}</table>'
-        f"<details><summary>{len(rest)} at their defaults</summary>{_table(rest)}</details>"
+        f"<details><summary>{len(rest)} at their defaults</summary>{two_columns(rest)}</details>"
         '<div class="two"><div><h2>Model</h2>'
-        f"{_table([*(record.get('model') or {}).items(), *model])}</div>"
-        f"<div><h2>Versions</h2>{_table(versions.items())}</div></div>"
+        f"{two_columns([*(record.get('model') or {}).items(), *model])}</div>"
+        f"<div><h2>Versions</h2>{two_columns(versions.items())}</div></div>"
     )
 
 
@@ -306,7 +324,8 @@ def _value(value: Any) -> str:
     return escape(str(value))
 
 
-def _table(rows: Iterable[tuple[str, Any]]) -> str:
+def two_columns(rows: Iterable[tuple[str, Any]]) -> str:
+    """Names and values as a table."""
     lines = (f"<tr><th>{escape(str(k))}</th><td>{_value(v)}</td></tr>" for k, v in rows)
     return f"<table>{''.join(lines)}</table>"
 
@@ -322,6 +341,6 @@ def starts(record: Record, earlier: Sequence[str]) -> str:
         )
         for s in known
     ]
-    out = f"<h2>Starts</h2>{_table(lines)}" if len(known) > 1 else ""
+    out = f"<h2>Starts</h2>{two_columns(lines)}" if len(known) > 1 else ""
     links = (f'<a href="{escape(name)}">{escape(name)}</a>' for name in earlier)
     return out + (f"<p>Earlier runs in this folder: {', '.join(links)}</p>" if earlier else "")

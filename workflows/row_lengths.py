@@ -40,6 +40,18 @@ def lengths(batches: Any) -> Lengths | None:
     )  # fmt: skip
 
 
+def prompts(rows: Sequence[Any], limit: int) -> dict[str, Any] | None:
+    """Of prompts, rows with `ids`, of at most `limit` tokens; None where they are none."""
+    sizes = [len(row.ids) for row in rows if hasattr(row, "ids")]
+    if len(sizes) != len(rows):
+        return None
+    edges, counts = histogram(sizes)
+    return {
+        "rows": len(sizes), "shortest": min(sizes), "median": statistics.median(sizes),
+        "longest": max(sizes), "limit": limit, "edges": edges, "counts": counts,
+    }  # fmt: skip
+
+
 def histogram(sizes: Sequence[int], most: int = BINS) -> tuple[list[int], list[int]]:
     """(edges, counts) of at most `most` bins of equal whole widths, from 0 past the largest."""
     width = -(-(max(sizes) + 1) // most)

@@ -15,7 +15,7 @@ from bridge import export
 from unsloth_jax.plan import Plan
 from workflows import report
 from workflows.keywords import say
-from workflows.row_lengths import lengths
+from workflows.row_lengths import lengths, prompts
 
 EVERY = 20.0  # seconds between two pages, at least
 SHARE = 100  # times what a page took pass before the next one: a hundredth of the run at most
@@ -104,6 +104,7 @@ def facts(trainer: Any, batches: Any, plans: Sequence[Plan] = ()) -> dict[str, A
         "settings": settings,
         "defaults": {f.name: f.default for f in fields(a)},
         "data": None if found is None else found._asdict(),
+        "prompts": None if callable(trainer.rows) else prompts(trainer.rows, trainer.length),
         "plan": plan,
         "evaluation": {name: len(rows) for name, rows in trainer.eval_rows.items()},
         "device": jax.devices()[0].device_kind,
