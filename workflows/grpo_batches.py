@@ -15,7 +15,7 @@ from unsloth_jax import advantages, data, lora, policy, tree
 from unsloth_jax.data import Row
 from unsloth_jax.dims import Batch, Params
 from unsloth_jax.leaves import Hosted
-from workflows import grpo_objective, grpo_report, rollout
+from workflows import grpo_objective, grpo_report, machine, plan, rollout
 from workflows.generate import Stopwatch
 from workflows.grpo_config import GRPOConfig
 from workflows.grpo_prompts import Prompt
@@ -137,6 +137,7 @@ class PolicyBatches:
             m.family, m.config, params, [one.ids for one in prompts], a.sampling(),
             stop_ids=m.stop_ids(), seed=base,
             slots=a.rollout_slots or min(SLOTS, len(prompts) * a.num_generations),
+            memory=self._memory,
         )  # fmt: skip
         del params
         completions = list(itertools.chain.from_iterable(drawn.completions))
@@ -162,6 +163,13 @@ class PolicyBatches:
         if a.log_completions:
             metrics["completions"] = grpo_report.table(found, self.texts(found), a)
         return found._replace(metrics=metrics)
+
+    @property
+    def _memory(self) -> int | None:
+        """Bytes of the device that a memory_budget leaves to the process."""
+        asked = self.args.memory_budget
+        asked = self.model.memory_budget if asked is None else asked
+        return None if asked is None else plan.size(asked, machine.device_limit())
 
     def _scores(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
         texts = [self._text(one) for one in completions]
