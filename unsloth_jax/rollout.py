@@ -168,7 +168,9 @@ def decode(
         made = s.made + s.live
         ended = (s.token[:, None] == s.requests.stop).any(-1) | (made >= s.requests.limit)
         live = s.live & ~ended
-        hidden, cache = decoding.step(family, c, params, s.cache, s.token, live.astype(jnp.int32))
+        # What ended reads no cache, and writes to its first slot.
+        cache = s.cache.replace(used=jnp.where(live, s.cache.used, 0))
+        hidden, cache = decoding.step(family, c, params, cache, s.token, live.astype(jnp.int32))
         scores = decoder.logits(family, c, rest, hidden)
         # What ended asks for nothing: neither a filter nor a draw.
         wanted = s.requests.sampling

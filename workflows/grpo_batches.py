@@ -15,7 +15,7 @@ from unsloth_jax import advantages, data, lora, policy, tree
 from unsloth_jax.data import Row
 from unsloth_jax.dims import Batch, Params
 from unsloth_jax.leaves import Hosted
-from workflows import grpo_alarms, grpo_objective, grpo_report, rollout
+from workflows import grpo_alarms, grpo_objective, grpo_report, machine, plan, rollout
 from workflows.generate import Stopwatch
 from workflows.grpo_config import GRPOConfig
 from workflows.grpo_prompts import Prompt
@@ -172,12 +172,20 @@ class PolicyBatches:
         return found._replace(metrics=metrics)
 
     def drawn(
-        self, prompts: Sequence[Prompt], adapters: Params, how: SamplingParams, **at: int
+        self, prompts: Sequence[Prompt], adapters: Params, how: SamplingParams, **at: Any
     ) -> Rollout:
         """What the policy with these adapters answers; `at` says seed and slots."""
         m, ids = self.model, [one.ids for one in prompts]
         params = lora.attach(on_device(m.params), adapters, m.scale)
-        return rollout.run(m.family, m.config, params, ids, how, stop_ids=m.stop_ids(), **at)
+        at |= dict(stop_ids=m.stop_ids(), memory=self._memory)
+        return rollout.run(m.family, m.config, params, ids, how, **at)
+
+    @property
+    def _memory(self) -> int | None:
+        """Bytes of the device that a memory_budget leaves to the process."""
+        asked = self.args.memory_budget
+        asked = self.model.memory_budget if asked is None else asked
+        return None if asked is None else plan.size(asked, machine.device_limit())
 
     def scores(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
         """What the reward functions give for completions, as many of each prompt."""

@@ -75,7 +75,8 @@ th{font-weight:400;color:var(--soft);width:36%}th[scope=col]{width:auto}
 .changed td,.changed th{background:var(--changed);color:var(--ink)}
 .wider{overflow-x:auto;margin-top:6px}.wider table{min-width:760px}.kept th{width:auto;
 overflow-wrap:normal}.kept th.n{max-width:130px;white-space:normal}
-.kept td{max-width:340px}.kept .text{min-width:170px;max-height:14em;overflow:auto}.kept .prompt{padding-left:8px}
+.kept td{max-width:340px}.kept .text{min-width:170px;max-height:14em;overflow:auto}
+.kept .prompt{padding-left:8px}
 .kept .n{white-space:nowrap;font-variant-numeric:tabular-nums;text-align:right}
 .kept .gap td{text-align:center;padding:1px}
 details{margin-top:10px}summary{cursor:pointer;color:var(--soft);padding:4px 0}

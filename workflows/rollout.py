@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unsloth_jax import decoding, rollout
+from pallas_kernels import _choice
+from unsloth_jax import decoding, rollout, unstack
 from unsloth_jax.dims import Params
 from unsloth_jax.rollout import Requests
 from unsloth_jax.sample import Sampling
-from workflows import generate
+from workflows import generate, rollout_memory
+from workflows.keywords import say
 from workflows.sampling_params import SamplingParams
 
 SLOTS = 64
@@ -81,12 +83,14 @@ def run(
     steps: int = STEPS,
     decode: Callable[[list[int]], str] | None = None,
     weights: str = "auto",
+    memory: int | None = None,
     dtype: Any = None,
 ) -> Rollout:
     """Every prompt's completions; `settings` are one for all prompts or one a prompt.
 
     `stop_ids` end a completion unless its `ignore_eos`; `decode` is the tokenizer's, for stop
-    strings. Raises ValueError for prompts and settings that mean nothing.
+    strings; `memory` is what the process may take of the device, in bytes. Raises ValueError for
+    prompts and settings that mean nothing.
     """
     each = [settings] * len(prompts) if isinstance(settings, SamplingParams) else list(settings)
     if len(each) != len(prompts):
@@ -98,7 +102,7 @@ def run(
     generate.check(prompts, generate.UNCHANGED, 1, c.vocab, weights)
     dtype = dtype or family.embed(c, params, jnp.zeros((1, 1), jnp.int32)).dtype
     found = _Run(family, c, params, prompts, each, tuple(stop_ids), seed, decode, dtype)
-    return found.whole(min(slots, sum(one.n for one in each)), steps, weights)
+    return found.whole(min(slots, sum(one.n for one in each)), steps, weights, memory)
 
 
 class _Run:
@@ -119,17 +123,21 @@ class _Run:
         self.done: dict[tuple[int, int], Completion] = {}
         self.read_tokens = self.dispatches = 0
 
-    def whole(self, count: int, steps: int, weights: str) -> Rollout:
-        longest = max(
-            len(p) + s.max_tokens for p, s in zip(self.prompts, self.settings, strict=True)
-        )
-        room = generate.bucket(min(longest, max(map(len, self.prompts)) + steps))
-        shape = (self.family, self.c, count, room, self.width)
-        self.slots = rollout.empty(*shape, self.dtype)
+    def whole(self, count: int, steps: int, weights: str, memory: int | None) -> Rollout:
+        sizes = [len(p) + s.max_tokens for p, s in zip(self.prompts, self.settings, strict=True)]
+        self.full = generate.up(max(sizes))
+        shape = self.family, self.c, self.params, self.full
+        fits = rollout_memory.fits(*shape, weights, memory, self.dtype)
+        if fits.slots < count:
+            count = max(1, fits.slots)
+            say(f"{count} completions are sampled at once: no more fit into the device's memory")
+        layers = self.params
+        if fits.plain:
+            # Not merged: a sum in 16 bits would be another policy than the learner's.
+            layers = unstack.materialized(self.family, self.c, self.params, merged=False)
+        room = self._room(max(map(len, self.prompts)) + steps)
+        self.slots = rollout.empty(self.family, self.c, count, room, self.width, self.dtype)
         self.owners: list[_Asked | None] = [None] * count
-        growth = sum(x.nbytes for x in jax.tree.leaves(self.slots.cache))
-        growth = growth * (generate.bucket(longest) - room) // room
-        layers = generate.readable(self.family, self.c, self.params, weights, growth)
         while self.waiting or any(self.owners):
             self._fill()
             self._dispatch(layers, steps)
@@ -138,6 +146,12 @@ class _Run:
         wanted = [[self.done[i, n] for n in range(s.n)] for i, s in enumerate(self.settings)]
         drawn = sum(len(x.tokens) for x in self.done.values())
         return Rollout(wanted, Counts(self.read_tokens, drawn, self.dispatches))
+
+    def _room(self, tokens: int) -> int:
+        """Slots of a cache that holds so many tokens: all that are ever needed on a GPU, whose
+        attention reads what is filled alone; elsewhere it grows by doubling.
+        """
+        return self.full if _choice.platform() == "gpu" else min(generate.bucket(tokens), self.full)
 
     def _fill(self) -> None:
         """Puts as many groups as fit whole into free slots; a larger one takes all there are."""
@@ -187,21 +201,24 @@ class _Run:
         return Requests(sampling, _keys(np.asarray(seeds, np.uint32)), limit, stop)
 
     def _widen(self, room: int) -> None:
-        if room > self.slots.cache.slots:
-            cache = decoding.roomier(self.slots.cache, generate.bucket(room))
+        if min(room, self.full) > self.slots.cache.slots:
+            cache = decoding.roomier(self.slots.cache, self._room(room))
             self.slots = self.slots.replace(cache=cache)
 
     def _dispatch(self, layers: Any, steps: int) -> None:
         """Some tokens of every slot; what ends is taken out."""
         used = int(np.asarray(self.slots.cache.used).max())
         self._widen(used + steps)
+        # In a cache of full length every completion ends before the last slot.
+        whole = self.slots.cache.slots == self.full
+        limit = steps if whole else min(steps, self.slots.cache.slots - used)
         busy = sum(owner is not None for owner in self.owners)
         enough = busy - busy // 2
         if self.waiting:
             wanted = min(len(self.waiting[0]), len(self.owners))
             enough = max(1, wanted - (len(self.owners) - busy))
         self.slots, burst = self.programs.decode(
-            layers, self.slots, np.int32(steps), np.int32(enough), steps=steps
+            layers, self.slots, np.int32(limit), np.int32(enough), steps=steps
         )
         self.dispatches += 1
         self._collect(jax.device_get(burst), np.asarray(self.slots.live))
@@ -246,7 +263,12 @@ class _Run:
         self.done[asked.prompt, asked.copy] = Completion(*lists, how, reason)
 
     def _shrink(self) -> None:
-        """Leaves out empty slots where half of them or more are empty."""
+        """Leaves out empty slots where half of them or more are empty.
+
+        Not on a GPU: there reading the weights takes the time, and each shape compiles for long.
+        """
+        if _choice.platform() == "gpu":
+            return
         busy = [i for i, owner in enumerate(self.owners) if owner is not None]
         count = _power(len(busy))
         if not busy or count > len(self.owners) // 2:
