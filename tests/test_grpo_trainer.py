@@ -3,6 +3,7 @@
 tests/oracles/grpo.py made the numbers with TRL's GRPOTrainer and PEFT.
 """
 
+import dataclasses
 import json
 import signal
 from pathlib import Path
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_chat
+import trl
 from grpo_runs import GROUP, LOOP, ROWS, RUNS, TEXTS
 
 from bridge.checkpoint import Checkpoints
@@ -250,6 +252,12 @@ def test_what_a_step_learns_from_is_laid_where_its_targets_stand(model, monkeypa
         (dict(save_strategy="steps", save_steps=3, num_iterations=2), "save_steps=3 cuts"),
         (dict(use_vllm=True), "use_vllm=True is not supported yet"),
         (dict(reward_weights=[1.0, 2.0]), "2 reward_weights for 1 functions"),
+        (dict(reward_weights=[float("nan")]), r"GRPOConfig: reward_weights\[0\] must be a number"),
+        (dict(max_completion_length=0), "max_completion_length must be at least 1, got 0"),
+        (dict(epsilon=-0.1), "epsilon=-0.1, expected a number of at least 0"),
+        (dict(importance_sampling_level="word"), "importance_sampling_level 'word' is not"),
+        (dict(entropy_coef=0.1), "entropy_coef=0.1 is not supported yet"),
+        (dict(sync_ref_model=True), "sync_ref_model=True is not supported yet"),
         (
             dict(
                 loss_type="vespo", vllm_importance_sampling_correction=True,
@@ -264,6 +272,16 @@ def test_settings_that_mean_nothing_are_refused(changes, message, model):
         trainer(model, **changes)
 
 
+def test_every_setting_of_trls_config_is_known():
+    own = {f.name: f.default for f in dataclasses.fields(trl.GRPOConfig)}
+    assert len(own) > 150
+    for name, default in own.items():
+        try:
+            GRPOConfig(**{name: None if default is dataclasses.MISSING else default})
+        except ValueError as error:
+            assert name in str(error)
+
+
 def test_an_unknown_setting_or_keyword_is_refused_with_the_nearest_name(model):
     with pytest.raises(TypeError, match="num_generation'; nearest known: .*num_generations"):
         GRPOConfig(num_generation=4)
@@ -275,6 +293,9 @@ def test_an_unknown_setting_or_keyword_is_refused_with_the_nearest_name(model):
     "rows, rewards, error, message",
     [
         (ROWS, (), ValueError, "no reward function"),
+        (ROWS, None, ValueError, "no reward function"),
+        (ROWS, "org/reward-model", TypeError, "functions are taken, reward models are not"),
+        ([{"prompt": "a", "x": 1}, {"prompt": "b"}], grpo_runs.reward, ValueError, "different col"),
         ([{"text": "x"}], grpo_runs.reward, ValueError, "row 0: no column 'prompt'.*text"),
         ([{"prompt": ""}], grpo_runs.reward, ValueError, "row 0: the prompt is empty"),
         ([{"prompt": []}], grpo_runs.reward, ValueError, "row 0: prompt must be text or messages"),

@@ -326,6 +326,8 @@ def test_a_function_that_gives_nothing_has_no_metrics():
     "functions, settings, error, told",
     [
         ([], {}, ValueError, "no reward function was given"),
+        (None, {}, ValueError, "no reward function was given"),
+        (5, {}, TypeError, "reward function 0 is 5; functions are taken"),
         ([some, some], {}, ValueError, r"share the names \['some'\]"),
         ([some, "a/model"], {}, TypeError, "reward function 1 is 'a/model'; functions are taken"),
         ("a/model", {}, TypeError, "reward function 0 is 'a/model'"),

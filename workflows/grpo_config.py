@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from unsloth_jax import advantages, policy
-from workflows.keywords import say
+from workflows.keywords import say, typed
 from workflows.preference_config import ABSENT as PREFERENCES_ABSENT
 from workflows.preference_config import LATER as PREFERENCES_LATER
 from workflows.preference_config import LOSS
@@ -25,6 +25,10 @@ IGNORED = CONFIG_IGNORED | {
     "log_multimodal": "there are no images",
     "cast_lm_head_to_fp32": "scores are float32",
     "unsloth_grpo_mini_batch": "per_device_train_batch_size is the micro-batch",
+    **dict.fromkeys(
+        ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
+        "use_adaptive_entropy alone reads it",
+    ),
     "ref_model_mixup_alpha": "the reference stays as it is",
     "ref_model_sync_steps": "the reference stays as it is",
 }
@@ -41,6 +45,9 @@ LATER = {
     "max_tool_calling_iterations": (None,),
     "use_transformers_continuous_batching": (False,),
     "log_completions_hub_repo": (None,),
+    "log_unique_prompts": (False,),
+    "transformers_continuous_batching_config": (None, {}),
+    "train_sampling_strategy": ("random",),
     "vllm_importance_sampling_cap": (None,),
 }
 POSITIVE = 1e-9
@@ -195,6 +202,8 @@ class GRPOConfig(SFTConfig):
         policy.check(self.policy_loss)
         self.sampling()
         self.sampling_eval()
+        weights = {f"reward_weights[{n}]": x for n, x in enumerate(self.reward_weights or ())}
+        typed("GRPOConfig", weights, dict.fromkeys(weights, float))
         if self.stop_at_kl is not None and not self.beta:
             raise ValueError(f"GRPOConfig: stop_at_kl={self.stop_at_kl} needs a beta over 0")
         updates = self.updates

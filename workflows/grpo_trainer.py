@@ -82,7 +82,7 @@ class GRPOTrainer(Trainer):
     def __init__(
         self,
         model: Model,
-        reward_funcs: Callable | Sequence[Callable] = (),
+        reward_funcs: Any = (),
         args: GRPOConfig | None = None,
         train_dataset: Iterable | str | Path | None = None,
         eval_dataset: Any = None,

@@ -64,8 +64,9 @@ class Rewards:
         reward_weights: Sequence[float | int] | None = None,
         timeout: float | int | None = None,
     ) -> None:
-        single = callable(reward_funcs) or isinstance(reward_funcs, str)
-        self.functions = [reward_funcs] if single else list(reward_funcs)
+        given = () if reward_funcs is None else reward_funcs
+        several = isinstance(given, Sequence) and not isinstance(given, str)
+        self.functions = list(given) if several else [given]
         self.names = [_name(i, function) for i, function in enumerate(self.functions)]
         self.weights = _weights(self.names, reward_weights)
         if timeout is not None and not timeout > 0:
