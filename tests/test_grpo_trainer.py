@@ -18,11 +18,13 @@ import tiny_chat
 from grpo_runs import GROUP, LOOP, ROWS, RUNS, TEXTS
 
 from bridge.checkpoint import Checkpoints
-from unsloth_jax import FastLanguageModel, GRPOConfig, GRPOTrainer, decoder, lora
+from unsloth_jax import FastLanguageModel, GRPOConfig, GRPOTrainer, decoder, lora, plan
 from unsloth_jax.leaves import Hosted
 from unsloth_jax.optim import make
+from unsloth_jax.remat import Memory
 from unsloth_jax.train import start
 from workflows import grpo_batches, grpo_objective, rollout
+from workflows import plan as planning
 from workflows.grpo_prompts import prompts
 from workflows.grpo_report import Alarms
 from workflows.rollout import Completion, Counts, Rollout
@@ -238,6 +240,27 @@ def test_what_a_step_learns_from_is_laid_behind_its_prompt(model, monkeypatch):
     np.testing.assert_allclose(logps[0, 0, : len(at)], want, atol=2e-5)
     want = -(jnp.exp(whole) * whole).sum(-1)[at]
     np.testing.assert_allclose(entropies[0, 0, : len(at)], want, atol=2e-5)
+
+
+def test_the_plan_has_the_shapes_of_the_longest_step(model, monkeypatch):
+    run = trainer(model, prompts_per_step=3, per_device_train_batch_size=8, beta=0.04)
+    batches = run._batches()
+    batches.policy = lambda: model.adapters
+
+    def longest(family, c, params, ids, settings, **_):
+        one = Completion([5] * grpo_runs.LONGEST, *[[0.0] * grpo_runs.LONGEST] * 2, "length")
+        return Rollout([[one] * GROUP for _ in ids], Counts(0, 1, 1))
+
+    monkeypatch.setattr(rollout, "run", longest)
+    batches.prompts = [max(run.rows, key=lambda one: len(one.ids))] * 3
+    _, batch = next(batches.forever())
+    shapes = lambda node: jax.tree.map(lambda x: (x.shape, x.dtype.name), node)
+    sizes = batches.accumulation, batches.batch
+    job = planning.job_of(model, make("adamw_torch", lambda n: n), batches)._replace(
+        beside=run.objective.beside(*sizes), shared=run.objective.shared(*sizes)
+    )
+    assert shapes(plan.batches(job, Memory())) == shapes(batch)
+    assert job.mixed == (8, batch.shared.places.shape[-1]) and job.batch == 2
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 import tiny
 import transformers
@@ -228,3 +229,7 @@ def test_a_step_for_a_gpu_has_no_mask_of_rows_and_scatters_nothing(monkeypatch):
     assert text.count("@__cudnn$fmhaSoftmaxBackward(") == 1 and "tensor<4x192x4x32xbf16>" in text
     assert f"{own}x{own}" not in text and f"{row}x{row}" not in text
     assert "stablehlo.scatter" not in text and f"{row}x" in text
+    # All that layers keep, and what is kept of none: their inputs, one token a row's token.
+    stacks = {shape for _, shape, _ in programs.made(traced.jaxpr) if {row, own} & {*shape[1:]}}
+    kept = {shape for shape in stacks if shape[0] == pair.config.layers}
+    assert kept == {(pair.config.layers, 1, row, pair.config.width)}

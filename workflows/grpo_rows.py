@@ -51,9 +51,10 @@ class Layout:
     @property
     def most(self) -> tuple[int, int, int]:
         """The most tokens for a prompt, behind it, and of one completion with its prompt."""
-        prompt, completion = (data.rounded(n, STEP) for n in self.longest)
-        whole = data.rounded(sum(self.longest), STEP)
-        return prompt, self.together * completion, min(self.limit, whole)
+        prompt, completion = self.longest
+        wanted = prompt, self.together * completion, prompt + completion
+        prompt, behind, whole = (data.rounded(n, STEP) for n in wanted)
+        return prompt, behind, min(self.limit, whole)
 
     @property
     def widest(self) -> int:
