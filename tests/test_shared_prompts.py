@@ -22,8 +22,8 @@ PROMPTS = (5, 19, 12)
 COMPLETIONS = ((7, 20, 1, 13), (9, 0, 30, 4), (2, 11, 8, 8))
 GROUP, SCALE = 4, 0.7
 NAMES = (
-    "llama", "mistral", "qwen2_yarn_window", "gemma2", "qwen3_5_text", "falcon_h1", "mixtral",
-    "qwen3_moe", "gpt_oss", "llama4_text", "deepseek_v3", "phi3",
+    "qwen2_yarn_window", "gemma2", "qwen3_5_text", "falcon_h1", "qwen3_moe", "gpt_oss",
+    "llama4_text", "phi3",
 )  # fmt: skip
 
 

@@ -85,7 +85,8 @@ def mixers(shared: Shared, positions: Int[Array, "B R"], segments: Int[Array, "B
 
 def _taken(x: Array, at: Array) -> Array:
     """Tokens of x [B, T, ...] by their numbers."""
-    return x.reshape(-1, *x.shape[2:]).at[at].get(mode="promise_in_bounds")
+    rows = x.reshape(-1, *x.shape[2:]).at[at]
+    return rows.get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def _where(real: Array, x: Array) -> Array:
