@@ -71,22 +71,26 @@ def test_a_row_tells_what_rollout_rewards_and_learner_took(run):
 @pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
 def test_the_importance_weights_are_told_as_trl_counts_them(mode):
     rng = np.random.default_rng(0)
-    learnt = [(rng.random((2, 3, 6)) < 0.7).astype(np.float32) for _ in range(2)]
-    learnt[0][0, 1] = 0  # a completion that nothing is learnt from
-    if mode.startswith("token"):
-        given = [rng.random((2, 3, 6)) + 0.5 for _ in learnt]
-        flat = np.concatenate([c[on > 0] for c, on in zip(given, learnt, strict=True)])
-    else:
-        each = [rng.random((2, 3, 1)) + 0.5 for _ in learnt]
-        given = [np.broadcast_to(one, (2, 3, 6)) for one in each]
-        on = np.concatenate([x.any(-1).reshape(-1) for x in learnt])
-        flat = np.concatenate([x.reshape(-1) for x in each])[on]
-    told = grpo_report.weights(given, learnt, mode)
+    learnt = (rng.random((2, 3, 8)) < 0.7).astype(np.float32)
+    learnt[0, 1, :4] = 0  # a completion that nothing is learnt from
+    learnt[1, :, 7:] = 0  # nothing there, so that a step may be narrower
+    owners = np.broadcast_to(2 * np.arange(3)[:, None] + np.repeat([0, 1], 4), learnt.shape)
+    given = rng.random((2, 3, 8)) + 0.5
+    flat = given[learnt > 0]
+    if mode.startswith("sequence"):
+        given = np.repeat(given[..., ::4], 4, axis=-1)
+        flat = given[..., ::4][learnt.reshape(2, 3, 2, 4).any(-1)]
+        assert flat.size == 11
+    steps = [
+        [x[:1] for x in (given, learnt, owners)],
+        [x[1:, :, :7] for x in (given, learnt, owners)],
+    ]
+    told = grpo_report.weights(steps, mode)
     want = {"min": flat.min(), "mean": flat.mean(), "max": flat.max()}
     assert told == pytest.approx(
         {f"sampling/importance_sampling_ratio/{name}": x for name, x in want.items()}
     )
-    assert grpo_report.weights(given, [0 * x for x in learnt], mode) == {}
+    assert grpo_report.weights([(given, 0 * learnt, owners)], mode) == {}
 
 
 def test_the_log_has_the_importance_weights_where_they_are_used(run):

@@ -59,22 +59,22 @@ def _repeated(tokens: Sequence[int]) -> float:
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-def weights(corrections: Sequence[np.ndarray], learnt: Sequence[np.ndarray], how: str) -> dict:
+def weights(steps: Sequence[Sequence[np.ndarray]], how: str) -> dict[str, float]:
     """TRL's names for the importance weights of what is learnt from, one a token or a completion.
 
-    `corrections` and `learnt`, the tokens' weights, are [M, B, T] each.
+    A step has three arrays [M, B, C]: importance weights, tokens' weights in the loss, and numbers
+    of their completions in a micro-batch.
     """
-    flat = lambda some: np.concatenate([x.reshape(-1) for x in some])
-    if how.startswith("sequence"):
+    found = []
+    for each, learnt, of in (micro for step in steps for micro in zip(*step, strict=True)):
+        on = learnt > 0
         # Every token has its completion's.
-        both = zip(corrections, learnt, strict=True)
-        found = flat([np.where(on > 0, c, -np.inf).max(-1) for c, on in both])
-        found = found[np.isfinite(found)]
-    else:
-        found = flat(corrections)[flat(learnt) > 0]
-    if not found.size:
+        first = np.unique(of[on], return_index=True)[1]
+        found.append(each[on][first] if how.startswith("sequence") else each[on])
+    flat = np.concatenate(found)
+    if not flat.size:
         return {}
-    ends = {"min": found.min(), "mean": found.mean(), "max": found.max()}
+    ends = {"min": flat.min(), "mean": flat.mean(), "max": flat.max()}
     return {f"{RATIO}/{name}": float(value) for name, value in ends.items()}
 
 

@@ -108,7 +108,7 @@ class GRPOTrainer(Trainer):
         self.start = model.adapters if reference.changes(model.adapters) else None
         batches = self._batches()
         self.objective = grpo_objective.grpo(
-            args.policy_loss, args.temperature, batches.beside, batches.widest
+            args.policy_loss, args.temperature, batches.beside, batches.layout.sizes
         )
 
     def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unsloth_jax import plan, rollout, unstack
+from unsloth_jax import decoding, plan, rollout, unstack
 from unsloth_jax.dims import Params
 from workflows import generate
 from workflows.keywords import say
@@ -27,15 +27,18 @@ def fits(
     c: Any,
     params: Params,
     room: int,
+    before: float | int = 0,
     weights: str = "auto",
     memory: int | None = None,
     dtype: Any = jnp.bfloat16,
 ) -> Fits:
     """How many slots of `room` tokens fit beside what is held now, and beside plain weights.
 
-    "auto" makes plain weights where at least EIGHT slots fit beside them, or as many as without.
+    `before` tokens of prompts are held for each slot elsewhere. "auto" makes plain weights where at
+    least EIGHT slots fit beside them, or as many as without.
     """
-    free, each = generate.free_bytes(memory), slot_bytes(family, c, room, dtype)
+    each = slot_bytes(family, c, room, dtype) + int(before * token_bytes(family, c, dtype))
+    free = generate.free_bytes(memory)
     beside = (free - unstack.plain_bytes(family, params)) // each
     if weights == "auto" and beside < min(EIGHT, free // each):
         say(
@@ -50,3 +53,9 @@ def slot_bytes(family: ModuleType, c: Any, room: int, dtype: Any) -> int:
     """What a slot takes: its cache, the tokens it has seen, and a token's scores as it is drawn."""
     slot = jax.eval_shape(lambda: rollout.empty(family, c, 1, room, 1, dtype))
     return plan.size(slot) + DRAWING * c.vocab
+
+
+def token_bytes(family: ModuleType, c: Any, dtype: Any) -> int:
+    """Keys and values of one token."""
+    cache = jax.eval_shape(lambda: decoding.empty(family, c, 1, 1, dtype))
+    return plan.size((cache.keys, cache.values))

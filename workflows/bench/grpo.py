@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,13 +23,12 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from unsloth_jax import lora, tree
 from unsloth_jax.plan import UNBOUNDED
 from unsloth_jax.train import start
-from workflows import machine, objective, plan, rollout, updates
+from workflows import machine, objective, plan, updates
 from workflows.bench import configs, decode, rows
 from workflows.bench import weights as made
 from workflows.grpo_config import GRPOConfig
@@ -43,11 +43,15 @@ REFERENCE = dict(shape="llama-8b", prompts=8, group=8, prompt=256, completion=10
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Words w0, w1 ... as ids of their own; nothing ends a completion."""
+    """w0, w1 ... are ids of their own; nothing ends a completion."""
     vocab = {f"w{n}": n for n in range(WORDS)}
-    words = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words)
+    fields = dict.fromkeys("truncation padding normalizer post_processor decoder".split())
+    fields |= {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}}
+    fields |= {"model": {"type": "WordLevel", "vocab": vocab, "unk_token": "w0"}}
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(fields, file)
+        file.flush()
+        return PreTrainedTokenizerFast(tokenizer_file=file.name)
 
 
 def model(a: argparse.Namespace) -> Model:
@@ -166,8 +170,8 @@ def figures(t: GRPOTrainer, a: argparse.Namespace, found: Found) -> list[rows.Ro
             must=must, aim=aim, absolute=True, first=found.rollouts[0], **more,
         ),
         rows.figure(
-            f"GRPO peak: {name}", machine.device_peak() / 1e9, "GB", must=PEAK_GB if asked else None,
-            better="lower", absolute=True, **more,
+            f"GRPO peak: {name}", machine.device_peak() / 1e9, "GB",
+            must=PEAK_GB if asked else None, better="lower", absolute=True, **more,
         ),
     ]  # fmt: skip
     if found.steps:
