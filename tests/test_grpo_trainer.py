@@ -22,7 +22,7 @@ from unsloth_jax import FastLanguageModel, GRPOConfig, GRPOTrainer, decoder, lor
 from unsloth_jax.leaves import Hosted
 from unsloth_jax.optim import make
 from unsloth_jax.train import start
-from workflows import grpo_batches, grpo_objective, rollout
+from workflows import engines, grpo_objective, rollout
 from workflows.grpo_prompts import prompts
 from workflows.grpo_report import Alarms
 from workflows.rollout import Completion, Counts, Rollout
@@ -407,6 +407,6 @@ def test_prompts_keep_their_columns_and_get_the_generation_prompt(model):
 def test_a_table_in_host_memory_is_on_the_device_for_a_rollout():
     table = np.arange(6.0, dtype=np.float32).reshape(3, 2)
     params = {"model": {"embed_tokens": {"weight": Hosted(table)}, "norm": jnp.ones(2)}}
-    found = grpo_batches.on_device(params)
+    found = engines.on_device(params)
     np.testing.assert_array_equal(found["model"]["embed_tokens"]["weight"], table)
     assert found["model"]["norm"] is params["model"]["norm"]

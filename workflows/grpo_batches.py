@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unsloth_jax import advantages, data, lora, policy, tree
+from unsloth_jax import advantages, data, policy
 from unsloth_jax.data import Row
 from unsloth_jax.dims import Batch, Params
-from unsloth_jax.leaves import Hosted
-from workflows import grpo_objective, grpo_report, rollout
+from workflows import grpo_objective, grpo_report
+from workflows.engines import Engine
 from workflows.generate import Stopwatch
 from workflows.grpo_config import GRPOConfig
 from workflows.grpo_prompts import Prompt
@@ -24,7 +24,6 @@ from workflows.objective import embedded
 from workflows.rewards import Rewards, Scores
 from workflows.rollout import Completion
 
-SLOTS = 256
 EMPTY = Row([], [])
 
 
@@ -60,6 +59,7 @@ class PolicyBatches:
     state: Any
     reference: Params | None
     seed: int | None  # None leaves prompts in their order
+    engine: Engine
     policy: Callable[[], Params] = lambda: {}
     told: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # (step, metrics)
     alarms: grpo_report.Alarms = field(default_factory=grpo_report.Alarms)
@@ -81,7 +81,9 @@ class PolicyBatches:
 
     @property
     def widest(self) -> int:
-        longest = max(len(one.ids) for one in self.prompts) + self.args.max_completion_length
+        if self.engine.longest is None:
+            return self.length
+        longest = max(len(one.ids) for one in self.prompts) + self.engine.longest
         return min(self.length, data.rounded(longest, data.STEP))
 
     def documents(self, steps: int) -> int:
@@ -128,21 +130,15 @@ class PolicyBatches:
         return self._shuffled[1]
 
     def _generation(self, number: int) -> Generation:
-        a, m, clock = self.args, self.model, Stopwatch()
+        a, clock = self.args, Stopwatch()
         prompts = self._prompts(number)
         self.state.global_step = number * a.updates  # which a step ahead is not told yet
         base = (a.seed * 1_000_003 + number) % 2**32
-        params = lora.attach(on_device(m.params), self.policy(), m.scale)
-        drawn = rollout.run(
-            m.family, m.config, params, [one.ids for one in prompts], a.sampling(),
-            stop_ids=m.stop_ids(), seed=base,
-            slots=a.rollout_slots or min(SLOTS, len(prompts) * a.num_generations),
-        )  # fmt: skip
-        del params
+        drawn = self.engine.draw(self.policy(), prompts, a.sampling(), base)
         completions = list(itertools.chain.from_iterable(drawn.completions))
-        seconds = {"rollout": clock()}
-        scores = self._scores(prompts, completions)
-        seconds["rewards"] = clock() - seconds["rollout"]
+        took = clock()
+        scores = self._scores(prompts, completions, drawn.rewards)
+        seconds = {"rollout": took - drawn.aside, "rewards": clock() - took}
         cut = np.asarray([one.finish_reason == "length" for one in completions])
         masked = a.mask_truncated_completions
         left_out = masked and not a.truncated_in_statistics
@@ -152,23 +148,29 @@ class PolicyBatches:
             multi_objective_aggregation=a.multi_objective_aggregation,
         )  # fmt: skip
         masks = [
-            [0 if masked and ended else 1] * len(one.tokens)
+            [0] * len(one.tokens) if masked and ended else one.drawn
             for one, ended in zip(completions, cut, strict=True)
         ]
         found = Generation(prompts, completions, masks, scores, worth, {})
-        metrics = grpo_report.metrics(found, drawn.counts, seconds)
+        metrics = grpo_report.metrics(found, drawn.counts, seconds) | drawn.metrics
         if a.alarms:
             self.alarms.heed(metrics, a)
         if a.log_completions:
             metrics["completions"] = grpo_report.table(found, self.texts(found), a)
         return found._replace(metrics=metrics)
 
-    def _scores(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
+    def _scores(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Completion],
+        brought: Sequence[float] | None,
+    ) -> Scores:
         texts = [self._text(one) for one in completions]
         if prompts[0].conversational:
             texts = [[{"role": "assistant", "content": text}] for text in texts]
         ids = [one.tokens for one in completions]
-        return self.rewards.score([one.example for one in prompts], texts, ids, self.state)
+        rows = [one.example for one in prompts]
+        return self.rewards.score(rows, texts, ids, self.state, brought)
 
     def _text(self, completion: Completion) -> str:
         return self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
@@ -288,9 +290,3 @@ class PolicyBatches:
             "entropy_least": a.top_entropy_quantile < 1,
         }  # fmt: skip
         return tuple(name for name, is_there in there.items() if is_there)
-
-
-def on_device(params: Params) -> Params:
-    """The parameters, an embedding table in host memory as an array of the device."""
-    back = lambda path, leaf: jax.device_put(leaf.table) if isinstance(leaf, Hosted) else leaf
-    return tree.map_paths(back, params)
