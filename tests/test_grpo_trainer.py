@@ -248,7 +248,6 @@ def test_what_a_step_learns_from_is_laid_where_its_targets_stand(model, monkeypa
         (dict(generation_batch_size=12), "no whole number of optimizer steps"),
         (dict(steps_per_generation=1, generation_batch_size=8), "say the same"),
         (dict(save_strategy="steps", save_steps=3, num_iterations=2), "save_steps=3 cuts"),
-        (dict(use_vllm=True), "use_vllm=True is not supported yet"),
         (dict(reward_weights=[1.0, 2.0]), "2 reward_weights for 1 functions"),
         (
             dict(

@@ -17,11 +17,7 @@ IGNORED = CONFIG_IGNORED | {
     "ds3_gather_for_generation": IN_PROCESS,
     "cache_implementation": IN_PROCESS,
     "use_transformers_paged": IN_PROCESS,
-    "vllm_gpu_memory_utilization": IN_PROCESS,
-    "vllm_tensor_parallel_size": IN_PROCESS,
-    "vllm_enable_sleep_mode": IN_PROCESS,
-    "vllm_mode": IN_PROCESS,
-    "vllm_model_impl": IN_PROCESS,
+    "vllm_group_port": "adapters move as files",
     "log_multimodal": "there are no images",
     "cast_lm_head_to_fp32": "scores are float32",
     "unsloth_grpo_mini_batch": "per_device_train_batch_size is the micro-batch",
@@ -33,8 +29,9 @@ LATER = {
     for name, values in PREFERENCES_LATER.items()
     if name not in ("unsloth_grpo_mini_batch", "tools")
 } | {
-    "use_vllm": (False,),
     "vllm_sampling_params": (None,),
+    "vllm_enable_sleep_mode": (False,),
+    "vllm_structured_outputs_regex": (None,),
     "entropy_coef": (0.0,),
     "use_adaptive_entropy": (False,),
     "num_generations_eval": (None,),
@@ -46,6 +43,12 @@ LATER = {
 }
 POSITIVE = 1e-9
 SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+UNFILTERED = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+OF_VLLM = (
+    "vllm_mode", "vllm_server_base_url", "vllm_server_host", "vllm_server_port",
+    "vllm_server_timeout", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size",
+    "vllm_max_model_length", "vllm_model_impl", "vllm_options", "vllm_probe_limit",
+)  # fmt: skip
 
 
 @dataclass(init=False)
@@ -91,6 +94,15 @@ class GRPOConfig(SFTConfig):
         alarms: stops with advice where most completions are cut off, no group has a signal, or
             sampler and learner drift apart.
         num_completions_to_print: completions of a generation that the log keeps.
+        use_vllm: draws with vLLM, which gets the adapters after each update. It tells a token's
+            log-probability after filters only, so that there may be none.
+        vllm_mode: "colocate", in this process, or "server".
+        vllm_server_base_url, vllm_server_host, vllm_server_port, vllm_server_timeout: where the
+            server is, seconds that it may take for an answer.
+        vllm_gpu_memory_utilization, vllm_tensor_parallel_size, vllm_max_model_length,
+            vllm_model_impl: of vLLM in this process; vllm_options are more keywords of `vllm.LLM`.
+        vllm_probe_limit: nats by which a probe's log-probabilities in vLLM may differ from the
+            learner's after an update, before the run ends.
     """
 
     prompts_per_step: int | None = None
@@ -138,6 +150,18 @@ class GRPOConfig(SFTConfig):
     alarms: bool = True
     log_completions: bool = False
     num_completions_to_print: int | None = None
+    use_vllm: bool = False
+    vllm_mode: str = "colocate"
+    vllm_server_base_url: str | None = None
+    vllm_server_host: str = "0.0.0.0"
+    vllm_server_port: int = 8000
+    vllm_server_timeout: float = 240.0
+    vllm_gpu_memory_utilization: float = 0.3
+    vllm_tensor_parallel_size: int = 1
+    vllm_max_model_length: int | None = None
+    vllm_model_impl: str = "vllm"
+    vllm_options: Mapping | None = None
+    vllm_probe_limit: float = 0.05
 
     absent: ClassVar[tuple[str, ...]] = (
         *(name for name in PREFERENCES_ABSENT if name != LOSS),
@@ -155,6 +179,8 @@ class GRPOConfig(SFTConfig):
         "scale_rewards": (*advantages.SCALES, True, False),
         "multi_objective_aggregation": advantages.AGGREGATIONS,
         "eval_strategy": ("no",),
+        "vllm_mode": ("colocate", "server"),
+        "vllm_model_impl": ("vllm", "transformers", "auto"),
     }
     ranges: ClassVar[Mapping[str, tuple]] = RANGES | {
         "prompts_per_step": (1, None), "num_generations": (2, None),
@@ -163,6 +189,9 @@ class GRPOConfig(SFTConfig):
         "num_iterations": (1, None), "temperature": (POSITIVE, None), "beta": (0, None),
         "top_entropy_quantile": (POSITIVE, 1), "reward_timeout": (POSITIVE, None),
         "rollout_slots": (1, None), "num_completions_to_print": (1, None),
+        "vllm_server_port": (1, 65535), "vllm_server_timeout": (POSITIVE, None),
+        "vllm_gpu_memory_utilization": (POSITIVE, 1), "vllm_tensor_parallel_size": (1, None),
+        "vllm_max_model_length": (1, None), "vllm_probe_limit": (POSITIVE, None),
     }  # fmt: skip
 
     def __init__(self, **given: Any):
@@ -181,6 +210,7 @@ class GRPOConfig(SFTConfig):
     def _check_loss(self) -> None:
         policy.check(self.policy_loss)
         self.sampling()
+        self._check_vllm()
         updates = self.updates
         if self.vllm_importance_sampling_correction and self.loss_type == "vespo":
             if not self.vllm_importance_sampling_mode.startswith("token"):
@@ -193,6 +223,22 @@ class GRPOConfig(SFTConfig):
             raise ValueError(
                 f"GRPOConfig: save_steps={self.save_steps} cuts what {updates} updates learn "
                 f"from; expected a multiple of {updates}"
+            )
+
+    def _check_vllm(self) -> None:
+        if not self.use_vllm:
+            plain = {name: getattr(type(self), name) for name in OF_VLLM}
+            given = [name for name in OF_VLLM if getattr(self, name) != plain[name]]
+            if given:
+                say(f"GRPOConfig: {', '.join(given)} have no effect: {IN_PROCESS}")
+            return
+        filters = {name: getattr(self, name) or 0 for name in UNFILTERED}
+        wrong = [f"{name}={x!r}" for name, x in filters.items() if x != UNFILTERED[name]]
+        if wrong:
+            raise ValueError(
+                f"GRPOConfig: {', '.join(wrong)} with use_vllm=True: vLLM tells a token's "
+                "log-probability after filters and penalties only, and the learner needs the one "
+                f"before; expected {UNFILTERED}, or use_vllm=False"
             )
 
     @property

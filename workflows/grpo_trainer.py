@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from workflows import grpo_objective, reference, updates
+from workflows import grpo_objective, reference, updates, vllm_engine
 from workflows.custom_rollout import ROLLOUT_FN, Custom
 from workflows.engines import Engine, InProcess
 from workflows.facts import digest
@@ -137,6 +137,13 @@ class GRPOTrainer(Trainer):
 
     def _engine(self) -> Engine:
         """What draws completions."""
+        if self.rollout_fn is not None and self.args.use_vllm:
+            raise ValueError(
+                "GRPOTrainer: rollout_fn draws the completions itself, so that use_vllm=True would "
+                "have no effect: give one of them"
+            )
+        if self.args.use_vllm:
+            return vllm_engine.made(self.model, self.args, self.length, self.rows[0].ids)
         if self.rollout_fn is not None:
             return Custom(self.rollout_fn, self.model, self.length)
         return InProcess(self.model, self.args.max_completion_length, self.args.rollout_slots)
