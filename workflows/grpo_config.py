@@ -233,6 +233,7 @@ class GRPOConfig(SFTConfig):
                 say(f"GRPOConfig: {', '.join(given)} have no effect: {IN_PROCESS}")
             return
         filters = {name: getattr(self, name) or 0 for name in UNFILTERED}
+        filters["top_k"] = max(filters["top_k"], 0)  # -1 keeps all, as 0 does
         wrong = [f"{name}={x!r}" for name, x in filters.items() if x != UNFILTERED[name]]
         if wrong:
             raise ValueError(
