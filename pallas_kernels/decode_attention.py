@@ -5,6 +5,8 @@
     for used[b] - window < s <= used[b], in used[b]'s chunk of slots;  cap(s) = c tanh(s / c), or s
 
 With sinks, one more logit a head takes part in the softmax and has no value (arXiv:2508.10925).
+Rows that begin alike may share what stands before their own caches (`Shared`): read from memory
+once, it lies in the GPU's cache for the other rows.
 Grouped queries (arXiv:2305.13245), running softmax (arXiv:2205.14135), long rows cut into parts
 that are joined by their maxima. The kernel (Pallas, Triton) reads what is filled of the cache and
 nothing beyond, once; XLA makes several launches of it and reads the cache's whole length. It has
@@ -12,7 +14,7 @@ no gradient: nothing is trained through a cache.
 """
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +34,15 @@ PROGRAMS = 264  # at least so many keep 132 multiprocessors busy
 HIDDEN = -1e30  # the score of a key that is not seen
 
 
+class Shared(NamedTuple):
+    """What rows have before their own caches: slot s of a prefix holds the token at position s."""
+
+    keys: Any  # [P, K, T, h]
+    values: Any  # [P, K, T, u]
+    source: Any  # int32 [B]: the prefix of each row
+    length: Any  # int32 [B]: tokens of it that count
+
+
 def reference(
     q: Float[Array, "B H h"],
     k: Float[Array, "B K h"],
@@ -44,33 +55,49 @@ def reference(
     cap: float | None = None,
     chunk: int | None = None,
     sinks: Float[Array, " H"] | None = None,
+    shared: Shared | None = None,
 ) -> Attended:
     """(mixed values, keys and values with the new token), softmax in float32."""
     batch, heads, width = q.shape
     rows = jnp.arange(batch)
     keys = keys.at[rows, :, used].set(k.astype(keys.dtype), mode="drop")
     values = values.at[rows, :, used].set(v.astype(values.dtype), mode="drop")
+    every, mixed, position = _joined_rows(keys, values, shared)
+    at = used if shared is None else used + shared.length
     grouped = q.reshape(batch, keys.shape[1], -1, width)
     scores = jnp.einsum(
-        "bkgh,bksh->bkgs", grouped, keys.astype(q.dtype), preferred_element_type=jnp.float32
+        "bkgh,bksh->bkgs", grouped, every.astype(q.dtype), preferred_element_type=jnp.float32
     )
-    back = used[:, None] - jnp.arange(keys.shape[2], dtype=used.dtype)[None]
-    seen = back >= 0 if window is None else (back >= 0) & (back < window)
-    seen = seen if chunk is None else seen & (back <= (used % chunk)[:, None])
+    back = at[:, None] - position
+    seen = (back >= 0) & (position >= 0)
+    seen = seen if window is None else seen & (back < window)
+    seen = seen if chunk is None else seen & (back <= (at % chunk)[:, None])
     scores = jnp.where(seen[:, None, None], _capped(scores * scale, cap), HIDDEN)
     if sinks is None:
         chance = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     else:
         chance = chances(scores, sinks.reshape(1, keys.shape[1], -1)).astype(q.dtype)
-    y = jnp.einsum("bkgs,bksu->bkgu", chance, values.astype(q.dtype))
+    y = jnp.einsum("bkgs,bksu->bkgu", chance, mixed.astype(q.dtype))
     return y.reshape(batch, heads, -1), keys, values
+
+
+def _joined_rows(keys, values, shared):
+    """(keys, values, each slot's position, -1 where it holds nothing), prefixes before the rows."""
+    own = jnp.arange(keys.shape[2], dtype=jnp.int32)[None]
+    if shared is None:
+        return keys, values, own
+    first = jnp.arange(shared.keys.shape[2], dtype=jnp.int32)[None]
+    first = jnp.where(first < shared.length[:, None], first, -1)
+    position = jnp.concatenate([first, shared.length[:, None] + own], axis=1)
+    both = lambda prefix, x: jnp.concatenate([prefix[shared.source].astype(x.dtype), x], axis=2)
+    return both(shared.keys, keys), both(shared.values, values), position
 
 
 def _capped(scores, cap):
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
-def supports(q: Array, keys: Array, values: Array) -> str | None:
+def supports(q: Array, keys: Array, values: Array, shared: Shared | None = None) -> str | None:
     """Why the kernel can't run on queries [B, H, h] and caches [B, K, S, h], or None."""
     _, heads, slots, width = keys.shape
     if _choice.platform() != "gpu":
@@ -86,8 +113,11 @@ def supports(q: Array, keys: Array, values: Array) -> str | None:
         )
     if values.shape[3] != width:
         return f"it takes keys and values of one width, got {width} and {values.shape[3]}"
-    if keys.size >= 2**31:
-        return f"the cache {keys.shape} passes 2^31 elements and is indexed in 32 bits"
+    if shared is not None and shared.keys.shape[2] % BLOCK:
+        return f"it takes slots in blocks of {BLOCK}, got prefixes {shared.keys.shape}"
+    largest = max([keys, *([] if shared is None else [shared.keys])], key=lambda x: x.size)
+    if largest.size >= 2**31:
+        return f"the cache {largest.shape} passes 2^31 elements and is indexed in 32 bits"
     return None
 
 
@@ -104,16 +134,18 @@ def attend(
     cap: float | None = None,
     chunk: int | None = None,
     sinks: Float[Array, " H"] | None = None,
+    shared: Shared | None = None,
     implementation: Implementation | None = None,
 ) -> Attended:
-    """`reference`, in place where the caches are donated. Rows have `used` tokens each, below S.
+    """`reference`, in place where the caches are donated.
 
-    Raises ValueError with the reason where the implementation asked for can't run.
+    Rows have `used` tokens in their own caches, below S. Raises ValueError with the reason where
+    the implementation asked for can't run.
     """
-    reasons = {"pallas": supports(q, keys, values), "xla": None}
+    reasons = {"pallas": supports(q, keys, values, shared), "xla": None}
     if _choice.pick("decode attention", implementation, reasons) == "xla":
-        return reference(q, k, v, keys, values, used, scale, window, cap, chunk, sinks)
-    return _pallas(q, k, v, keys, values, used, scale, window, cap, chunk, sinks)
+        return reference(q, k, v, keys, values, used, scale, window, cap, chunk, sinks, shared)
+    return _pallas(q, k, v, keys, values, used, scale, window, cap, chunk, sinks, shared)
 
 
 def parts(batch: int, heads: int, slots: int) -> int:
@@ -134,6 +166,7 @@ def _pallas(
     cap=None,
     chunk=None,
     sinks=None,
+    shared=None,
     cut=None,
     interpret=False,
 ):
@@ -149,7 +182,7 @@ def _pallas(
         mixed = [shape((batch, heads, cut, group, width), jnp.float32)]
         mixed += [shape((batch, heads, cut, group), jnp.float32)] * 2
     *mixed, keys, values = pl.pallas_call(
-        partial(_kernel, group, cut, scale, (window, chunk), cap, bool(first)),
+        partial(_kernel, group, cut, scale, (window, chunk), cap, bool(first), shared is not None),
         out_shape=[*mixed, shape(keys.shape, keys.dtype), shape(values.shape, values.dtype)],
         grid=(batch, heads, cut),
         input_output_aliases={4: len(mixed), 5: len(mixed) + 1},
@@ -164,14 +197,16 @@ def _pallas(
         keys,
         values,
         *first,
+        *(shared or ()),
     )
     y = _joined([*mixed, *own], q.dtype, interpret) if cut > 1 else mixed[0]
     return y.reshape(q.shape), keys, values
 
 
-def _kernel(group, cut, scale, limits, cap, sinking, *refs):
+def _kernel(group, cut, scale, limits, cap, sinking, sharing, *refs):
     used_ref, q_ref, k_ref, v_ref, _, _, *refs = refs
     sinks_ref, refs = (refs[0], refs[1:]) if sinking else (None, refs)
+    shared, refs = (Shared(*refs[:4]), refs[4:]) if sharing else (None, refs)
     *out_refs, keys_ref, values_ref = refs
     row, head, part = (pl.program_id(axis) for axis in range(3))
     # Rows beyond the group repeat its last one: they compute and store the same numbers.
@@ -186,26 +221,14 @@ def _kernel(group, cut, scale, limits, cap, sinking, *refs):
         jnp.where(own, jnp.ones(ROWS, jnp.float32), 0.0),
         jnp.where(own, jnp.broadcast_to(wide(v)[None], q.shape), 0.0),
     )
-    first = _first(used, *limits)
-    begin, end = first // BLOCK, pl.cdiv(used, BLOCK)
-    share = pl.cdiv(end - begin, cut)
-
-    def read(block, state):
-        top, total, mixed = state
-        here = pl.ds(block * BLOCK, BLOCK)
-        scores = _capped(_product(q, keys_ref[row, head, here, :], 1) * scale, cap)
-        slot = block * BLOCK + jnp.arange(BLOCK)
-        seen = (slot >= first) & (slot < used)
-        scores = jnp.where(seen[None], scores, HIDDEN)
-        higher = jnp.maximum(top, jnp.max(scores, axis=1))
-        less, chance = jnp.exp(top - higher), jnp.exp(scores - higher[:, None])
-        new = _product(chance.astype(q.dtype), values_ref[row, head, here, :], 0)
-        total = total * less + jnp.sum(chance, axis=1)
-        return higher, total, mixed * less[:, None] + new
-
-    start = begin + part * share
-    stop = jnp.minimum(start + share, end)
-    top, total, mixed = jax.lax.fori_loop(start, stop, read, state)
+    over = partial(_over, q, head, part, cut, scale, cap)
+    before = shared.length[row] if sharing else 0
+    first = _first(before + used, *limits)
+    if sharing:
+        places = shared.keys, shared.values, shared.source[row]
+        state = over(*places, jnp.minimum(first, before), before, state)
+    state = over(keys_ref, values_ref, row, jnp.maximum(first - before, 0), used, state)
+    top, total, mixed = state
 
     @pl.when(own)
     def _():
@@ -221,6 +244,28 @@ def _kernel(group, cut, scale, limits, cap, sinking, *refs):
         mixed_ref[row, head, part, lines, :] = mixed
         top_ref[row, head, part, lines] = top
         total_ref[row, head, part, lines] = total
+
+
+def _over(q, head, part, cut, scale, cap, keys_ref, values_ref, line, low, high, state):
+    """The running softmax with this part's share of the slots `low` to `high` of a line."""
+    begin, end = low // BLOCK, pl.cdiv(high, BLOCK)
+    share = pl.cdiv(end - begin, cut)
+
+    def read(block, state):
+        top, total, mixed = state
+        here = pl.ds(block * BLOCK, BLOCK)
+        scores = _capped(_product(q, keys_ref[line, head, here, :], 1) * scale, cap)
+        slot = block * BLOCK + jnp.arange(BLOCK)
+        seen = (slot >= low) & (slot < high)
+        scores = jnp.where(seen[None], scores, HIDDEN)
+        higher = jnp.maximum(top, jnp.max(scores, axis=1))
+        less, chance = jnp.exp(top - higher), jnp.exp(scores - higher[:, None])
+        new = _product(chance.astype(q.dtype), values_ref[line, head, here, :], 0)
+        total = total * less + jnp.sum(chance, axis=1)
+        return higher, total, mixed * less[:, None] + new
+
+    start = begin + part * share
+    return jax.lax.fori_loop(start, jnp.minimum(start + share, end), read, state)
 
 
 def _first(used, window, chunk):

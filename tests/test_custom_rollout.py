@@ -8,6 +8,7 @@ import pytest
 from grpo_runs import GROUP, TEXTS
 
 from unsloth_jax import GRPOConfig, GRPOTrainer, SamplingParams, decoder, lora
+from workflows import grpo_objective
 from workflows.custom_rollout import Episode, columns, continuations
 from workflows.rollout import Completion
 
@@ -157,7 +158,8 @@ def test_completions_that_are_cut_off_can_be_masked_whole(model):
     batches = run._batches()
     batches.policy = lambda: model.adapters
     _, batch = next(batches.forever())
-    assert batch.weights[0].sum(1).tolist() == [0, 2] * GROUP
+    on, owners = grpo_objective.behind(batch.weights, batch), grpo_objective.owned(batch)
+    assert [on[np.asarray(owners) == n].sum() for n in range(2 * GROUP)] == [0, 2] * GROUP
 
 
 def test_alike_neighbours_are_read_once_and_each_draws_for_itself(model):

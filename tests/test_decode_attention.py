@@ -120,6 +120,40 @@ def test_a_token_sees_no_chunk_but_its_own(window, chunk, cut):
     close(got[0], op.reference(*args, scale, **limits)[0], 1e-2)
 
 
+def with_prefixes(args: list, seed: int = 3) -> tuple[op.Shared, list]:
+    """(prefixes of three lengths that rows share, the arguments with them copied into the rows)."""
+    q, k, v, keys, values, used = args
+    rng, rows = np.random.default_rng(seed), len(used)
+    made = lambda x: jnp.asarray(rng.normal(0, 1, (3, x.shape[1], 128, x.shape[3])), x.dtype)
+    pools, source = (made(keys), made(values)), rng.integers(0, 3, rows).astype(np.int32)
+    length = np.asarray([128, 70, 1], np.int32)[source]
+    whole = []
+    for pool, own in zip(pools, (keys, values), strict=True):
+        lines = [jnp.concatenate([pool[s, :, :n], x, jnp.zeros_like(x[:, : 128 - n])], axis=1)
+                 for s, n, x in zip(source, length, own, strict=True)]  # fmt: skip
+        whole.append(jnp.stack(lines))
+    shared = op.Shared(*pools, jnp.asarray(source), jnp.asarray(length))
+    return shared, [q, k, v, *whole, used + length]
+
+
+@pytest.mark.parametrize(
+    "limits, cut", [({}, 1), ({}, 2), ({"window": 40}, 1), ({"window": 150}, 2), ({"chunk": 64}, 1)]
+)
+def test_rows_may_share_what_stands_before_their_own_caches(limits, cut):
+    scale = SHAPES["ragged"][-1] ** -0.5
+    args = example("ragged", jnp.float32)
+    shared, whole = with_prefixes(args)
+    y, *caches = op.attend(*args, scale=scale, **({"window": None} | limits), shared=shared)
+    close(y, by_hand(*whole, scale, **({"window": None} | limits)), 1e-5)
+    for cache, want in zip(caches, op.reference(*args, scale)[1:], strict=True):
+        np.testing.assert_array_equal(cache, want)
+    args = example("ragged")
+    shared, whole = with_prefixes(args)
+    got = op._pallas(*args, scale, **({"window": None} | limits), shared=shared, cut=cut,
+                     interpret=True)  # fmt: skip
+    close(got[0], op.reference(*whole, scale, **limits)[0], 1e-2)
+
+
 @pytest.mark.parametrize("cut", [1, 4])
 @pytest.mark.parametrize("name", ["one row", "ragged"])
 def test_the_kernel_lowers_for_a_gpu_and_writes_the_caches_in_place(name, cut):
@@ -128,8 +162,13 @@ def test_the_kernel_lowers_for_a_gpu_and_writes_the_caches_in_place(name, cut):
         assert op.supports(args[0], *args[3:5]) is None
         run = lambda *args: op._pallas(*args, 0.125, 40, cut=cut)
         text = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @__gpu$xla.gpu.triton") == (1 if cut == 1 else 2)
-    assert text.count("output_operand_alias<") == 2
+        shared, _ = with_prefixes(args)
+        assert op.supports(args[0], *args[3:5], shared) is None
+        run = lambda shared, *args: op._pallas(*args, 0.125, 40, shared=shared, cut=cut)
+        other = jax.jit(run).trace(shared, *args).lower(lowering_platforms=("cuda",)).as_text()
+    for lowered in (text, other):
+        assert lowered.count("custom_call @__gpu$xla.gpu.triton") == (1 if cut == 1 else 2)
+        assert lowered.count("output_operand_alias<") == 2
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,10 @@ def test_a_padded_prompt_and_single_tokens_equal_forward(name):
 def test_materialized_layers_decode_as_stored_ones(name):
     family, c, params = fine_tuned(name)
     row = tiny.draw(8, 20)
-    ways = (params, unstack.materialized(family, c, params))
-    stored, plain = (continued(family, c, params, layers, row, 16) for layers in ways)
-    assert np.abs(stored - plain).max() <= 2e-5 * stored.std()
+    ways = (params, *(unstack.materialized(family, c, params, merged) for merged in (True, False)))
+    stored, *plain = (continued(family, c, params, layers, row, 16) for layers in ways)
+    for found in plain:
+        assert np.abs(stored - found).max() <= 2e-5 * stored.std()
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -88,10 +89,11 @@ def test_layers_of_different_kinds_decode_as_forward(plain):
     assert np.abs(found - want).max() <= 2e-5 * want.std()
 
 
+@pytest.mark.parametrize("merged", [True, False])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "llama_tied_biased"])
-def test_a_materialized_leaf_is_the_merged_weight_of_its_layer(name):
+def test_a_materialized_leaf_is_the_merged_weight_of_its_layer(name, merged):
     family, c, params = fine_tuned(name)
-    plain = unstack.materialized(family, c, params)
+    plain = unstack.materialized(family, c, params, merged)
     stacked = {
         path.removeprefix(f"{family.LAYERS}.*."): leaf
         for path, leaf in tree.flatten(params).items()
@@ -105,21 +107,25 @@ def test_a_materialized_leaf_is_the_merged_weight_of_its_layer(name):
             got = leaf.dequantize() if isinstance(leaf, unstack.Joined) else leaf
             np.testing.assert_allclose(got, want, atol=1e-6)
             assert leaf.shape == want.shape
-    rest = [leaf for path, leaf in tree.flatten(plain.rest).items()]
-    assert all(isinstance(leaf, jax.Array) for leaf in rest) and not any(
-        family.LAYERS in path for path in tree.flatten(plain.rest)
-    )
+    rest = tree.flatten(plain.rest)
+    kinds = jax.Array if merged else (jax.Array, leaves.Lora)
+    assert all(isinstance(leaf, kinds) for leaf in rest.values())
+    assert not any(family.LAYERS in path for path in rest)
 
 
-def test_projections_that_share_their_input_are_one_array_and_one_product():
+@pytest.mark.parametrize("merged", [True, False])
+def test_projections_that_share_their_input_are_one_array_and_one_product(merged):
+    """Adapters that stay apart are one product more for all of them."""
     family, c, params = fine_tuned("llama")
-    node = unstack.materialized(family, c, params).layers[0]
+    node = unstack.materialized(family, c, params, merged).layers[0]
     q, k, v = (node["self_attn"][f"{n}_proj"]["weight"] for n in "qkv")
-    assert q.whole is k.whole is v.whole and q.whole.shape[0] == sum(q.heights)
+    assert q.whole is k.whole is v.whole
+    ranks = 0 if merged else q.up.shape[1]
+    assert q.whole.shape[0] == sum(q.heights) + ranks and (merged or ranks > 0)
     nodes = [node["self_attn"][f"{n}_proj"] for n in "qkv"]
     x = jnp.asarray(np.random.default_rng(0).normal(0, 1, (2, 1, 64)), jnp.float32)
     text = str(jax.make_jaxpr(lambda nodes, x: leaves.linears(nodes, x))(nodes, x))
-    assert text.count("dot_general") == 1
+    assert text.count("dot_general") == (1 if merged else 2)
     for some in ([0, 1, 2], [1], [2, 0]):
         got = leaves.linears([nodes[n] for n in some], x)
         for y, n in zip(got, some, strict=True):

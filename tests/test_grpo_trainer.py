@@ -18,11 +18,13 @@ import tiny_chat
 from grpo_runs import GROUP, LOOP, ROWS, RUNS, TEXTS
 
 from bridge.checkpoint import Checkpoints
-from unsloth_jax import FastLanguageModel, GRPOConfig, GRPOTrainer, decoder, lora
+from unsloth_jax import FastLanguageModel, GRPOConfig, GRPOTrainer, decoder, lora, plan
 from unsloth_jax.leaves import Hosted
 from unsloth_jax.optim import make
+from unsloth_jax.remat import Memory
 from unsloth_jax.train import start
 from workflows import engines, grpo_objective, rollout
+from workflows import plan as planning
 from workflows.grpo_prompts import prompts
 from workflows.grpo_report import Alarms
 from workflows.rollout import Completion, Counts, Rollout
@@ -207,21 +209,24 @@ def test_a_run_that_was_killed_and_resumed_equals_a_whole_one_bitwise(folder, tm
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
-def test_what_a_step_learns_from_is_laid_where_its_targets_stand(model, monkeypatch):
+def test_what_a_step_learns_from_is_laid_behind_its_prompt(model, monkeypatch):
     injected(monkeypatch)
     run = trainer(model, prompts_per_step=2, per_device_train_batch_size=3, loss_type="grpo")
     batches = run._batches()
     batches.policy = lambda: model.adapters
     _, batch = next(batches.forever())
     found = grpo_runs.completions(0, 2)
-    assert batch.tokens.shape[:2] == (3, 3) and batch.beside["real"].sum() == 8
-    flat = lambda x: x.reshape(9, -1)
+    # Two of a group's four in each row, since three are in memory at once.
+    assert batch.shared.places.shape[:3] == (4, 1, 2) and batch.beside["real"].sum() == 8
     for n, ids in enumerate(found):
-        on = flat(batch.weights)[n] > 0
-        assert flat(batch.targets)[n][on].tolist() == ids
+        row, place = batch.tokens[n // 2, 0], batch.shared.places[n // 2, 0, n % 2]
         prompt = run.rows[n // GROUP].ids
-        assert flat(batch.tokens)[n][: len(prompt) + len(ids)].tolist() == prompt + ids
-    assert not flat(batch.weights)[8].any()
+        assert row[place[place >= 0]].tolist() == prompt + ids
+        mine = grpo_objective.behind(batch.tokens, batch)[n // 2, 0]
+        mine = mine[batch.shared.owners[n // 2, 0] == n % 2]
+        assert mine.tolist() == ids
+    assert batch.weights.sum() == sum(map(len, found))
+    assert not batch.weights[batch.segments < 2].any()
     told = grpo_objective.of_each(model.family, model.config, model.scale, 1.0)
     logps, entropies = told(model.adapters, model.params, batch._replace(beside=None))
     params = lora.attach(model.params, model.adapters, model.scale)
@@ -231,9 +236,31 @@ def test_what_a_step_learns_from_is_laid_where_its_targets_stand(model, monkeypa
     hidden = decoder.forward(model.family, model.config, params, row, place, jnp.ones_like(row))
     whole = jax.nn.log_softmax(decoder.logits(model.family, model.config, params, hidden[0]))
     at = np.arange(len(run.rows[0].ids) - 1, len(ids) - 1)
-    np.testing.assert_allclose(logps[0, 0, at], whole[at, jnp.asarray(found[0])], atol=2e-5)
+    want = whole[at, jnp.asarray(found[0])]
+    np.testing.assert_allclose(logps[0, 0, : len(at)], want, atol=2e-5)
     want = -(jnp.exp(whole) * whole).sum(-1)[at]
-    np.testing.assert_allclose(entropies[0, 0, at], want, atol=2e-5)
+    np.testing.assert_allclose(entropies[0, 0, : len(at)], want, atol=2e-5)
+
+
+def test_the_plan_has_the_shapes_of_the_longest_step(model, monkeypatch):
+    run = trainer(model, prompts_per_step=3, per_device_train_batch_size=8, beta=0.04)
+    batches = run._batches()
+    batches.policy = lambda: model.adapters
+
+    def longest(family, c, params, ids, settings, **_):
+        one = Completion([5] * grpo_runs.LONGEST, *[[0.0] * grpo_runs.LONGEST] * 2, "length")
+        return Rollout([[one] * GROUP for _ in ids], Counts(0, 1, 1))
+
+    monkeypatch.setattr(rollout, "run", longest)
+    batches.prompts = [max(run.rows, key=lambda one: len(one.ids))] * 3
+    _, batch = next(batches.forever())
+    shapes = lambda node: jax.tree.map(lambda x: (x.shape, x.dtype.name), node)
+    sizes = batches.accumulation, batches.batch
+    job = planning.job_of(model, make("adamw_torch", lambda n: n), batches)._replace(
+        beside=run.objective.beside(*sizes), shared=run.objective.shared(*sizes)
+    )
+    assert shapes(plan.batches(job, Memory())) == shapes(batch)
+    assert job.mixed == (8, batch.shared.places.shape[-1]) and job.batch == 2
 
 
 @pytest.mark.parametrize(
@@ -317,7 +344,9 @@ def test_truncated_completions_can_be_left_out_of_means_and_deviations(model, mo
             batches.policy = lambda: model.adapters
             _, batch = next(batches.forever())
         worth.append(batch.beside["advantages"].reshape(-1, GROUP))
-        assert batch.weights.reshape(2 * GROUP, -1).any(1).tolist() == [
+        learnt = grpo_objective.behind(batch.weights, batch)[..., None] > 0
+        own = batch.shared.owners[..., None] == np.arange(GROUP)
+        assert (learnt & own).any(-2).reshape(-1).tolist() == [
             one[-1] == tiny_chat.EOS for one in grpo_runs.completions(0, 2)
         ]
     cut = np.asarray([one[-1] != tiny_chat.EOS for one in grpo_runs.completions(0, 2)])

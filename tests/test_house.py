@@ -26,7 +26,7 @@ ALLOWED = {
 }
 # The core from the bottom up: a module imports earlier ones only.
 CORE = ["dims", "tree", "leaves", "rope", "layers", "experts", "quant", "lora", "models"]
-CORE += ["remat", "decoder", "unstack", "decoding", "sample", "rollout"]
+CORE += ["remat", "shared_prompts", "decoder", "unstack", "decoding", "sample", "rollout"]
 ASIDE = {
     "losses": {"dims", "leaves"},
     "train": {"dims"},

@@ -68,7 +68,7 @@ def redrawn(model, seed: int, size: float = 0.05):
 
 def engine(model, host, limit=1e-3, temperature=0.8) -> VLLM:
     sampler = bridged.Sampler(host, model.peft, model.initial)
-    return VLLM(sampler, model, 24, temperature, limit, PROMPTS[1])
+    return VLLM(sampler, model, temperature, limit, PROMPTS[1])
 
 
 def ours(model, adapters, **settings) -> list[list[int]]:
@@ -87,7 +87,7 @@ def gaps(one: VLLM, adapters, found) -> np.ndarray:
     told, each = of_each(m.family, m.config, m.scale, one.temperature), []
     for ids, group in zip(PROMPTS, found, strict=True):
         for drawn in group:
-            probe = VLLM(one.sampler, m, None, one.temperature, 1.0, ids)
+            probe = VLLM(one.sampler, m, one.temperature, 1.0, ids)
             probe.__dict__["_scored"] = told
             for at in range(0, len(drawn.tokens), 16):
                 probe.probe = ids + drawn.tokens[:at]

@@ -17,8 +17,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from unsloth_jax import remat, tree
-from unsloth_jax.dims import Params
+from unsloth_jax import remat, shared_prompts, tree
+from unsloth_jax.dims import Params, Shared
 from unsloth_jax.experts import Spread
 from unsloth_jax.layers import feed_forward, row_mixers
 from unsloth_jax.leaves import Lora, Quantized, View, layer, scores, stacks
@@ -213,13 +213,15 @@ def forward(
     memory: Memory = remat.PLAIN,
     documents: int | None = None,
     embedded: Float[Array, "B T D"] | None = None,
+    shared: Shared | None = None,
 ) -> Float[Array, "B T D"]:
     """Tokens to final hidden states; `logits` turns those into scores.
 
     `documents` is the most that a row holds, where that is known (`pallas_kernels.attention`);
-    `embedded` the rows of a `leaves.Hosted` embedding table.
+    `embedded` the rows of a `leaves.Hosted` embedding table; `shared` says where completions lie
+    that follow one prompt, in the place of segments.
     """
-    body = _layer(family, c, positions, segments, memory, documents)
+    body = _layer(family, c, positions, segments, memory, documents, shared)
     x = family.embed(c, params, tokens, embedded)
     x = scan_layers(family, c, params, x, body, _computed_again(memory), memory.unroll)
     return family.norm(c, params, x)
@@ -262,13 +264,17 @@ def _computed_again(memory: Memory) -> Callable:
     return partial(jax.checkpoint, prevent_cse=memory.unroll, policy=policy)
 
 
-def _layer(family, c, positions, segments, memory, documents):
+def _layer(family, c, positions, segments, memory, documents, shared=None):
     """fn(x, kind, weights, layer number) -> x for tokens that see each other.
 
     A fifth argument is told the weights and the input of each MLP that is a family's own.
     """
-    by = family.angles(c, positions, document_lengths(segments))
-    mixers = row_mixers(segments, positions, documents)
+    if shared is None:
+        by = family.angles(c, positions, document_lengths(segments))
+        mixers = row_mixers(segments, positions, documents)
+    else:
+        by = family.angles(c, positions, shared_prompts.lengths(shared, positions))
+        mixers = shared_prompts.mixers(shared, positions, segments)
 
     def layer(x, kind, w, i, tell=None):
         def mlp(node, y, how):
@@ -291,9 +297,10 @@ def finite_layers(
     segments: Int[Array, "B T"],
     embedded: Float[Array, "B T D"] | None = None,
     documents: int | None = None,
+    shared: Shared | None = None,
 ) -> Bool[Array, " L"]:
     """Whether every value that a layer puts out is finite, padding aside."""
-    step = _layer(family, c, positions, segments, remat.PLAIN, documents)
+    step = _layer(family, c, positions, segments, remat.PLAIN, documents, shared)
     real = (segments > 0)[..., None]
 
     def body(carry, kind, w, i):

@@ -29,7 +29,7 @@ NAMES = ("keys", "values", "tails", "states")
 class Cache:
     """What each layer keeps, one entry a layer, None where it has no use for such an array.
 
-    Slot s of a row's keys and values holds the token at position s.
+    Slot s of a row's keys and values holds the token at position s, or s after its prefix' last.
     """
 
     keys: tuple[Any, ...]  # [B, K, S, h] each
@@ -38,10 +38,21 @@ class Cache:
     states: tuple[Any, ...]  # float32 [B, H, K, V] each: of a recurrence
     used: Any  # int32 [B]: tokens that were read
     context: Any  # int32 [B]: the document length that rotary scaling saw at the start
+    prefixes: Any = None  # `Prefixes` where keys and values of prompts are held once for several
 
     @property
     def slots(self) -> int:
         return next(keys for keys in self.keys if keys is not None).shape[2]
+
+
+@flax.struct.dataclass
+class Prefixes:
+    """Keys and values that rows have before their own, one entry a layer as in `Cache`."""
+
+    keys: tuple[Any, ...]  # [P, K, T, h] each
+    values: tuple[Any, ...]  # [P, K, T, u] each
+    source: Any  # int32 [B]: each row's prefix
+    length: Any  # int32 [B]: its tokens
 
 
 def _shapes(family: ModuleType, c: Any, batch: int, attended: tuple[int, ...], dtype: Any):
@@ -67,6 +78,15 @@ def empty(family: ModuleType, c: Any, batch: int, slots: int, dtype: Any) -> Cac
     }
     none = lambda: jnp.zeros((batch,), jnp.int32)
     return Cache(**arrays, used=none(), context=none())
+
+
+def prefixes(
+    family: ModuleType, c: Any, batch: int, count: int, slots: int, dtype: Any
+) -> Prefixes:
+    """`count` empty prefixes of `slots` tokens for `batch` rows."""
+    whole = empty(family, c, count, slots, dtype)
+    none = lambda: jnp.zeros((batch,), jnp.int32)
+    return Prefixes(whole.keys, whole.values, none(), none())
 
 
 def roomier(cache: Cache, slots: int) -> Cache:
@@ -186,6 +206,7 @@ def step(
     by = family.angles(c, cache.used[:, None], cache.context[:, None])
     arrays = {name: list(getattr(cache, name)) for name in NAMES}
     x, number = family.embed(c, rest, tokens[:, None]), None
+    used = cache.used - (0 if cache.prefixes is None else cache.prefixes.length)
     if not made:
         number, x = unstack.after(0, x)
     for i, kind in enumerate(family.kinds(c)):
@@ -199,15 +220,23 @@ def step(
             return y
 
         own = {name: layers[i] for name, layers in arrays.items()}
-        x, kept = family.block(c, kind, w, x, by, _token_mixers(own, cache.used, grow, mixed))
+        mixers = _token_mixers(own, used, _shared(cache.prefixes, i), grow, mixed)
+        x, kept = family.block(c, kind, w, x, by, mixers)
         for name, new in kept.items():
             arrays[name][i] = new
     layers = {name: tuple(xs) for name, xs in arrays.items()}
-    cache = Cache(**layers, used=cache.used + grow, context=cache.context)
+    cache = cache.replace(**layers, used=cache.used + grow)
     return family.norm(c, rest, x)[:, 0], cache
 
 
-def _token_mixers(own: dict[str, Any], used: Array, grow: Array, mixed: Any) -> Mixers:
+def _shared(prefixes: Prefixes | None, i: int) -> decode_attention.Shared | None:
+    if prefixes is None or prefixes.keys[i] is None:
+        return None
+    layer = prefixes.keys[i], prefixes.values[i]
+    return decode_attention.Shared(*layer, prefixes.source, prefixes.length)
+
+
+def _token_mixers(own: dict[str, Any], used: Array, shared: Any, grow: Array, mixed: Any) -> Mixers:
     """Mixers of one token a row with what a layer's cache holds; `mixed` takes their values."""
 
     def stays(new, old):
@@ -216,8 +245,9 @@ def _token_mixers(own: dict[str, Any], used: Array, grow: Array, mixed: Any) -> 
     def attend(q, k, v, *, scale, window, **rule):
         new = (one[:, 0] for one in (q, k, v))
         y, keys, values = decode_attention.attend(
-            *new, own["keys"], own["values"], used, scale=scale, window=window, **rule
-        )
+            *new, own["keys"], own["values"], used, scale=scale, window=window, shared=shared,
+            **rule,
+        )  # fmt: skip
         return mixed(y).reshape(y.shape[0], 1, -1), {"keys": keys, "values": values}
 
     def convolve(x, w, bias):

@@ -17,12 +17,23 @@ Params = dict[str, Any]  # nested dict of leaves: arrays, quantized weights, Lor
 Parts = dict[str, tuple[tuple[int, ...], Callable[[np.ndarray], np.ndarray]]]
 
 
+class Shared(NamedTuple):
+    """Where completions lie that follow their one prompt in a row (`shared_prompts`).
+
+    k completions a row, whose own rows, prompt first, have S tokens; C tokens behind the prompt.
+    """
+
+    places: Int[Array, "*M B k S"]  # of each token of the own rows in its row; -1 where none is
+    owners: Int[Array, "*M B C"]  # number in its row of each token's completion; -1 for padding
+
+
 class Batch(NamedTuple):
     """One device batch. Padding has segment 0; `weights` is 1 where the target counts.
 
     `embedded` holds the tokens' rows where the embedding table stays in host memory; `key` is a
     random key's data (`jax.random.key_data`) where training draws noise, None in evaluation.
-    `beside` holds what a loss reads of whole answers or of the whole step, by name.
+    `beside` holds what a loss reads of whole answers or of the whole step, by name. With `shared`
+    prompts a completion's `targets` and `weights` stand where the tokens themselves do.
     """
 
     tokens: Int[Array, "*M B T"]
@@ -33,6 +44,7 @@ class Batch(NamedTuple):
     embedded: Float[Array, "*M B T D"] | None = None
     key: UInt32[Array, "*M 2"] | None = None
     beside: dict[str, Array] | None = None
+    shared: Shared | None = None
 
 
 class Scores(NamedTuple):

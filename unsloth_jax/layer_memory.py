@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import attention, recurrence
 from unsloth_jax import tree
-from unsloth_jax.dims import Params
+from unsloth_jax.dims import Params, Shared
 from unsloth_jax.leaves import Hosted, stacks
 from unsloth_jax.remat import KEPT, Memory
 from unsloth_jax.train import State
@@ -39,11 +39,20 @@ class Job(NamedTuple):
     platform: str = "gpu"
     keyed: bool = False  # whether batches bring a random key
     beside: dict[str, Any] | None = None  # shapes of a batch's `beside`
+    shared: Shared | None = None  # shapes of a batch's
 
     @property
     def tokens(self) -> int:
         """Of one micro-batch."""
         return self.batch * self.length
+
+    @property
+    def mixed(self) -> tuple[int, int]:
+        """(rows, tokens of each) that attention sees of a micro-batch."""
+        if self.shared is None:
+            return self.batch, self.length
+        *_, count, width = self.shared.places.shape
+        return self.batch * count, min(width, self.length)
 
 
 def size(node: Any) -> int:
@@ -130,13 +139,15 @@ def residuals(job: Job, memory: Memory) -> int:
     """What layers keep on the device for the backward pass."""
     c, names, f = job.config, _kept(memory), feed(job)
     q, k = c.heads * c.head_width, c.kv_heads * c.head_width
-    widths = {"q": q, "k": k, "v": c.kv_heads * c.v_width, attention.KEPT: c.heads * c.v_width}
+    widths = {"q": q, "k": k, "v": c.kv_heads * c.v_width}
     row = c.layers * c.width * (("mid" in names) + (memory.keep != "offload"))
     row = item(job) * (row + f.gates * ("gate" in names) + f.ups * ("up" in names))
-    mixed = item(job) * sum(widths[n] for n in names if n in widths)
-    # The softmax' float32 statistics.
-    mixed += 4 * c.heads * (attention.KEPT in names and _flash(job))
-    return job.tokens * (row + mixed * sum(not x or x.attends for x in _held(job)))
+    mixed = job.tokens * item(job) * sum(widths[n] for n in names if n in widths)
+    if attention.KEPT in names:
+        # With the softmax' float32 statistics.
+        each = item(job) * c.heads * c.v_width + 4 * c.heads * _flash(job)
+        mixed += math.prod(job.mixed) * each
+    return job.tokens * row + mixed * sum(not x or x.attends for x in _held(job))
 
 
 def _held(job: Job) -> list[Any]:
@@ -200,20 +211,24 @@ def _attention(job: Job) -> int:
     """Live in the backward pass of a layer's attention, beside residuals and gradients."""
     c, b = job.config, item(job)
     q, kv = c.heads * c.head_width, c.kv_heads * c.head_width
+    count, length = job.mixed
     # Inputs, result and their cotangents; cuDNN adds dq's parts in float32.
-    rows = job.tokens * (b * (4 * q + 4 * kv + 3 * c.width) + 4 * q)
+    rows = count * length * (b * (4 * q + 4 * kv) + 4 * q) + job.tokens * b * 3 * c.width
+    if job.shared is not None:
+        rows += job.tokens * b * 2 * (q + kv)  # before they are apart, and cotangents joined again
     if any(path.endswith("q_norm.weight") for path in tree.flatten(job.params)):
         rows += job.tokens * 14 * (q + kv)  # float32 inputs, results and cotangents of the norms
-    scores = 0 if _flash(job) else 3 * 4 * job.batch * c.heads * job.length**2
+    scores = 0 if _flash(job) else 3 * 4 * count * c.heads * length**2
     return rows + scores + c.width * (q + 2 * kv) * b
 
 
 def _recurrence(job: Job) -> int:
     """Live in a recurrence's backward pass: its rows and each chunk's state, with cotangents."""
-    chunks, b = job.batch * -(-job.length // recurrence.CHUNK), item(job)
+    (count, length), b = job.mixed, item(job)
+    chunks = count * -(-length // recurrence.CHUNK)
     row = lambda C, H, V: (16 + 8 * b) * C + 16 * H * V
     held = ((one.tail[1], *one.state) for one in _held(job) if one and one.state)
-    every = (job.tokens * row(C, H, V) + 8 * chunks * H * K * V for C, H, K, V in held)
+    every = (count * length * row(C, H, V) + 8 * chunks * H * K * V for C, H, K, V in held)
     return max(every, default=0)
 
 

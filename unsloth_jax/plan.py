@@ -139,7 +139,7 @@ def batches(job: Job, memory: Memory) -> Batch:
     rows = jax.ShapeDtypeStruct((*lead, first.shape[1]), first.dtype)
     embedded = rows if memory.host_embedding else None
     key = jax.ShapeDtypeStruct((job.accumulation, 2), jnp.uint32) if job.keyed else None
-    return Batch(whole, whole, real, whole, whole, embedded, key, job.beside)
+    return Batch(whole, whole, real, whole, whole, embedded, key, job.beside, job.shared)
 
 
 def _fixed(job: Job, memory: Memory) -> dict[str, int]:

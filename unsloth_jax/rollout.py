@@ -6,6 +6,7 @@ neighbours matter.
 """
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -59,15 +60,30 @@ class Burst(NamedTuple):
     sampled_logprobs: Float[Array, "B steps"]
 
 
-def empty(family: ModuleType, c: Any, count: int, room: int, stops: int, dtype: Any) -> Slots:
-    """`count` free slots with caches for `room` tokens; `stops` is the width of `Requests.stop`."""
+def empty(
+    family: ModuleType,
+    c: Any,
+    count: int,
+    room: int,
+    stops: int,
+    dtype: Any,
+    prompts: tuple[int, int] | None = None,
+) -> Slots:
+    """`count` free slots with caches for `room` tokens; `stops` is the width of `Requests.stop`.
+
+    With `prompts`, so many of so many tokens each, caches hold completions alone: those of a prompt
+    share its keys and values.
+    """
     none = lambda dtype, *more: jnp.zeros((count, *more), dtype)
     settings = Sampling(*(jnp.full((count,), x, jnp.float32) for x in Sampling()))
     stop = jnp.full((count, stops), -1, jnp.int32)
     requests = Requests(settings, none(jnp.uint32, 2), none(jnp.int32), stop)
+    cache = decoding.empty(family, c, count, room, dtype)
+    if prompts is not None:
+        cache = cache.replace(prefixes=decoding.prefixes(family, c, count, *prompts, dtype))
     return Slots(
-        decoding.empty(family, c, count, room, dtype), requests, none(jnp.int32),
-        none(jnp.float32), none(jnp.float32), none(bool, c.vocab), none(jnp.int32), none(bool),
+        cache, requests, none(jnp.int32), none(jnp.float32), none(jnp.float32),
+        none(bool, c.vocab), none(jnp.int32), none(bool),
     )  # fmt: skip
 
 
@@ -95,21 +111,28 @@ def place(
     requests: Requests,
     source: Int[Array, " R"],
     into: Int[Array, " R"],
+    places: Int[Array, " P"],
 ) -> Slots:
     """Request r begins in slot into[r] with prompt source[r]; a slot beyond the last drops it.
 
-    Its first token is drawn. The caches of `slots` must be at least as long as the prompts'.
+    Its first token is drawn. The caches of `slots` must be at least as long as the prompts'. Where
+    prompts are shared, prompt p is held in place places[p].
     """
     put = lambda old, new: old.at[into].set(new.astype(old.dtype), mode="drop")
-
-    def long(old, new):
-        return old.at[into, :, : new.shape[2]].set(new[source].astype(old.dtype), mode="drop")
-
     from_prompts = lambda old, new: put(old, new[source])
     old, new = slots.cache, prompts.cache
-    cache = decoding.Cache(
-        keys=jax.tree.map(long, old.keys, new.keys),
-        values=jax.tree.map(long, old.values, new.values),
+    pairs = {"keys": (old.keys, new.keys), "values": (old.values, new.values)}
+    if old.prefixes is None:
+        long = partial(_long, into, source)
+        held = {name: jax.tree.map(long, *pair) for name, pair in pairs.items()}
+    else:
+        rest = dict(source=put(old.prefixes.source, places[source]),
+                    length=put(old.prefixes.length, new.used[source]))  # fmt: skip
+        first = partial(_long, places, slice(None))
+        own = {n: jax.tree.map(first, getattr(old.prefixes, n), x) for n, (_, x) in pairs.items()}
+        held = {"prefixes": decoding.Prefixes(**own, **rest)}
+    cache = old.replace(
+        **held,
         tails=jax.tree.map(from_prompts, old.tails, new.tails),
         states=jax.tree.map(from_prompts, old.states, new.states),
         used=from_prompts(old.used, new.used),
@@ -127,6 +150,11 @@ def place(
         put(slots.made, none),
         put(slots.live, requests.limit > 0),
     )
+
+
+def _long(into, source, old, new):
+    """Rows `source` of new keys or values in the rows `into` of longer ones."""
+    return old.at[into, :, : new.shape[2]].set(new[source].astype(old.dtype), mode="drop")
 
 
 def _keys(requests: Requests, made: Int[Array, " B"]) -> jax.Array:
@@ -168,7 +196,8 @@ def decode(
         made = s.made + s.live
         ended = (s.token[:, None] == s.requests.stop).any(-1) | (made >= s.requests.limit)
         live = s.live & ~ended
-        hidden, cache = decoding.step(family, c, params, s.cache, s.token, live.astype(jnp.int32))
+        cache = _without(s.cache, live)
+        hidden, cache = decoding.step(family, c, params, cache, s.token, live.astype(jnp.int32))
         scores = decoder.logits(family, c, rest, hidden)
         # What ended asks for nothing: neither a filter nor a draw.
         wanted = s.requests.sampling
@@ -180,8 +209,21 @@ def decode(
     return slots, burst
 
 
+def _without(cache: decoding.Cache, live: Bool[Array, " B"]) -> decoding.Cache:
+    """The cache where what ended has no tokens: it reads none, and writes to its first slot."""
+    own = lambda x: jnp.where(live, x, 0)
+    before = cache.prefixes
+    if before is not None:
+        before = before.replace(length=own(before.length))
+    return cache.replace(used=own(cache.used), prefixes=before)
+
+
 def kept(slots: Slots, rows: Int[Array, " R"]) -> Slots:
-    """The slots `rows` alone; the arrays of the given ones are deleted. Not for use inside jit."""
+    """The slots `rows` alone; the arrays of the given ones are deleted. Not for use inside jit.
+
+    Those that share prompts are not cut.
+    """
+    assert slots.cache.prefixes is None, "prompts that are shared are no rows of slots"
 
     def some(x):
         new = _taken(x, rows)

@@ -1,8 +1,8 @@
 """Single layers of a parameter tree, for a loop over tokens that can't afford to cut stacks.
 
 `layer` leaves weights as they are stored: quantized stacks stay whole and are read by number.
-`materialized` makes plain arrays of every layer's weights, adapters merged, and joins projections
-that share their input; the tree it is made from stays as it was.
+`materialized` makes plain arrays of every layer's weights and joins projections that share their
+input; adapters are merged, or beside the weights. The tree it is made from stays as it was.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import _choice
 from unsloth_jax import leaves, tree
 from unsloth_jax.dims import Params
-from unsloth_jax.leaves import Lora, Quantized
+from unsloth_jax.leaves import Apart, Lora, Quantized
 
 # Neighbours that `leaves.linears` gets together in every family.
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -36,10 +36,12 @@ class Unstacked:
 class Joined:
     """Rows of a matrix that holds the weights of projections with one input, one below another.
 
-    Every projection's leaf names the same array, so that it is held once and multiplied once.
+    Every projection's leaf names the same array, so that it is held once and multiplied once. The
+    adapters' a stand below the weights, their b in `up`: one product more for all of them.
     """
 
-    whole: Any  # [sum of heights, I]
+    whole: Any  # [sum of heights + sum of ranks, I]
+    up: Any  # [sum of heights, sum of ranks], scaled and 0 where one is not the other's; or None
     heights: tuple[int, ...] = flax.struct.field(pytree_node=False)
     part: int = flax.struct.field(pytree_node=False)
 
@@ -48,13 +50,23 @@ class Joined:
         return self.heights[self.part], self.whole.shape[-1]
 
     def dequantize(self) -> Float[Array, "O I"]:
-        """This projection's rows."""
-        start = sum(self.heights[: self.part])
-        return self.whole[start : start + self.heights[self.part]]
+        """This projection's rows, its adapter in them."""
+        base, up = self._own()
+        if up is None:
+            return base
+        low = self.whole[sum(self.heights) :].astype(jnp.float32)
+        return (base.astype(jnp.float32) + up.astype(jnp.float32) @ low).astype(base.dtype)
 
     def matmul(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         """x @ w.T for this projection alone."""
-        return jnp.einsum("...i,oi->...o", x, self.dequantize().astype(x.dtype))
+        base, up = self._own()
+        y = _product(x, base)
+        return y if up is None else _added(y, _product(x, self.whole[sum(self.heights) :]), up)
+
+    def _own(self):
+        start = sum(self.heights[: self.part])
+        rows = slice(start, start + self.heights[self.part])
+        return self.whole[rows], None if self.up is None else self.up[rows]
 
     def at(self, i: int | Int[Array, ""]) -> "Joined":
         raise ValueError(f"joined weights are those of one layer, asked for layer {i}")
@@ -63,13 +75,26 @@ class Joined:
     def products(
         bases: Sequence["Joined"], pairs: Sequence[None], x: Float[Array, "*B I"]
     ) -> list[Array]:
-        """One product for all projections where all are asked for. Adapters are merged before."""
-        assert not any(pairs), "joined weights have no adapters beside them"
-        if [base.part for base in bases] != list(range(len(bases[0].heights))):
+        """One product for all projections where all are asked for, one for all their adapters."""
+        assert not any(pairs), "joined weights hold their adapters"
+        one = bases[0]
+        if [base.part for base in bases] != list(range(len(one.heights))):
             return [base.matmul(x) for base in bases]
-        y = jnp.einsum("...i,oi->...o", x, bases[0].whole.astype(x.dtype))
-        ends = [sum(bases[0].heights[:n]) for n in range(1, len(bases))]
+        y, rows = _product(x, one.whole), sum(one.heights)
+        if one.up is not None:
+            y = _added(y[..., :rows], y[..., rows:], one.up)
+        ends = [sum(one.heights[:n]) for n in range(1, len(bases))]
         return jnp.split(y, ends, axis=-1)
+
+
+def _product(x, w):
+    return jnp.einsum("...i,oi->...o", x, w.astype(x.dtype))
+
+
+def _added(y, low, up):
+    """y + low @ up.T, rounded once."""
+    more = jnp.einsum("...r,or->...o", low, up.astype(y.dtype), preferred_element_type=jnp.float32)
+    return (y.astype(jnp.float32) + more).astype(y.dtype)
 
 
 def layer(family: ModuleType, params: Params, i: int, number: Any = None) -> Params:
@@ -115,19 +140,32 @@ def _cut(family, params):
     return stacked, tree.unflatten({p: x for p, x in flat.items() if not p.startswith(prefix)})
 
 
-def materialized(family: ModuleType, c: Any, params: Params) -> Unstacked:
+def materialized(family: ModuleType, c: Any, params: Params, merged: bool = True) -> Unstacked:
     """Plain arrays of their own, one layer made at a time: no more than one is held twice.
 
-    Adapters are added in float32 and the sum cast once (`leaves.dense`). Not for use inside jit,
-    which would be free to make all layers before it joins the first.
+    Adapters are added in float32 and the sum cast once (`leaves.dense`). Unless `merged` those of
+    matrices stay apart, which is what a learner computes. Not for use inside jit, which would be
+    free to make all layers before it joins the first.
     """
     nodes = (layer(family, params, i) for i in range(len(family.kinds(c))))
-    rest = tree.map_paths(lambda _, x: _dense(x) if _is_kind(x) else x, _cut(family, params)[1])
-    return Unstacked(tuple(_plain(node) for node in nodes), rest)
+    plain = lambda _, x: _rest(x, merged) if _is_kind(x) else x
+    rest = tree.map_paths(plain, _cut(family, params)[1])
+    return Unstacked(tuple(_plain(node, merged) for node in nodes), rest)
+
+
+def _rest(leaf, merged):
+    if merged or not _separable(leaf):
+        return _dense(leaf)
+    return leaf.replace(base=_dense(leaf.base))
 
 
 def _is_kind(leaf):
     return isinstance(leaf, Lora | Quantized)
+
+
+def _separable(leaf):
+    """Whether a weight is a matrix whose adapter is a sum."""
+    return isinstance(leaf, Lora) and len(leaf.shape) == 2 and not isinstance(leaf.base, Apart)
 
 
 _dense = jax.jit(leaves.dense)
@@ -143,15 +181,19 @@ def plain_bytes(family: ModuleType, params: Params) -> int:
     return sum(x.size * x.dtype.itemsize for x in _all_dense.eval_shape(flat).values())
 
 
-def _plain(node):
+def _plain(node, merged):
     flat = tree.flatten(node)
+    apart = {} if merged else {path: x for path, x in flat.items() if _separable(x)}
+    flat |= {path: x.base for path, x in apart.items()}
     # Of a jitted function, so that layers alike are traced once.
     shapes = _all_dense.eval_shape(flat)
     groups = tuple(_groups(shapes))
-    made, wholes = _made(flat, groups)
-    for paths, whole in zip(groups, wholes, strict=True):
+    joined = {path for paths in groups for path in paths}
+    groups += tuple((path,) for path in apart if path not in joined)
+    made, wholes = _made(flat, apart, groups)
+    for paths, (whole, up) in zip(groups, wholes, strict=True):
         heights = tuple(shapes[path].shape[0] for path in paths)
-        made |= {path: Joined(whole, heights, n) for n, path in enumerate(paths)}
+        made |= {path: Joined(whole, up, heights, n) for n, path in enumerate(paths)}
     return tree.unflatten(made)
 
 
@@ -165,9 +207,22 @@ def _groups(shapes):
                 yield paths
 
 
-@partial(jax.jit, static_argnums=1)
-def _made(flat, groups):
-    """({path: plain array}, the matrix of each group)."""
+@partial(jax.jit, static_argnums=2)
+def _made(flat, apart, groups):
+    """({path: plain array}, each group's matrix and what its adapters add)."""
     plain = _all_dense(flat)
-    wholes = [jnp.concatenate([plain.pop(path) for path in paths]) for paths in groups]
-    return plain, wholes
+    return plain, [_joined([plain.pop(p) for p in ps], [apart.get(p) for p in ps]) for ps in groups]
+
+
+def _joined(bases, pairs):
+    dtype, there = bases[0].dtype, [pair for pair in pairs if pair is not None]
+    whole = jnp.concatenate([*bases, *(pair.a.astype(dtype) for pair in there)])
+    if not there:
+        return whole, None
+    columns = []
+    for pair in there:
+        own = (pair.scale * pair.b).astype(dtype)
+        rows = (own if p is pair else jnp.zeros((w.shape[0], own.shape[1]), dtype)
+                for p, w in zip(pairs, bases, strict=True))  # fmt: skip
+        columns.append(jnp.concatenate(list(rows)))
+    return whole, jnp.concatenate(columns, axis=1)

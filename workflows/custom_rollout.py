@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from unsloth_jax.dims import Params
 from workflows import rollout
-from workflows.engines import live
+from workflows.engines import SLOTS, live, memory
 from workflows.grpo_prompts import Prompt
 from workflows.keywords import shown
 from workflows.model import Model
@@ -103,7 +103,8 @@ def continuations(
     found = rollout.run(
         model.family, model.config, params, [list(ids[g[0]]) for g in groups], merged,
         stop_ids=model.stop_ids(), seed=int(jax.random.bits(key, dtype=jnp.uint32)),
-        slots=min(256, sum(s.n for s in merged)), decode=model.tokenizer.decode,
+        slots=min(SLOTS, sum(s.n for s in merged)), decode=model.tokenizer.decode,
+        memory=memory(model),
     )  # fmt: skip
     return list(itertools.chain.from_iterable(found.completions))
 
@@ -119,7 +120,6 @@ class Custom:
     function: Callable
     model: Model
     length: int  # tokens of prompt and completion
-    longest = None
 
     def draw(
         self, adapters: Params, prompts: Sequence[Prompt], settings: SamplingParams, seed: int

@@ -33,7 +33,7 @@ def first_bad_layer(
     @jax.jit
     def forward(adapters, frozen, b):
         params = lora.attach(frozen, adapters, scale)
-        rows = b.tokens, b.positions, b.segments, b.embedded, documents
+        rows = b.tokens, b.positions, b.segments, b.embedded, documents, b.shared
         return decoder.finite_layers(family, c, params, *rows)
 
     loss = objective.alone(family, c, scale, Memory("full"), documents)

@@ -9,7 +9,7 @@ import jax
 from unsloth_jax import lora, tree
 from unsloth_jax.dims import Params
 from unsloth_jax.leaves import Hosted
-from workflows import rollout
+from workflows import machine, plan, rollout
 from workflows.grpo_prompts import Prompt
 from workflows.model import Model
 from workflows.rollout import Rollout
@@ -21,10 +21,6 @@ SLOTS = 256
 @runtime_checkable
 class Engine(Protocol):
     """Draws `settings.n` completions of each prompt from the policy with these adapters."""
-
-    @property
-    def longest(self) -> int | None:
-        """Tokens that a completion may have; None for what the model's length leaves."""
 
     def draw(
         self, adapters: Params, prompts: Sequence[Prompt], settings: SamplingParams, seed: int
@@ -40,8 +36,8 @@ class InProcess:
     """Our own sampler, which reads the learner's weights; nothing moves."""
 
     model: Model
-    longest: int | None
     slots: int | None = None  # completions at once; None: all, at most 256
+    budget: int | float | str | None = None  # memory_budget; None: the model's
 
     def draw(
         self, adapters: Params, prompts: Sequence[Prompt], settings: SamplingParams, seed: int
@@ -51,10 +47,17 @@ class InProcess:
             m.family, m.config, live(m, adapters), [one.ids for one in prompts], settings,
             stop_ids=m.stop_ids(), seed=seed,
             slots=self.slots or min(SLOTS, len(prompts) * settings.n),
+            memory=memory(m, self.budget),
         )  # fmt: skip
 
     def close(self) -> None:
         pass
+
+
+def memory(m: Model, budget: int | float | str | None = None) -> int | None:
+    """Bytes of the device that a memory_budget, by default the model's, leaves to the process."""
+    asked = m.memory_budget if budget is None else budget
+    return None if asked is None else plan.size(asked, machine.device_limit())
 
 
 def live(m: Model, adapters: Params) -> Params:

@@ -79,12 +79,12 @@ def bucket(n: int) -> int:
 
 
 def readable(
-    family: ModuleType, c: Any, params: Params, weights: str, growth: int
+    family: ModuleType, c: Any, params: Params, weights: str, growth: int, merged: bool = True
 ) -> Params | unstack.Unstacked:
     """The parameters as decoding reads them: plain arrays for every layer, or as they are stored.
 
     "auto" makes plain ones where they fit beside the `growth` of the cache in bytes, and says so
-    where they don't.
+    where they don't. `merged` is of `unstack.materialized`.
     """
     if weights == "stored":
         return params
@@ -96,16 +96,19 @@ def readable(
                 f"full cache need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
             )
             return params
-    return unstack.materialized(family, c, params)
+    return unstack.materialized(family, c, params, merged)
 
 
-def free_bytes() -> int:
-    """What the device has left; on a CPU half of what the system has."""
+def free_bytes(most: int | None = None) -> int:
+    """What the device has left of `most`, or of all it has; on a CPU half of what the system has.
+
+    On a CPU, whose memory JAX does not count, `most` is what is left.
+    """
     limit = machine.device_limit()
     if limit is None:
-        return machine.host_free() // 2
+        return min(machine.host_free() // 2, most or 2**63)
     # A twentieth is left for scores and what the allocator can't place.
-    return int(0.95 * limit) - machine.device_in_use()
+    return int(0.95 * min(limit, most or limit)) - machine.device_in_use()
 
 
 def stream(

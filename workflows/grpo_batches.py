@@ -11,20 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unsloth_jax import advantages, data, policy
-from unsloth_jax.data import Row
+from unsloth_jax import advantages, data, policy, shared_prompts
 from unsloth_jax.dims import Batch, Params
 from workflows import grpo_objective, grpo_report
 from workflows.engines import Engine
 from workflows.generate import Stopwatch
 from workflows.grpo_config import GRPOConfig
 from workflows.grpo_prompts import Prompt
+from workflows.grpo_rows import Layout
 from workflows.model import Model
 from workflows.objective import embedded
 from workflows.rewards import Rewards, Scores
 from workflows.rollout import Completion
-
-EMPTY = Row([], [])
 
 
 class Generation(NamedTuple):
@@ -47,7 +45,7 @@ class PolicyBatches:
     """[accumulation, batch, length] arrays of prompts with completions, made as they are asked for.
 
     `policy` gives the adapters as they are then; `reference` those of the frozen policy, None for
-    the base itself. `batch` completions are in memory at once.
+    the base itself. `layout` says how completions lie in rows.
     """
 
     prompts: Sequence[Prompt]
@@ -66,9 +64,19 @@ class PolicyBatches:
     # The newest epoch's number, and its prompts in their order.
     _shuffled: tuple[int, Sequence[Prompt]] = field(default=(-1, ()), init=False, repr=False)
 
+    @cached_property
+    def layout(self) -> Layout:
+        """How an optimizer step's completions lie in rows."""
+        a, m = self.args, self.model
+        longest = max(len(one.ids) for one in self.prompts), a.max_completion_length
+        return Layout(
+            a.prompts_a_step, a.num_generations, a.per_device_train_batch_size, longest,
+            self.length, apart=not shared_prompts.alike(m.family, m.config, self.length),
+        )  # fmt: skip
+
     @property
     def batch(self) -> int:
-        return min(self.args.per_device_train_batch_size, self.rows_a_step)
+        return self.layout.rows
 
     @property
     def rows_a_step(self) -> int:
@@ -77,17 +85,14 @@ class PolicyBatches:
 
     @property
     def accumulation(self) -> int:
-        return -(-self.rows_a_step // self.batch)
+        return self.layout.accumulation
 
     @property
     def widest(self) -> int:
-        if self.engine.longest is None:
-            return self.length
-        longest = max(len(one.ids) for one in self.prompts) + self.engine.longest
-        return min(self.length, data.rounded(longest, data.STEP))
+        return self.layout.widest
 
     def documents(self, steps: int) -> int:
-        """Rows hold one completion each."""
+        """Of what attention sees: each completion with its prompt."""
         return 1
 
     def steps(self, epoch: int) -> int:
@@ -180,52 +185,24 @@ class PolicyBatches:
         return [self._text(one) for one in found.completions]
 
     def _step(self, found: Generation, part: int) -> Batch:
-        """One optimizer step's completions; empty rows fill its last micro-batch."""
-        group, size = self.args.num_generations, self.rows_a_step
+        """One optimizer step's completions, with what its loss reads beside them."""
+        count, size = self.args.prompts_a_step, self.rows_a_step
         mine = slice(part * size, (part + 1) * size)
-        numbers = range(*mine.indices(len(found.completions)))
-        starts = [found.prompts[n // group].ids for n in numbers]
-        rows = [
-            Row(start + found.completions[n].tokens, [0] * len(start) + found.masks[n])
-            for start, n in zip(starts, numbers, strict=True)
-        ]
-        width = data.bucket(rows, self.length)
-        drawn = [
-            [0.0] * len(start) + found.completions[n].logprobs
-            for start, n in zip(starts, numbers, strict=True)
-        ]
-        sampled = [
-            [0.0] * len(start) + found.completions[n].sampled_logprobs
-            for start, n in zip(starts, numbers, strict=True)
-        ]
-        flat = np.repeat(found.worth.flat, group)[mine]
-        beside = {
-            "drawn": self._laid(drawn, width),
-            "sampled": self._laid(sampled, width),
-            "advantages": self._split(found.worth.values[mine]),
-            "real": self._split(np.ones(len(rows))),
-            "tokens_a_completion": np.full(
-                self.accumulation, found.tokens_a_completion, np.float32
-            ),
+        of_tokens = {
+            "drawn": [one.logprobs for one in found.completions[mine]],
+            "sampled": [one.sampled_logprobs for one in found.completions[mine]],
         }
+        of_completions = {"advantages": found.worth.values[mine], "real": np.ones(size)}
         if not self.args.kl_on_flat_groups:
-            beside["pulled"] = self._split(~flat)
-        micro = [rows[at : at + self.batch] for at in range(0, size, self.batch)]
-        bins = [[[row] for row in some] for some in micro]
-        whole = data.stacked([data.collate(one, self.batch, width) for one in bins])
-        return whole._replace(beside=beside)
-
-    def _laid(self, numbers: Sequence[Sequence[float]], width: int) -> np.ndarray:
-        """[accumulation, batch, width]: a number a token, where its target stands."""
-        whole = np.zeros((self.accumulation * self.batch, width), np.float32)
-        for row, values in zip(whole, numbers, strict=False):
-            row[: len(values) - 1] = values[1:]
-        return whole.reshape(self.accumulation, self.batch, width)
-
-    def _split(self, numbers: Any) -> np.ndarray:
-        whole = np.zeros(self.accumulation * self.batch, np.float32)
-        whole[: len(numbers)] = numbers
-        return whole.reshape(self.accumulation, self.batch)
+            flat = np.repeat(found.worth.flat, self.args.num_generations)
+            of_completions["pulled"] = ~flat[mine]
+        batch = self.layout.laid(
+            [one.ids for one in found.prompts[part * count :][:count]],
+            [one.tokens for one in found.completions[mine]],
+            found.masks[mine], of_tokens, of_completions,
+        )  # fmt: skip
+        mean = np.full(self.accumulation, found.tokens_a_completion, np.float32)
+        return batch._replace(beside=batch.beside | {"tokens_a_completion": mean})
 
     @property
     def _scores_first(self) -> bool:
@@ -257,22 +234,22 @@ class PolicyBatches:
 
     def _corrected(self, old: np.ndarray, batch: Batch) -> np.ndarray:
         a = self.args
-        owners = jnp.broadcast_to(jnp.arange(self.batch)[:, None], batch.tokens.shape[1:])
+        count = self.batch * self.layout.together
         how = dict(
             mode=a.vllm_importance_sampling_mode,
             clip_min=a.vllm_importance_sampling_clip_min,
             clip_max=a.vllm_importance_sampling_clip_max,
         )
-        each = zip(old, batch.beside["sampled"], batch.weights, strict=True)
-        return np.stack(
-            [policy.corrections(*map(jnp.asarray, of), owners, self.batch, **how) for of in each]
-        )
+        weights = grpo_objective.behind(batch.weights, batch)
+        each = zip(old, batch.beside["sampled"], weights, grpo_objective.owned(batch), strict=True)
+        return np.stack([policy.corrections(*map(jnp.asarray, of), count, **how) for of in each])
 
     def _thresholded(self, batch: Batch) -> Batch:
         """The batch without what only this file reads, with the least entropy that counts."""
         beside = {name: x for name, x in batch.beside.items() if name != "sampled"}
         if self.args.top_entropy_quantile < 1:
-            entropies = np.asarray(self._logps(self.policy(), batch)[1])[batch.weights > 0]
+            weights = grpo_objective.behind(batch.weights, batch)
+            entropies = np.asarray(self._logps(self.policy(), batch)[1])[weights > 0]
             share = 1 - self.args.top_entropy_quantile
             least = np.quantile(entropies, share) if entropies.size else 0.0
             beside["entropy_least"] = np.full(self.accumulation, least, np.float32)

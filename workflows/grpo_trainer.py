@@ -92,7 +92,7 @@ class GRPOTrainer(Trainer):
         self.engine = self._engine()
         batches = self._batches()
         self.objective = grpo_objective.grpo(
-            args.policy_loss, args.temperature, batches.beside, batches.widest
+            args.policy_loss, args.temperature, batches.beside, batches.layout.sizes
         )
 
     def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
@@ -146,7 +146,7 @@ class GRPOTrainer(Trainer):
             return vllm_engine.made(self.model, self.args, self.length, self.rows[0].ids)
         if self.rollout_fn is not None:
             return Custom(self.rollout_fn, self.model, self.length)
-        return InProcess(self.model, self.args.max_completion_length, self.args.rollout_slots)
+        return InProcess(self.model, self.args.rollout_slots, self.args.memory_budget)
 
     def _known(self, batches: PolicyBatches) -> tuple[PolicyBatches, dict[str, Any]]:
         self._made_batches = batches

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from unsloth_jax import decoder, leaves, lora, losses, plan, remat, train, tree
-from unsloth_jax.dims import Batch, Measured, Params, Total
+from unsloth_jax.dims import Batch, Measured, Params, Shared, Total
 from unsloth_jax.experts import Spread
 from unsloth_jax.leaves import Hosted
 
@@ -24,8 +24,9 @@ class Objective(NamedTuple):
     fills in what the loss reads beside the rows, on the host, a step ahead of the device;
     `compared(batch)` does so for an evaluation. `statistics` makes, of the arguments of `loss`,
     what a whole step tells each micro-batch (see `train.make_step`). `beside(accumulation, rows)`
-    are the shapes of what `ready` fills in. `counts` names what the loss is divided by. `rests`
-    says that a step may have no gradient at all, as where rewards are equal.
+    are the shapes of what `ready` fills in, `shared` those of `Batch.shared`. `counts` names what
+    the loss is divided by. `rests` says that a step may have no gradient at all, as where rewards
+    are equal.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Objective(NamedTuple):
     beside: Callable[[int, int], dict[str, Any] | None] = lambda accumulation, rows: None
     counts: str = "supervised_tokens"
     rests: bool = False
+    shared: Callable[[int, int], Shared | None] = lambda accumulation, rows: None
 
     def step(self, optimizer: optax.GradientTransformation, *how: Any) -> Callable:
         """A run's step; `how` are the arguments of `loss`."""

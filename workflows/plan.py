@@ -191,8 +191,9 @@ def prepared(
     say(f"packing: on, up to {documents} share a row" if documents > 1 else "packing: off")
     hosted = functools.cache(lambda: objective.hosted(model.params))
     frozen = lambda memory: hosted() if memory.host_embedding else model.params
-    beside = lowered.beside(batches.accumulation, batches.batch)
-    job = job_of(model, optimizer, batches, lowered.draws)._replace(beside=beside)
+    sizes = batches.accumulation, batches.batch
+    job = job_of(model, optimizer, batches, lowered.draws)
+    job = job._replace(beside=lowered.beside(*sizes), shared=lowered.shared(*sizes))
 
     @functools.cache
     def step(memory: Memory) -> Callable:
@@ -231,7 +232,7 @@ def _say_attention(job: Job, documents: int) -> None:
     """One line where a GPU's attention holds every score, since no kernel takes these shapes."""
     c, dtype = job.config, layer_memory.activations(job)
     widest = max(c.head_width, c.v_width)
-    shape = lambda heads: jax.ShapeDtypeStruct((job.batch, job.length, heads, widest), dtype)
+    shape = lambda heads: jax.ShapeDtypeStruct((*job.mixed, heads, widest), dtype)
     rules = {attention.Rule(1.0, w, c.attention_cap, documents, c.chunk) for w in c.windows}
     sinks = any(path.endswith(".sinks") for path in tree.flatten(job.params))
     reasons = {attention.supports(rule, shape(c.heads), shape(c.kv_heads), sinks) for rule in rules}

@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unsloth_jax import decoding, rollout
+from pallas_kernels import _choice
+from unsloth_jax import decoding, rollout, unstack
 from unsloth_jax.dims import Params
 from unsloth_jax.rollout import Requests
 from unsloth_jax.sample import Sampling
-from workflows import generate
+from workflows import generate, rollout_memory
+from workflows.keywords import say
 from workflows.sampling_params import SamplingParams
 
 SLOTS = 64
@@ -90,12 +92,16 @@ def run(
     steps: int = STEPS,
     decode: Callable[[list[int]], str] | None = None,
     weights: str = "auto",
+    memory: int | None = None,
+    share: bool | None = None,
     dtype: Any = None,
 ) -> Rollout:
     """Every prompt's completions; `settings` are one for all prompts or one a prompt.
 
     `stop_ids` end a completion unless its `ignore_eos`; `decode` is the tokenizer's, for stop
-    strings. Raises ValueError for prompts and settings that mean nothing.
+    strings; `memory` is what the process may take of the device, in bytes. `share` holds the keys
+    and values of a prompt once for all its completions, by default on a GPU, where a token's
+    attention reads prefixes in place. Raises ValueError for prompts and settings that mean nothing.
     """
     each = [settings] * len(prompts) if isinstance(settings, SamplingParams) else list(settings)
     if len(each) != len(prompts):
@@ -106,15 +112,16 @@ def run(
         raise ValueError("stop strings need a tokenizer to decode with")
     generate.check(prompts, generate.UNCHANGED, 1, c.vocab, weights)
     dtype = dtype or family.embed(c, params, jnp.zeros((1, 1), jnp.int32)).dtype
-    found = _Run(family, c, params, prompts, each, tuple(stop_ids), seed, decode, dtype)
-    return found.whole(min(slots, sum(one.n for one in each)), steps, weights)
+    share = _choice.platform() == "gpu" if share is None else share
+    found = _Run(family, c, params, prompts, each, tuple(stop_ids), seed, decode, dtype, share)
+    return found.whole(min(slots, sum(one.n for one in each)), steps, weights, memory)
 
 
 class _Run:
     """The state of one rollout: which slot belongs to whom, and who waits."""
 
-    def __init__(self, family, c, params, prompts, settings, stop_ids, seed, decode, dtype):
-        self.family, self.c, self.params, self.dtype = family, c, params, dtype
+    def __init__(self, family, c, params, prompts, settings, stop_ids, seed, decode, dtype, share):
+        self.family, self.c, self.params, self.dtype, self.share = family, c, params, dtype, share
         self.prompts, self.settings, self.decode = prompts, settings, decode
         self.stop_ids, self.seed = stop_ids, seed
         self.programs = programs(family, c)
@@ -128,17 +135,33 @@ class _Run:
         self.done: dict[tuple[int, int], Completion] = {}
         self.read_tokens = self.dispatches = 0
 
-    def whole(self, count: int, steps: int, weights: str) -> Rollout:
-        longest = max(
-            len(p) + s.max_tokens for p, s in zip(self.prompts, self.settings, strict=True)
-        )
-        room = generate.bucket(min(longest, max(map(len, self.prompts)) + steps))
-        shape = (self.family, self.c, count, room, self.width)
-        self.slots = rollout.empty(*shape, self.dtype)
+    def whole(self, count: int, steps: int, weights: str, memory: int | None) -> Rollout:
+        before = [0 if self.share else len(p) for p in self.prompts]
+        sizes = [n + s.max_tokens for n, s in zip(before, self.settings, strict=True)]
+        self.full = generate.up(max(sizes))
+        width = generate.up(max(map(len, self.prompts))) if self.share else 0
+        group = min(s.n for s in self.settings)
+        fits = rollout_memory.fits(
+            self.family, self.c, self.params, self.full, width * min(1, 2 / group), weights, memory,
+            self.dtype,
+        )  # fmt: skip
+        if fits.slots < count:
+            count = max(1, fits.slots)
+            say(f"{count} completions are sampled at once: no more fit into the device's memory")
+        layers = self.params
+        if fits.plain:
+            # Not merged: a sum in 16 bits would be another policy than the learner's.
+            layers = unstack.materialized(self.family, self.c, self.params, merged=False)
+        room = self._room(max(before) + steps)
+        # Twice what full slots need, so that a group that lingers keeps no other from beginning.
+        held = min(len(self.prompts), count, 2 * -(-count // group))
+        self.slots = rollout.empty(
+            self.family, self.c, count, room, self.width, self.dtype,
+            (held, width) if self.share else None,
+        )  # fmt: skip
         self.owners: list[_Asked | None] = [None] * count
-        growth = sum(x.nbytes for x in jax.tree.leaves(self.slots.cache))
-        growth = growth * (generate.bucket(longest) - room) // room
-        layers = generate.readable(self.family, self.c, self.params, weights, growth)
+        self.places: dict[int, int] = {}  # where prompts are held
+        self.held = held
         while self.waiting or any(self.owners):
             self._fill()
             self._dispatch(layers, steps)
@@ -148,13 +171,20 @@ class _Run:
         drawn = sum(len(x.tokens) for x in self.done.values())
         return Rollout(wanted, Counts(self.read_tokens, drawn, self.dispatches))
 
+    def _room(self, tokens: int) -> int:
+        """Slots of a cache that holds so many tokens: all that are ever needed where prompts are
+        shared, whose attention reads what is filled alone; else it grows by doubling.
+        """
+        return self.full if self.share else min(generate.bucket(tokens), self.full)
+
     def _fill(self) -> None:
         """Puts as many groups as fit whole into free slots; a larger one takes all there are."""
         free = deque(i for i, owner in enumerate(self.owners) if owner is None)
         begun: list[tuple[_Asked, int]] = []
+        self.begun: set[int] = set()
         while self.waiting and free:
             group = self.waiting[0]
-            if len(group) > len(free) < len(self.owners):
+            if len(group) > len(free) < len(self.owners) or not self._placed(group[0].prompt):
                 break
             taken, rest = group[: len(free)], group[len(free) :]
             begun += [(asked, free.popleft()) for asked in taken]
@@ -164,12 +194,25 @@ class _Run:
         for part in _parts(begun, self.prompts):
             self._place(part)
 
+    def _placed(self, prompt: int) -> bool:
+        """Whether there is a place to hold a prompt, which is its own from then on."""
+        if prompt not in self.places:
+            busy = {asked.prompt for asked in self.owners if asked is not None}
+            # Of prompts that have none under way, but for those that `_fill` has just begun.
+            self.places = {p: at for p, at in self.places.items() if p in busy | self.begun}
+            free = set(range(self.held)) - set(self.places.values())
+            if not free:
+                return False
+            self.places[prompt] = min(free)
+        self.begun.add(prompt)
+        return True
+
     def _place(self, begun: list[tuple[_Asked, int]]) -> None:
         """Reads the prompts of some requests and draws each one's first token."""
         numbers = list(dict.fromkeys(asked.prompt for asked, _ in begun))
         lengths = [len(self.prompts[i]) for i in numbers]
         width = generate.up(max(lengths))
-        self._widen(width)
+        self._widen(0 if self.share else width)
         tokens = np.zeros((_power(len(numbers)), width), np.int32)
         for row, i in zip(tokens, numbers, strict=False):
             row[: len(self.prompts[i])] = self.prompts[i]
@@ -181,7 +224,9 @@ class _Run:
         beyond = [len(self.owners)] * len(pad)
         into = np.asarray([slot for _, slot in begun] + beyond, np.int32)
         requests = self._requests([asked for asked, _ in begun + pad])
-        self.slots = self.programs.place(self.slots, read, requests, source, into)
+        places = np.full(len(tokens), self.held, np.int32)  # beyond the last: dropped
+        places[: len(numbers)] = [self.places[i] for i in numbers]
+        self.slots = self.programs.place(self.slots, read, requests, source, into, places)
         for asked, slot in begun:
             self.owners[slot] = asked
 
@@ -196,21 +241,24 @@ class _Run:
         return Requests(sampling, _keys(np.asarray(seeds, np.uint32)), limit, stop)
 
     def _widen(self, room: int) -> None:
-        if room > self.slots.cache.slots:
-            cache = decoding.roomier(self.slots.cache, generate.bucket(room))
+        if min(room, self.full) > self.slots.cache.slots:
+            cache = decoding.roomier(self.slots.cache, self._room(room))
             self.slots = self.slots.replace(cache=cache)
 
     def _dispatch(self, layers: Any, steps: int) -> None:
         """Some tokens of every slot; what ends is taken out."""
         used = int(np.asarray(self.slots.cache.used).max())
         self._widen(used + steps)
+        # In a cache of full length every completion ends before the last slot.
+        whole = self.slots.cache.slots == self.full
+        limit = steps if whole else min(steps, self.slots.cache.slots - used)
         busy = sum(owner is not None for owner in self.owners)
         enough = busy - busy // 2
         if self.waiting:
             wanted = min(len(self.waiting[0]), len(self.owners))
             enough = max(1, wanted - (len(self.owners) - busy))
         self.slots, burst = self.programs.decode(
-            layers, self.slots, np.int32(steps), np.int32(enough), steps=steps
+            layers, self.slots, np.int32(limit), np.int32(enough), steps=steps
         )
         self.dispatches += 1
         self._collect(jax.device_get(burst), np.asarray(self.slots.live))
@@ -255,7 +303,13 @@ class _Run:
         self.done[asked.prompt, asked.copy] = Completion(*lists, how, reason)
 
     def _shrink(self) -> None:
-        """Leaves out empty slots where half of them or more are empty."""
+        """Leaves out empty slots where half of them or more are empty.
+
+        Not where prompts are shared: on a GPU reading the weights takes the time, and each shape
+        compiles for long.
+        """
+        if self.share:
+            return
         busy = [i for i, owner in enumerate(self.owners) if owner is not None]
         count = _power(len(busy))
         if not busy or count > len(self.owners) // 2:

@@ -10,12 +10,12 @@ import numpy as np
 
 from bridge import vllm
 from unsloth_jax import data
-from unsloth_jax.data import Row
 from unsloth_jax.dims import Params
 from workflows import grpo_objective
 from workflows.generate import Stopwatch
 from workflows.grpo_config import GRPOConfig
 from workflows.grpo_prompts import Prompt
+from workflows.grpo_rows import Layout
 from workflows.model import Model
 from workflows.objective import embedded
 from workflows.rollout import Completion, Counts, Rollout
@@ -35,7 +35,6 @@ class VLLM:
 
     sampler: vllm.Sampler
     model: Model
-    longest: int | None
     temperature: float | int
     limit: float | int
     probe: list[int]
@@ -94,12 +93,12 @@ class VLLM:
 
     def _learners(self, adapters: Params, tokens: list[int]) -> np.ndarray:
         """The learner's log-probabilities of tokens after the probe."""
-        row = Row(self.probe + tokens, [0] * len(self.probe) + [1] * len(tokens))
-        width = data.rounded(len(self.probe) + PROBED, data.STEP)
-        whole = data.stacked([data.collate([[row]], 1, width)])
-        logps, _ = self._scored(adapters, self.model.params, embedded(self.model.params, whole))
-        at = len(self.probe) - 1
-        return np.asarray(logps)[0, 0, at : at + len(tokens)]
+        size = len(self.probe), PROBED
+        layout = Layout(1, 1, 1, size, data.rounded(sum(size), data.STEP))
+        batch = layout.laid([self.probe], [tokens], [[1] * len(tokens)], {}, {})
+        batch = embedded(self.model.params, batch)._replace(beside=None)
+        logps, _ = self._scored(adapters, self.model.params, batch)
+        return np.asarray(logps)[0, 0, : len(tokens)]
 
     @cached_property
     def _scored(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -125,8 +124,8 @@ def made(model: Model, args: GRPOConfig, length: int, probe: list[int]) -> VLLM:
     else:
         host = _in_process(model, args, length)
     sampler = vllm.Sampler(host, model.peft, model.initial)
-    longest, limit = args.max_completion_length, args.vllm_probe_limit
-    return VLLM(sampler, model, longest, args.temperature, limit, probe[: length - PROBED])
+    limit = args.vllm_probe_limit
+    return VLLM(sampler, model, args.temperature, limit, probe[: length - PROBED])
 
 
 def _in_process(model: Model, args: GRPOConfig, length: int) -> vllm.InProcess:
