@@ -1,5 +1,8 @@
 """rollout_fn: a game of two turns with a calculator, what its environment says, bad input."""
 
+import re
+from pathlib import Path
+
 import grpo_runs
 import jax
 import jax.numpy as jnp
@@ -231,3 +234,17 @@ def test_an_episode_keeps_ids_as_they_were_drawn():
     game.said(Completion([6], [-3.0], [-3.0], "length"))
     assert game.context == [1, 2, 3, 4, 5, 6] and game.loss_mask == [1, 1, 0, 1]
     assert game.logprobs == [-1.0, -2.0, 0.0, -3.0] and game.truncated
+
+
+@pytest.mark.slow
+def test_the_pages_game_runs_as_it_stands(model):
+    page = (Path(__file__).parents[1] / "docs" / "grpo.md").read_text()
+    [code] = [
+        one for one in re.findall(r"```python\n(.*?)```", page, flags=re.S) if "Episode" in one
+    ]
+    names = dict(model=model, tokenizer=model.tokenizer, rows=TEXTS)
+    exec(compile(code, "docs/grpo.md", "exec"), names)
+    names["trainer"].train()
+    rows = names["trainer"].log_history
+    assert len(rows) == 2
+    assert all(row["sampling/sampling_logp_difference/mean"] < 1e-5 for row in rows)

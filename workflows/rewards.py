@@ -123,15 +123,7 @@ class Rewards:
                 f"reward functions {[self.names[i] for i in late]} took more than "
                 f"{self.timeout} s for {len(completions)} completions"
             )
-        each = zip(self.called, calls, strict=True)
-        given = [_numbers(name, call.value, batch.completions) for name, call in each]
-        if self.brought is not None:
-            if not given and (brought is None or np.isnan(brought).all()):
-                raise ValueError(
-                    f"{self.brought} gave no reward, and there is no reward function to score"
-                )
-            given.append([math.nan] * len(completions) if brought is None else list(brought))
-        rewards = np.array(given, np.float64).T
+        rewards = self._columns(calls, batch.completions, brought)
         logged: dict[str, list[float]] = {}
         for log in logs:
             for name, values in log.metrics.items():
@@ -140,6 +132,18 @@ class Rewards:
         return Scores(
             rewards, self._metrics(rewards), logged, extra, self._unscored(rewards, batch)
         )
+
+    def _columns(self, calls: list[Call], completions: list, brought: Any) -> np.ndarray:
+        """[N, F]: each function's rewards, then those that came with the completions."""
+        each = zip(self.called, calls, strict=True)
+        given = [_numbers(name, call.value, completions) for name, call in each]
+        if self.brought is not None:
+            if not given and (brought is None or np.isnan(brought).all()):
+                raise ValueError(
+                    f"{self.brought} gave no reward, and there is no reward function to score"
+                )
+            given.append([math.nan] * len(completions) if brought is None else list(brought))
+        return np.array(given, np.float64).T
 
     def close(self) -> None:
         """Ends the event loop of async functions; the next `score` starts another."""
