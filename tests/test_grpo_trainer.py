@@ -25,7 +25,7 @@ from unsloth_jax.leaves import Hosted
 from unsloth_jax.optim import make
 from unsloth_jax.remat import Memory
 from unsloth_jax.train import start
-from workflows import grpo_batches, grpo_objective, rollout
+from workflows import engines, grpo_objective, rollout
 from workflows import plan as planning
 from workflows.grpo_prompts import prompts
 from workflows.rollout import Completion, Counts, Rollout
@@ -277,7 +277,6 @@ def test_the_plan_has_the_shapes_of_the_longest_step(model, monkeypatch):
         (dict(generation_batch_size=12), "no whole number of optimizer steps"),
         (dict(steps_per_generation=1, generation_batch_size=8), "say the same"),
         (dict(save_strategy="steps", save_steps=3, num_iterations=2), "save_steps=3 cuts"),
-        (dict(use_vllm=True), "use_vllm=True is not supported yet"),
         (dict(reward_weights=[1.0, 2.0]), "2 reward_weights for 1 functions"),
         (dict(reward_weights=[float("nan")]), r"GRPOConfig: reward_weights\[0\] must be a number"),
         (dict(max_completion_length=0), "max_completion_length must be at least 1, got 0"),
@@ -432,6 +431,6 @@ def test_prompts_keep_their_columns_and_get_the_generation_prompt(model):
 def test_a_table_in_host_memory_is_on_the_device_for_a_rollout():
     table = np.arange(6.0, dtype=np.float32).reshape(3, 2)
     params = {"model": {"embed_tokens": {"weight": Hosted(table)}, "norm": jnp.ones(2)}}
-    found = grpo_batches.on_device(params)
+    found = engines.on_device(params)
     np.testing.assert_array_equal(found["model"]["embed_tokens"]["weight"], table)
     assert found["model"]["norm"] is params["model"]["norm"]

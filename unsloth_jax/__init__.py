@@ -23,6 +23,8 @@ _HOMES = {
     "GRPOConfig": "workflows.grpo_config",
     "GRPOTrainer": "workflows.grpo_trainer",
     "SamplingParams": "workflows.sampling_params",
+    "Episode": "workflows.custom_rollout",
+    "continuations": "workflows.custom_rollout",
     "PatchDPOTrainer": "workflows.dpo_trainer",
     "PatchKTOTrainer": "workflows.dpo_trainer",
     "get_chat_template": "bridge.chat_templates",

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unsloth_jax import advantages, data, lora, policy, shared_prompts, tree
+from unsloth_jax import advantages, data, policy, shared_prompts
 from unsloth_jax.dims import Batch, Params
-from unsloth_jax.leaves import Hosted
-from workflows import grpo_alarms, grpo_objective, grpo_report, machine, plan, rollout
+from workflows import grpo_alarms, grpo_objective, grpo_report
+from workflows.engines import Engine
 from workflows.generate import Stopwatch
 from workflows.grpo_config import GRPOConfig
 from workflows.grpo_prompts import Prompt
@@ -22,10 +22,7 @@ from workflows.grpo_rows import Layout
 from workflows.model import Model
 from workflows.objective import embedded
 from workflows.rewards import Rewards, Scores
-from workflows.rollout import Completion, Rollout
-from workflows.sampling_params import SamplingParams
-
-SLOTS = 256
+from workflows.rollout import Completion
 
 
 class Generation(NamedTuple):
@@ -60,6 +57,7 @@ class PolicyBatches:
     state: Any
     reference: Params | None
     seed: int | None  # None leaves prompts in their order
+    engine: Engine
     policy: Callable[[], Params] = lambda: {}
     told: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # (step, metrics)
     tokens: dict[int, int] = field(default_factory=dict)  # of prompts and completions, by step
@@ -92,10 +90,9 @@ class PolicyBatches:
         return self.layout.accumulation
 
     @property
-    def slots(self) -> int:
-        """Completions that are drawn at once."""
-        every = self.rows_a_step * self.args.steps_a_generation
-        return self.args.rollout_slots or min(SLOTS, every)
+    def rows_a_generation(self) -> int:
+        """Completions that are drawn and scored at once."""
+        return self.rows_a_step * self.args.steps_a_generation
 
     @property
     def widest(self) -> int:
@@ -152,12 +149,12 @@ class PolicyBatches:
         base = (a.seed * 1_000_003 + number) % 2**32
         # The step before may still be at work, which is none of the rollout's time.
         adapters, clock = jax.block_until_ready(self.policy()), Stopwatch()
-        drawn = self.drawn(prompts, adapters, a.sampling(), seed=base, slots=self.slots)
+        drawn = self.engine.draw(adapters, prompts, a.sampling(), base)
         completions = list(itertools.chain.from_iterable(drawn.completions))
-        seconds = {"rollout": clock()}
-        scores = self.scores(prompts, completions)
-        seconds["rewards"] = clock() - seconds["rollout"]
-        self.spent += sum(seconds.values())
+        took = clock()
+        scores = self.scores(prompts, completions, drawn.rewards)
+        seconds = {"rollout": took - drawn.aside, "rewards": clock() - took}
+        self.spent += clock()
         cut = np.asarray([one.finish_reason == "length" for one in completions])
         masked = a.mask_truncated_completions
         left_out = masked and not a.truncated_in_statistics
@@ -167,11 +164,11 @@ class PolicyBatches:
             multi_objective_aggregation=a.multi_objective_aggregation,
         )  # fmt: skip
         masks = [
-            [0 if masked and ended else 1] * len(one.tokens)
+            [0] * len(one.tokens) if masked and ended else one.drawn
             for one, ended in zip(completions, cut, strict=True)
         ]
         found = Generation(prompts, completions, masks, scores, worth, {})
-        metrics = grpo_report.metrics(found, drawn.counts, seconds)
+        metrics = grpo_report.metrics(found, drawn.counts, seconds) | drawn.metrics
         if a.alarms:
             self.alarms.heed(metrics, a)
         if kept := grpo_report.chosen(found, number, a):
@@ -179,29 +176,22 @@ class PolicyBatches:
             metrics[grpo_report.TABLE] = grpo_report.table(found, texts, kept, self.rewards.names)
         return found._replace(metrics=metrics)
 
-    def drawn(
-        self, prompts: Sequence[Prompt], adapters: Params, how: SamplingParams, **at: Any
-    ) -> Rollout:
-        """What the policy with these adapters answers; `at` says seed and slots."""
-        m, ids = self.model, [one.ids for one in prompts]
-        params = lora.attach(on_device(m.params), adapters, m.scale)
-        at |= dict(stop_ids=m.stop_ids(), memory=self._memory)
-        return rollout.run(m.family, m.config, params, ids, how, **at)
+    def scores(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Completion],
+        brought: Sequence[float] | None,
+    ) -> Scores:
+        """What the reward functions give for completions, as many of each prompt.
 
-    @property
-    def _memory(self) -> int | None:
-        """Bytes of the device that a memory_budget leaves to the process."""
-        asked = self.args.memory_budget
-        asked = self.model.memory_budget if asked is None else asked
-        return None if asked is None else plan.size(asked, machine.device_limit())
-
-    def scores(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
-        """What the reward functions give for completions, as many of each prompt."""
+        `brought` are rewards that came with them.
+        """
         texts = [self._text(one) for one in completions]
         if prompts[0].conversational:
             texts = [[{"role": "assistant", "content": text}] for text in texts]
         ids = [one.tokens for one in completions]
-        return self.rewards.score([one.example for one in prompts], texts, ids, self.state)
+        rows = [one.example for one in prompts]
+        return self.rewards.score(rows, texts, ids, self.state, brought)
 
     def _text(self, completion: Completion) -> str:
         return self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
@@ -298,9 +288,3 @@ class PolicyBatches:
             "entropy_least": a.top_entropy_quantile < 1,
         }  # fmt: skip
         return tuple(name for name, is_there in there.items() if is_there)
-
-
-def on_device(params: Params) -> Params:
-    """The parameters, an embedding table in host memory as an array of the device."""
-    back = lambda path, leaf: jax.device_put(leaf.table) if isinstance(leaf, Hosted) else leaf
-    return tree.map_paths(back, params)

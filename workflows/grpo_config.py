@@ -17,11 +17,7 @@ IGNORED = CONFIG_IGNORED | {
     "ds3_gather_for_generation": IN_PROCESS,
     "cache_implementation": IN_PROCESS,
     "use_transformers_paged": IN_PROCESS,
-    "vllm_gpu_memory_utilization": IN_PROCESS,
-    "vllm_tensor_parallel_size": IN_PROCESS,
-    "vllm_enable_sleep_mode": IN_PROCESS,
-    "vllm_mode": IN_PROCESS,
-    "vllm_model_impl": IN_PROCESS,
+    "vllm_group_port": "adapters move as files",
     "log_multimodal": "there are no images",
     "cast_lm_head_to_fp32": "scores are float32",
     "unsloth_grpo_mini_batch": "per_device_train_batch_size is the micro-batch",
@@ -37,8 +33,9 @@ LATER = {
     for name, values in PREFERENCES_LATER.items()
     if name not in ("unsloth_grpo_mini_batch", "tools")
 } | {
-    "use_vllm": (False,),
     "vllm_sampling_params": (None,),
+    "vllm_enable_sleep_mode": (False,),
+    "vllm_structured_outputs_regex": (None,),
     "entropy_coef": (0.0,),
     "use_adaptive_entropy": (False,),
     "generation_kwargs": (None, {}),
@@ -52,6 +49,12 @@ LATER = {
 }
 POSITIVE = 1e-9
 SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+UNFILTERED = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+OF_VLLM = (
+    "vllm_mode", "vllm_server_base_url", "vllm_server_host", "vllm_server_port",
+    "vllm_server_timeout", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size",
+    "vllm_max_model_length", "vllm_model_impl", "vllm_options", "vllm_probe_limit",
+)  # fmt: skip
 
 
 @dataclass(init=False)
@@ -106,6 +109,15 @@ class GRPOConfig(SFTConfig):
         per_device_eval_batch_size: completions that an evaluation draws and scores at once; None
             takes what training does. It changes no number.
         load_best_model_at_end: as in SFTConfig; metric_for_best_model is then "reward".
+        use_vllm: draws with vLLM, which gets the adapters after each update. It tells a token's
+            log-probability after filters only, so that there may be none.
+        vllm_mode: "colocate", in this process, or "server".
+        vllm_server_base_url, vllm_server_host, vllm_server_port, vllm_server_timeout: where the
+            server is, seconds that it may take for an answer.
+        vllm_gpu_memory_utilization, vllm_tensor_parallel_size, vllm_max_model_length,
+            vllm_model_impl: of vLLM in this process; vllm_options are more keywords of `vllm.LLM`.
+        vllm_probe_limit: nats by which a probe's log-probabilities in vLLM may differ from the
+            learner's after an update, before the run ends.
     """
 
     prompts_per_step: int | None = None
@@ -158,6 +170,18 @@ class GRPOConfig(SFTConfig):
     num_generations_eval: int | None = None
     eval_temperature: float | None = None
     per_device_eval_batch_size: int | None = None
+    use_vllm: bool = False
+    vllm_mode: str = "colocate"
+    vllm_server_base_url: str | None = None
+    vllm_server_host: str = "0.0.0.0"
+    vllm_server_port: int = 8000
+    vllm_server_timeout: float = 240.0
+    vllm_gpu_memory_utilization: float = 0.3
+    vllm_tensor_parallel_size: int = 1
+    vllm_max_model_length: int | None = None
+    vllm_model_impl: str = "vllm"
+    vllm_options: Mapping | None = None
+    vllm_probe_limit: float = 0.05
 
     absent: ClassVar[tuple[str, ...]] = (
         *(name for name in PREFERENCES_ABSENT if name != LOSS), "train_sampling_strategy",
@@ -173,6 +197,8 @@ class GRPOConfig(SFTConfig):
         "vllm_importance_sampling_mode": policy.MISMATCH,
         "scale_rewards": (*advantages.SCALES, True, False),
         "multi_objective_aggregation": advantages.AGGREGATIONS,
+        "vllm_mode": ("colocate", "server"),
+        "vllm_model_impl": ("vllm", "transformers", "auto"),
     }
     ranges: ClassVar[Mapping[str, tuple]] = RANGES | {
         "prompts_per_step": (1, None), "num_generations": (2, None),
@@ -183,6 +209,9 @@ class GRPOConfig(SFTConfig):
         "rollout_slots": (1, None), "num_completions_to_print": (1, None),
         "num_generations_eval": (1, None), "eval_temperature": (0, None),
         "stop_at_kl": (POSITIVE, None), "stop_at_length": (POSITIVE, None),
+        "vllm_server_port": (1, 65535), "vllm_server_timeout": (POSITIVE, None),
+        "vllm_gpu_memory_utilization": (POSITIVE, 1), "vllm_tensor_parallel_size": (1, None),
+        "vllm_max_model_length": (1, None), "vllm_probe_limit": (POSITIVE, None),
     }  # fmt: skip
 
     def __init__(self, **given: Any):
@@ -206,6 +235,7 @@ class GRPOConfig(SFTConfig):
         typed("GRPOConfig", weights, dict.fromkeys(weights, float))
         if self.stop_at_kl is not None and not self.beta:
             raise ValueError(f"GRPOConfig: stop_at_kl={self.stop_at_kl} needs a beta over 0")
+        self._check_vllm()
         updates = self.updates
         if self.vllm_importance_sampling_correction and self.loss_type == "vespo":
             if not self.vllm_importance_sampling_mode.startswith("token"):
@@ -218,6 +248,23 @@ class GRPOConfig(SFTConfig):
             raise ValueError(
                 f"GRPOConfig: save_steps={self.save_steps} cuts what {updates} updates learn "
                 f"from; expected a multiple of {updates}"
+            )
+
+    def _check_vllm(self) -> None:
+        if not self.use_vllm:
+            plain = {name: getattr(type(self), name) for name in OF_VLLM}
+            given = [name for name in OF_VLLM if getattr(self, name) != plain[name]]
+            if given:
+                say(f"GRPOConfig: {', '.join(given)} have no effect: {IN_PROCESS}")
+            return
+        filters = {name: getattr(self, name) or 0 for name in UNFILTERED}
+        filters["top_k"] = max(filters["top_k"], 0)  # -1 keeps all, as 0 does
+        wrong = [f"{name}={x!r}" for name, x in filters.items() if x != UNFILTERED[name]]
+        if wrong:
+            raise ValueError(
+                f"GRPOConfig: {', '.join(wrong)} with use_vllm=True: vLLM tells a token's "
+                "log-probability after filters and penalties only, and the learner needs the one "
+                f"before; expected {UNFILTERED}, or use_vllm=False"
             )
 
     @property

@@ -3,11 +3,13 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from unsloth_jax import advantages
 from unsloth_jax.dims import Params
 from workflows import grpo_report
+from workflows.engines import InProcess
 from workflows.evaluate import CLOCKS
 from workflows.generate import Stopwatch
 from workflows.grpo_batches import Generation, PolicyBatches
@@ -42,20 +44,23 @@ def evaluator(
 def _told(batches: PolicyBatches, prompts: Sequence[Prompt], adapters: Params) -> dict[str, Any]:
     """One set's metrics; NaN where no function gave a reward."""
     a, how = batches.args, batches.args.sampling_eval()
-    size = a.per_device_eval_batch_size or batches.slots
+    size, engine = a.per_device_eval_batch_size, batches.engine
+    if size is not None and isinstance(engine, InProcess):
+        engine = replace(engine, slots=size)
     base = (a.seed * SEED + SEED) % 2**32
-    drawn = batches.drawn(prompts, adapters, how, seed=base, slots=size)
+    drawn = engine.draw(adapters, prompts, how, base)
     completions = list(itertools.chain.from_iterable(drawn.completions))
-    parts, step = [], max(1, size // how.n)
+    parts, step = [], max(1, (size or batches.rows_a_generation) // how.n)
     for at in range(0, len(prompts), step):
-        some = completions[at * how.n : (at + step) * how.n]
-        parts.append(batches.scores(prompts[at : at + step], some))
+        mine = slice(at * how.n, (at + step) * how.n)
+        brought = None if drawn.rewards is None else drawn.rewards[mine]
+        parts.append(batches.scores(prompts[at : at + step], completions[mine], brought))
     scores = batches.rewards.joined(parts)
     worth = advantages.advantages(
         scores.rewards, batches.rewards.weights, how.n, scale_rewards=a.scale_rewards,
         multi_objective_aggregation=a.multi_objective_aggregation,
     )  # fmt: skip
-    masks = [[1] * len(one.tokens) for one in completions]
+    masks = [one.drawn for one in completions]
     whole = Generation(list(prompts), completions, masks, scores, worth, {})
     told = grpo_report.metrics(whole, drawn.counts, {"rollout": 1.0, "rewards": 0.0})
     told["reward"] = math.nan if told["reward"] is None else told["reward"]

@@ -21,7 +21,7 @@ def metrics(found: "Generation", counts: Counts, seconds: dict[str, float]) -> d
     """TRL's names, and the time that rollout and rewards took."""
     rewards, flat = found.worth.rewards, found.worth.flat
     given = rewards[~np.isnan(rewards)]
-    lengths = np.asarray([len(one.tokens) for one in found.completions])
+    lengths = np.asarray([sum(one.drawn) for one in found.completions])
     cut = np.asarray([one.finish_reason == "length" for one in found.completions])
     ended = lengths[~cut]
     told = {

@@ -7,8 +7,18 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from workflows import evaluate, grpo_alarms, grpo_evaluation, grpo_objective, reference, updates
+from workflows import (
+    evaluate,
+    grpo_alarms,
+    grpo_evaluation,
+    grpo_objective,
+    reference,
+    updates,
+    vllm_engine,
+)
 from workflows.callbacks import Callbacks
+from workflows.custom_rollout import ROLLOUT_FN, Custom
+from workflows.engines import Engine, InProcess
 from workflows.facts import digest
 from workflows.grpo_batches import PolicyBatches
 from workflows.grpo_config import GRPOConfig
@@ -26,18 +36,18 @@ LATER = {
     "optimizers": (None, (None, None)),
     "peft_config": (None,),
     "tools": (None,),
-    "rollout_func": (None,),
     "environment_factory": (None,),
     "quantization_config": (None,),
 }
 USED = (
     "model", "reward_funcs", "args", "train_dataset", "eval_dataset", "processing_class",
-    "tokenizer", "callbacks",
+    "tokenizer", "callbacks", "rollout_fn",
 )  # fmt: skip
 KINDS = {
     "model": Model, "tokenizer": PreTrainedTokenizerBase | None,
     "processing_class": PreTrainedTokenizerBase | None, "train_dataset": Iterable | Path | None,
     "eval_dataset": Iterable | Path | None, "args": GRPOConfig | None,
+    "rollout_fn": Callable | None,
 }  # fmt: skip
 NO_LOSS = ("loss", "perplexity")
 
@@ -75,6 +85,8 @@ class GRPOTrainer(Trainer):
             alike at each evaluation.
         processing_class, tokenizer: by default the model's own.
         callbacks: objects with methods named as transformers' TrainerCallback has them.
+        rollout_fn: draws the completions, see `workflows.custom_rollout`; where it gives rewards,
+            reward functions may be left out.
     """
 
     _seen: Seen | None = None
@@ -89,23 +101,32 @@ class GRPOTrainer(Trainer):
         processing_class: Any = None,
         callbacks: Sequence[Any] | None = None,
         tokenizer: Any = None,
+        rollout_fn: Callable | None = None,
         **other: Any,
     ):
         where = "GRPOTrainer"
+        if other.pop("rollout_func", None) is not None:
+            raise ValueError(
+                f"{where}: rollout_func is TRL's, which gets the trainer; give rollout_fn(params, "
+                "prompts, key), see docs/grpo.md"
+            )
         settle(where, other, USED, IGNORED, LATER)
         given = dict(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
-        given |= dict(processing_class=processing_class, tokenizer=tokenizer)
+        given |= dict(processing_class=processing_class, tokenizer=tokenizer, rollout_fn=rollout_fn)
         typed(where, given, KINDS)
         tokenizers = [x for x in (processing_class, tokenizer) if x is not None]
         if len(tokenizers) == 2 and tokenizers[0] is not tokenizers[1]:
             raise ValueError(f"{where}: give tokenizer or processing_class, got two that differ")
         args = GRPOConfig() if args is None else args
-        self.rewards = Rewards(reward_funcs, args.reward_weights, args.reward_timeout)
+        self.rollout_fn = rollout_fn
+        brought = None if rollout_fn is None else ROLLOUT_FN
+        self.rewards = Rewards(reward_funcs, args.reward_weights, args.reward_timeout, brought)
         tokenizer = (*tokenizers, model.tokenizer)[0]
         super().__init__(model, args, tokenizer, train_dataset, eval_dataset, callbacks)
         self.rewards.check(self.rows[0].example)
         self._check_metric(more=True)
         self.start = model.adapters if reference.changes(model.adapters) else None
+        self.engine = self._engine()
         batches = self._batches()
         self.objective = grpo_objective.grpo(
             args.policy_loss, args.temperature, batches.beside, batches.layout.sizes
@@ -117,6 +138,7 @@ class GRPOTrainer(Trainer):
             return super().train(resume_from_checkpoint)
         finally:
             self.rewards.close()
+            self.engine.close()
 
     def evaluate(
         self, eval_dataset: Any = None, *, metric_key_prefix: str = "eval"
@@ -129,6 +151,7 @@ class GRPOTrainer(Trainer):
             return super().evaluate(eval_dataset, metric_key_prefix=metric_key_prefix)
         finally:
             self.rewards.close()
+            self.engine.close()
 
     def _evaluator(self, held_out: dict[str, list[Prompt]], prefix: str = "eval") -> Callable:
         sets = {named(name, prefix): some for name, some in held_out.items()}
@@ -180,8 +203,26 @@ class GRPOTrainer(Trainer):
         a = self.args
         return PolicyBatches(
             self.rows, self.model, a, self.length, self.rewards, self.tokenizer, self.state,
-            self.start, a.seed if a.shuffle_dataset else None,
+            self.start, a.seed if a.shuffle_dataset else None, self.engine,
         )  # fmt: skip
+
+    def _engine(self) -> Engine:
+        """What draws completions."""
+        if self.rollout_fn is not None and self.args.use_vllm:
+            raise ValueError(
+                "GRPOTrainer: rollout_fn draws the completions itself, so that use_vllm=True would "
+                "have no effect: give one of them"
+            )
+        if self.rollout_fn is not None and self.args.eval_temperature is not None:
+            raise ValueError(
+                "GRPOTrainer: rollout_fn draws an evaluation's completions as it does those of "
+                f"training; expected eval_temperature=None, got {self.args.eval_temperature}"
+            )
+        if self.args.use_vllm:
+            return vllm_engine.made(self.model, self.args, self.length, self.rows[0].ids)
+        if self.rollout_fn is not None:
+            return Custom(self.rollout_fn, self.model, self.length)
+        return InProcess(self.model, self.args.rollout_slots, self.args.memory_budget)
 
     def _known(self, batches: PolicyBatches) -> tuple[PolicyBatches, dict[str, Any]]:
         self._made_batches = batches
@@ -249,6 +290,8 @@ class GRPOTrainer(Trainer):
                 "shuffled": a.shuffle_dataset,
             },
         }
+        if not isinstance(self.engine, InProcess):
+            own["rollouts"]["drawn by"] = type(self.engine).__name__
         return super()._facts(data | own)
 
 

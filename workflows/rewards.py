@@ -53,7 +53,8 @@ class Scores(NamedTuple):
 class Rewards:
     """The reward functions of a run; `score` calls them, `close` ends their event loop.
 
-    `timeout` is in seconds for one batch of completions, None for no limit.
+    `timeout` is in seconds for one batch of completions, None for no limit. With `brought`, the
+    name of what rollouts may bring, there is one more column of that name, and functions may lack.
     Raises at once: TypeError for what is no function or has no name, ValueError for none at all,
     for two of one name, and for weights that are not finite or not as many.
     """
@@ -63,11 +64,16 @@ class Rewards:
         reward_funcs: Any,
         reward_weights: Sequence[float | int] | None = None,
         timeout: float | int | None = None,
+        brought: str | None = None,
     ) -> None:
         given = () if reward_funcs is None else reward_funcs
         several = isinstance(given, Sequence) and not isinstance(given, str)
         self.functions = list(given) if several else [given]
-        self.names = [_name(i, function) for i, function in enumerate(self.functions)]
+        self.called = [_name(i, function) for i, function in enumerate(self.functions)]
+        self.brought = brought
+        self.names = self.called + ([] if brought is None else [brought])
+        if brought is not None and reward_weights is not None:
+            reward_weights = [*reward_weights, *[1.0] * (len(reward_weights) == len(self.called))]
         self.weights = _weights(self.names, reward_weights)
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout={timeout!r} of rewards must be positive seconds or None")
@@ -83,7 +89,7 @@ class Rewards:
         if taken:
             raise ValueError(f"columns {taken} have names of reward keywords: rename them")
         given = (columns - set(NOT_PASSED)) | set(OWN)
-        for name, (_, needed) in zip(self.names, self._asked, strict=True):
+        for name, (_, needed) in zip(self.called, self._asked, strict=True):
             if needed - given:
                 missing, known = sorted(needed - given), sorted(columns - set(NOT_PASSED))
                 raise ValueError(
@@ -96,8 +102,11 @@ class Rewards:
         completions: Sequence[Any],
         completion_ids: Sequence[Any],
         trainer_state: Any = None,
+        brought: Sequence[float] | None = None,
     ) -> Scores:
         """Scores of N completions, N / len(rows) of each row's prompt, which stand together.
+
+        `brought` are rewards that came with the completions, NaN for none.
 
         Raises RewardError for a function's own error, TimeoutError naming the late ones, ValueError
         for a wrong number of rewards and for NaN and infinite ones, TypeError for no numbers.
@@ -116,14 +125,12 @@ class Rewards:
                 f"reward functions {[self.names[i] for i in late]} took more than "
                 f"{self.timeout} s for {len(completions)} completions"
             )
-        each = zip(self.names, calls, strict=True)
-        given = [_numbers(name, call.value, batch.completions) for name, call in each]
-        rewards = np.array(given, np.float64).T
+        rewards = self._columns(calls, batch.completions, brought)
         logged: dict[str, list[float]] = {}
         for log in logs:
             for name, values in log.metrics.items():
                 logged.setdefault(name, []).extend(values)
-        extra = _columns(self.names, logs, len(completions))
+        extra = _columns(self.called, logs, len(completions))
         return Scores(
             rewards, self._metrics(rewards), logged, extra, self._unscored(rewards, batch)
         )
@@ -144,6 +151,18 @@ class Rewards:
         extra = {n: [x for one in parts for x in of(one, n)] for n in columns}
         unscored = sum(one.unscored for one in parts)
         return Scores(rewards, self._metrics(rewards), logged, extra, unscored)
+
+    def _columns(self, calls: list[Call], completions: list, brought: Any) -> np.ndarray:
+        """[N, F]: each function's rewards, then those that came with the completions."""
+        each = zip(self.called, calls, strict=True)
+        given = [_numbers(name, call.value, completions) for name, call in each]
+        if self.brought is not None:
+            if not given and (brought is None or np.isnan(brought).all()):
+                raise ValueError(
+                    f"{self.brought} gave no reward, and there is no reward function to score"
+                )
+            given.append([math.nan] * len(completions) if brought is None else list(brought))
+        return np.array(given, np.float64).T
 
     def close(self) -> None:
         """Ends the event loop of async functions; the next `score` starts another."""

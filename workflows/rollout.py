@@ -5,9 +5,9 @@ once. When none waits any more, slots that are empty are given up, half of them 
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +36,12 @@ class Completion(NamedTuple):
     sampled_logprobs: list[float]  # of what the tokens were drawn from
     finish_reason: str  # "stop" or "length"
     stop_reason: int | str | None = None  # the token or string that ended it
+    mask: list[int] | None = None  # 0 where an environment spoke; None: the policy drew each token
+
+    @property
+    def drawn(self) -> list[int]:
+        """1 for each token that the policy drew, else 0."""
+        return [1] * len(self.tokens) if self.mask is None else self.mask
 
 
 class Counts(NamedTuple):
@@ -47,10 +53,13 @@ class Counts(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """`completions[i]` are those of prompt i."""
+    """`completions[i]` are those of prompt i; what draws otherwise may tell more."""
 
     completions: list[list[Completion]]
     counts: Counts
+    rewards: list[float] | None = None  # one a completion, NaN for none; None: not scored here
+    metrics: Mapping[str, float] = MappingProxyType({})
+    aside: float = 0.0  # seconds that went to something else than drawing
 
 
 class _Asked(NamedTuple):
